@@ -1,0 +1,58 @@
+/*-------------------------------------------------------------------------
+ *
+ * compat.h
+ *	  Differences between PostgreSQL majors; the only place that asks for
+ *	  PG_VERSION_NUM.
+ *
+ * src/compat.h
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef IDEMPOTENCY_COMPAT_H
+#define IDEMPOTENCY_COMPAT_H
+
+#include "access/genam.h"
+#include "utils/relcache.h"
+#include "utils/timestamp.h"
+
+#if PG_VERSION_NUM < 150000
+#error "idempotency needs PostgreSQL 15 or later"
+#endif
+
+/* 16 moved the varlena macros out of postgres.h */
+#if PG_VERSION_NUM >= 160000
+#include "varatt.h"
+#endif
+
+/* 18: index_beginscan counts its work where EXPLAIN asks for it */
+#if PG_VERSION_NUM >= 180000
+#define index_beginscan_compat(heap, index, snapshot, nkeys) \
+	index_beginscan(heap, index, snapshot, NULL, nkeys, 0)
+#else
+#define index_beginscan_compat(heap, index, snapshot, nkeys) \
+	index_beginscan(heap, index, snapshot, nkeys, 0)
+#endif
+
+/* 18: a deferrable primary key has to be asked for */
+#if PG_VERSION_NUM >= 180000
+#define RelationGetPrimaryKeyIndexCompat(rel) RelationGetPrimaryKeyIndex(rel, false)
+#else
+#define RelationGetPrimaryKeyIndexCompat(rel) RelationGetPrimaryKeyIndex(rel)
+#endif
+
+/* 17: intervals may be infinite */
+#ifdef INTERVAL_NOT_FINITE
+#define interval_is_infinite(span) INTERVAL_NOT_FINITE(span)
+#else
+#define interval_is_infinite(span) false
+#endif
+
+/* 18 names the module and its version */
+#ifdef PG_MODULE_MAGIC_EXT
+#define IDEMPOTENCY_MODULE_MAGIC \
+	PG_MODULE_MAGIC_EXT(.name = "idempotency", .version = "1.0")
+#else
+#define IDEMPOTENCY_MODULE_MAGIC PG_MODULE_MAGIC
+#endif
+
+#endif							/* IDEMPOTENCY_COMPAT_H */

@@ -1,0 +1,139 @@
+/*-------------------------------------------------------------------------
+ *
+ * idempotency.c
+ *	  Module start-up and settings.
+ *
+ * Nothing here needs shared_preload_libraries: a backend that loads the
+ * library at its first call has everything but the background processes.
+ *
+ * src/idempotency.c
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include <limits.h>
+
+#include "fmgr.h"
+#include "utils/guc.h"
+#include "utils/varlena.h"
+
+#include "compat.h"
+#include "open_claims.h"
+#include "settings.h"
+
+IDEMPOTENCY_MODULE_MAGIC;
+
+PGDLLEXPORT void _PG_init(void);
+
+int			key_ttl = 24 * 60 * 60;
+int			stripe_lease = 5 * 60;
+int			wait_timeout = 10 * 1000;
+int			stripe_resend_margin = 60 * 60;
+int			max_response_size = 1024;
+int			open_claim_at_commit = OPEN_CLAIM_ERROR;
+int			stripe_ledger = STRIPE_LEDGER_RECORDER;
+char	   *stripe_compare_ignore = NULL;
+
+static const struct config_enum_entry open_claim_options[] = {
+	{"error", OPEN_CLAIM_ERROR, false},
+	{"warning", OPEN_CLAIM_WARNING, false},
+	{"allow", OPEN_CLAIM_ALLOW, false},
+	{NULL, 0, false}
+};
+
+static const struct config_enum_entry stripe_ledger_options[] = {
+	{"recorder", STRIPE_LEDGER_RECORDER, false},
+	{"transaction", STRIPE_LEDGER_TRANSACTION, false},
+	{NULL, 0, false}
+};
+
+static bool
+check_stripe_compare_ignore(char **newval, void **extra, GucSource source)
+{
+	List	   *names;
+
+	if (!SplitGUCList(pstrdup(*newval), ',', &names))
+	{
+		GUC_check_errdetail("List syntax is invalid.");
+		return false;
+	}
+	return true;
+}
+
+static void
+define_settings(void)
+{
+	DefineCustomIntVariable("idempotency.key_ttl",
+							"How long a recorded result is replayed.",
+							"Counts from record(), which may be given a time to live of its own.",
+							&key_ttl,
+							24 * 60 * 60, 1, INT_MAX,
+							PGC_USERSET, GUC_UNIT_S,
+							NULL, NULL, NULL);
+
+	DefineCustomIntVariable("idempotency.wait_timeout",
+							"How long a claim waits for another transaction that holds the key.",
+							"After that it answers in_progress. 0 doesn't wait, -1 waits without limit.",
+							&wait_timeout,
+							10 * 1000, -1, INT_MAX,
+							PGC_USERSET, GUC_UNIT_MS,
+							NULL, NULL, NULL);
+
+	DefineCustomIntVariable("idempotency.max_response_size",
+							"Largest response that is recorded.",
+							"Body, headers and jsonb together.",
+							&max_response_size,
+							1024, 1, 512 * 1024,
+							PGC_SUSET, GUC_UNIT_KB,
+							NULL, NULL, NULL);
+
+	DefineCustomEnumVariable("idempotency.open_claim_at_commit",
+							 "What COMMIT does where a claim without a lease is neither recorded nor released.",
+							 "With warning and allow the claim counts as lapsed at once.",
+							 &open_claim_at_commit,
+							 OPEN_CLAIM_ERROR, open_claim_options,
+							 PGC_USERSET, 0,
+							 NULL, NULL, NULL);
+
+	DefineCustomIntVariable("idempotency.stripe_lease",
+							"How long a claimed Stripe operation is held by its claimant.",
+							"stripe_claim() may be given a lease of its own.",
+							&stripe_lease,
+							5 * 60, 1, INT_MAX,
+							PGC_USERSET, GUC_UNIT_S,
+							NULL, NULL, NULL);
+
+	DefineCustomIntVariable("idempotency.stripe_resend_margin",
+							"How long before Stripe may forget a key it is no longer sent again.",
+							"Stripe keeps keys for at least 24 hours after it has first seen them.",
+							&stripe_resend_margin,
+							60 * 60, 60, 24 * 60 * 60,
+							PGC_SUSET, GUC_UNIT_S,
+							NULL, NULL, NULL);
+
+	DefineCustomEnumVariable("idempotency.stripe_ledger",
+							 "Who commits what is sent to Stripe.",
+							 "recorder: on its own, before anything is sent; transaction: with the caller's transaction, where the derived key alone protects a call that was rolled back.",
+							 &stripe_ledger,
+							 STRIPE_LEDGER_RECORDER, stripe_ledger_options,
+							 PGC_USERSET, 0,
+							 NULL, NULL, NULL);
+
+	DefineCustomStringVariable("idempotency.stripe_compare_ignore",
+							   "Parameters that may differ between two attempts of a Stripe operation.",
+							   "Names separated by commas.",
+							   &stripe_compare_ignore,
+							   "metadata, description, expand",
+							   PGC_SUSET, GUC_LIST_INPUT,
+							   check_stripe_compare_ignore, NULL, NULL);
+
+	MarkGUCPrefixReserved("idempotency");
+}
+
+void
+_PG_init(void)
+{
+	define_settings();
+	open_claims_init();
+}

@@ -1,0 +1,370 @@
+/*-------------------------------------------------------------------------
+ *
+ * namespace.c
+ *	  The secret that this database's keys and fingerprints are derived from.
+ *
+ * A namespace is 32 random bytes.  Stripe keys and operation UUIDs are
+ * derived from it, so it must survive everything that the application
+ * survives: rollback (hence it is made by CREATE EXTENSION and not on demand),
+ * crash, dump and restore.  And two databases that serve different tenants
+ * must not share one, or they would derive the same keys.
+ *
+ * The table has no unique key.  A restore runs CREATE EXTENSION, which makes a
+ * row, and then loads the dumped one beside it; a unique key would refuse the
+ * dumped row and silently change every key.  Each row says where it was made:
+ * system identifier, database OID, time.  In force is, among the rows that
+ * aren't retired, one made elsewhere before one made here, then the oldest.
+ *
+ * Where are we?  A row was made here if it names this database and this
+ * system.  pg_upgrade keeps database OIDs but gives the cluster a new system
+ * identifier and runs no script; so where no row at all is of this system, the
+ * newest that names this database's OID counts as made here.
+ *
+ * A database that was copied with CREATE DATABASE ... TEMPLATE (or that lost
+ * its rows) has no row that was made here.  Until stripe_namespace() has said
+ * whether it goes on with the namespace of its original or has one of its own,
+ * nothing may be sent to Stripe from it: namespace_for_stripe() raises IK009.
+ * Requests may be claimed: fingerprints name the namespace they were made with.
+ *
+ * Rows are only ever added, or retired by stripe_namespace('new'); retired
+ * ones are kept because fingerprints made with them are still compared.  Their
+ * number is that of restores and copies, so reading is a scan of one page.
+ *
+ * src/namespace.c
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/htup_details.h"
+#include "access/table.h"
+#include "access/tableam.h"
+#include "access/xact.h"
+#include "access/xlog.h"
+#include "catalog/namespace.h"
+#include "catalog/pg_type_d.h"
+#include "executor/tuptable.h"
+#include "fmgr.h"
+#include "miscadmin.h"
+#include "utils/builtins.h"
+#include "utils/lsyscache.h"
+#include "utils/rel.h"
+#include "utils/snapmgr.h"
+#include "utils/timestamp.h"
+
+#include "compat.h"
+#include "errors.h"
+#include "namespace.h"
+#include "owner_spi.h"
+
+PG_FUNCTION_INFO_V1(idempotency_stripe_namespace);
+
+enum
+{
+	NS_VALUE, NS_SYSTEM, NS_DATABASE, NS_CREATED, NS_RETIRED, NS_NCOLUMNS
+};
+
+typedef struct NamespaceRow
+{
+	Namespace	ns;
+	uint64		system;
+	Oid			database;
+	TimestampTz created;
+	bool		retired;
+	bool		here;
+} NamespaceRow;
+
+typedef enum NamespaceState
+{
+	NAMESPACE_NONE,				/* no row that isn't retired */
+	NAMESPACE_COPIED,			/* none of the rows was made here */
+	NAMESPACE_DECIDED
+} NamespaceState;
+
+static OwnerStatement insert_namespace = {
+	"INSERT INTO idempotency.namespace (value, system_identifier, database, created_at) "
+	"VALUES ($1, $2, $3, $4)",
+	4, {BYTEAOID, INT8OID, OIDOID, TIMESTAMPTZOID}
+};
+
+static OwnerStatement retire_namespaces = {
+	"UPDATE idempotency.namespace SET retired_at = $1 WHERE retired_at IS NULL",
+	1, {TIMESTAMPTZOID}
+};
+
+static Relation
+open_namespace_table(LOCKMODE lockmode)
+{
+	Oid			schema = get_namespace_oid("idempotency", true);
+	Oid			relid = OidIsValid(schema) ?
+		get_relname_relid("namespace", schema) : InvalidOid;
+
+	if (!OidIsValid(relid))
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_TABLE),
+				 errmsg("table \"idempotency.%s\" does not exist", "namespace"),
+				 errhint("Run CREATE EXTENSION idempotency in this database.")));
+	return table_open(relid, lockmode);
+}
+
+/*
+ * Read all rows, in the active snapshot, into a palloc'd array.
+ */
+static NamespaceRow *
+read_namespaces(Relation rel, int *nrows)
+{
+	TupleTableSlot *slot;
+	TableScanDesc scan;
+	NamespaceRow *rows;
+	int			max = 8;
+	int			n = 0;
+
+	rows = palloc(max * sizeof(NamespaceRow));
+	slot = table_slot_create(rel, NULL);
+	scan = table_beginscan(rel, GetActiveSnapshot(), 0, NULL);
+	while (table_scan_getnextslot(scan, ForwardScanDirection, slot))
+	{
+		NamespaceRow *row;
+		bytea	   *value;
+
+		slot_getallattrs(slot);
+		value = DatumGetByteaPP(slot->tts_values[NS_VALUE]);
+		if (VARSIZE_ANY_EXHDR(value) != NAMESPACE_LEN)
+			ereport(ERROR,
+					(errcode(ERRCODE_DATA_CORRUPTED),
+					 errmsg("table \"idempotency.namespace\" holds a value of %d bytes instead of %d",
+							(int) VARSIZE_ANY_EXHDR(value), NAMESPACE_LEN)));
+
+		if (n >= max)
+		{
+			max *= 2;
+			rows = repalloc(rows, max * sizeof(NamespaceRow));
+		}
+		row = &rows[n++];
+		memcpy(row->ns.value, VARDATA_ANY(value), NAMESPACE_LEN);
+		row->system = (uint64) DatumGetInt64(slot->tts_values[NS_SYSTEM]);
+		row->database = DatumGetObjectId(slot->tts_values[NS_DATABASE]);
+		row->created = DatumGetTimestampTz(slot->tts_values[NS_CREATED]);
+		row->retired = !slot->tts_isnull[NS_RETIRED];
+		row->here = false;
+	}
+	table_endscan(scan);
+	ExecDropSingleTupleTableSlot(slot);
+
+	*nrows = n;
+	return rows;
+}
+
+/*
+ * Mark the rows that were made here.
+ */
+static void
+find_rows_made_here(NamespaceRow *rows, int nrows)
+{
+	uint64		system = GetSystemIdentifier();
+	NamespaceRow *newest = NULL;
+	bool		upgraded = true;
+	int			i;
+
+	for (i = 0; i < nrows; i++)
+	{
+		if (rows[i].system == system)
+			upgraded = false;
+		rows[i].here = rows[i].system == system && rows[i].database == MyDatabaseId;
+		if (rows[i].database == MyDatabaseId &&
+			(newest == NULL || rows[i].created > newest->created))
+			newest = &rows[i];
+	}
+
+	/* pg_upgrade: what was made here is of the system that was */
+	if (upgraded && newest != NULL)
+	{
+		for (i = 0; i < nrows; i++)
+			rows[i].here = rows[i].system == newest->system &&
+				rows[i].database == MyDatabaseId;
+	}
+}
+
+/*
+ * Which row is in force?  *chosen is set unless there is none.
+ */
+static NamespaceState
+choose_namespace(NamespaceRow *rows, int nrows, NamespaceRow **chosen)
+{
+	NamespaceRow *best = NULL;
+	bool		any_here = false;
+	int			i;
+
+	find_rows_made_here(rows, nrows);
+	for (i = 0; i < nrows; i++)
+	{
+		NamespaceRow *row = &rows[i];
+
+		any_here = any_here || row->here;
+		if (row->retired)
+			continue;
+		if (best == NULL ||
+			(best->here && !row->here) ||
+			(best->here == row->here && row->created < best->created))
+			best = row;
+	}
+
+	*chosen = best;
+	if (best == NULL)
+		return NAMESPACE_NONE;
+	return any_here ? NAMESPACE_DECIDED : NAMESPACE_COPIED;
+}
+
+static NamespaceState
+find_namespace(Namespace *ns)
+{
+	Relation	rel = open_namespace_table(AccessShareLock);
+	NamespaceRow *rows;
+	NamespaceRow *chosen;
+	NamespaceState state;
+	int			nrows;
+
+	rows = read_namespaces(rel, &nrows);
+	state = choose_namespace(rows, nrows, &chosen);
+	if (state != NAMESPACE_NONE)
+		*ns = chosen->ns;
+	pfree(rows);
+	table_close(rel, NoLock);
+
+	if (state == NAMESPACE_NONE)
+		ereport(ERROR,
+				(errcode(ERRCODE_FOREIGN_NAMESPACE),
+				 errmsg("this database has no idempotency namespace"),
+				 errdetail("Table \"idempotency.namespace\" is empty."),
+				 errhint("Restore its rows from a dump, or make a new one with SELECT idempotency.stripe_namespace('new').")));
+	return state;
+}
+
+/*
+ * The namespace in force, for everything that stays in this database.  Needs
+ * an active snapshot.
+ */
+void
+namespace_in_force(Namespace *ns)
+{
+	(void) find_namespace(ns);
+}
+
+/*
+ * The namespace in force, for what goes to Stripe: raises IK009 in a copied
+ * database that hasn't decided.
+ */
+void
+namespace_for_stripe(Namespace *ns)
+{
+	if (find_namespace(ns) == NAMESPACE_COPIED)
+		ereport(ERROR,
+				(errcode(ERRCODE_FOREIGN_NAMESPACE),
+				 errmsg("this database holds the idempotency namespace of another database"),
+				 errdetail("It seems to be a copy: if it and its original both called Stripe, they would use the same keys."),
+				 errhint("If this copy replaces its original, run SELECT idempotency.stripe_namespace('keep'); if both live on, run SELECT idempotency.stripe_namespace('new').")));
+}
+
+/*
+ * The namespace with this id, retired or not.  Returns false if there is none.
+ */
+bool
+namespace_by_id(const uint8 *id, Namespace *ns)
+{
+	Relation	rel = open_namespace_table(AccessShareLock);
+	NamespaceRow *rows;
+	bool		found = false;
+	int			nrows;
+	int			i;
+
+	rows = read_namespaces(rel, &nrows);
+	for (i = 0; i < nrows && !found; i++)
+	{
+		uint8		row_id[NAMESPACE_ID_LEN];
+
+		namespace_id(rows[i].ns.value, NAMESPACE_LEN, row_id);
+		if (memcmp(row_id, id, NAMESPACE_ID_LEN) == 0)
+		{
+			*ns = rows[i].ns;
+			found = true;
+		}
+	}
+	pfree(rows);
+	table_close(rel, NoLock);
+
+	return found;
+}
+
+/*
+ * stripe_namespace(choice): decide once, after a copy by TEMPLATE.  'keep'
+ * goes on with the original's namespace, 'new' makes one.  CREATE EXTENSION
+ * makes the first one with 'new'.
+ */
+Datum
+idempotency_stripe_namespace(PG_FUNCTION_ARGS)
+{
+	char	   *choice;
+	bool		keep;
+	Relation	rel;
+	Oid			owner;
+	NamespaceRow *rows;
+	NamespaceRow *chosen;
+	NamespaceState state;
+	Namespace	ns;
+	int			nrows;
+	bytea	   *value;
+	Datum		values[4];
+	TimestampTz now;
+
+	PreventCommandDuringRecovery("idempotency.stripe_namespace()");
+
+	choice = PG_ARGISNULL(0) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(0));
+	if (choice == NULL || (strcmp(choice, "keep") != 0 && strcmp(choice, "new") != 0))
+		ereport(ERROR,
+				(errcode(ERRCODE_BAD_ARGUMENT),
+				 errmsg("choice must be \"keep\" or \"new\"")));
+	keep = strcmp(choice, "keep") == 0;
+
+	/* one decision at a time, on what the last one left */
+	rel = open_namespace_table(ShareRowExclusiveLock);
+	owner = rel->rd_rel->relowner;
+	PushActiveSnapshot(GetLatestSnapshot());
+	rows = read_namespaces(rel, &nrows);
+	PopActiveSnapshot();
+	state = choose_namespace(rows, nrows, &chosen);
+
+	if (state == NAMESPACE_DECIDED)
+		ereport(ERROR,
+				(errcode(ERRCODE_FOREIGN_NAMESPACE),
+				 errmsg("the idempotency namespace of this database is decided"),
+				 errdetail("A new one would give every operation another Stripe key.")));
+	if (state == NAMESPACE_NONE && keep)
+		ereport(ERROR,
+				(errcode(ERRCODE_FOREIGN_NAMESPACE),
+				 errmsg("this database has no idempotency namespace to keep")));
+
+	now = GetCurrentTimestamp();
+	if (keep)
+		ns = chosen->ns;
+	else
+	{
+		if (!pg_strong_random(ns.value, NAMESPACE_LEN))
+			ereport(ERROR,
+					(errcode(ERRCODE_INTERNAL_ERROR),
+					 errmsg("could not generate random values")));
+		values[0] = TimestampTzGetDatum(now);
+		owner_execute(&retire_namespaces, owner, values, NULL, false, NULL, NULL, 0);
+	}
+
+	value = palloc(VARHDRSZ + NAMESPACE_LEN);
+	SET_VARSIZE(value, VARHDRSZ + NAMESPACE_LEN);
+	memcpy(VARDATA(value), ns.value, NAMESPACE_LEN);
+	values[0] = PointerGetDatum(value);
+	values[1] = Int64GetDatum((int64) GetSystemIdentifier());
+	values[2] = ObjectIdGetDatum(MyDatabaseId);
+	values[3] = TimestampTzGetDatum(now);
+	owner_execute(&insert_namespace, owner, values, NULL, false, NULL, NULL, 0);
+
+	table_close(rel, NoLock);
+	PG_RETURN_VOID();
+}

@@ -1,0 +1,147 @@
+/*-------------------------------------------------------------------------
+ *
+ * owner_spi.c
+ *	  Kept SPI statements that run with a table owner's rights.
+ *
+ * A caller has no privilege on the ledgers; what it may do is what our
+ * functions do for it.  So statements run as the table's owner, the way
+ * referential integrity triggers do: SECURITY_LOCAL_USERID_CHANGE keeps
+ * anything below from changing the role further, SECURITY_NOFORCE_RLS lets
+ * the owner see its own rows.  The owner is often a superuser, and search_path
+ * is the caller's.  Hence the rule for statement texts: every function, type
+ * and operator is qualified, and constructs that look an operator up by
+ * search_path (IN, BETWEEN, IS DISTINCT FROM, NULLIF, simple CASE) don't
+ * occur.
+ *
+ * Plans are generic from the start: every statement names the whole primary
+ * key, so a custom plan would be the same one, planned again.
+ *
+ * The user id is put back by hand on the normal way out and by the end of the
+ * (sub)transaction on error.
+ *
+ * src/owner_spi.c
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "miscadmin.h"
+#include "nodes/plannodes.h"
+#include "utils/plancache.h"
+#include "utils/resowner.h"
+
+#include "owner_spi.h"
+
+static void
+prepare(OwnerStatement *statement)
+{
+	SPIPlanPtr	plan;
+
+	plan = SPI_prepare_cursor(statement->sql, statement->nargs, statement->argtypes,
+							  CURSOR_OPT_GENERIC_PLAN);
+	if (plan == NULL)
+		elog(ERROR, "SPI_prepare_cursor returned %s for %s",
+			 SPI_result_code_string(SPI_result), statement->sql);
+	SPI_keepplan(plan);
+	statement->plan = plan;
+}
+
+/*
+ * Run a statement as "owner", in a new snapshot unless read_only, where the
+ * active one is used.
+ *
+ * values and nulls (' ' or 'n', or NULL) are its parameters.  Where out is
+ * given and a row comes back, its first nout columns are copied there, into
+ * the caller's memory context.  Returns the number of rows; raises whatever
+ * the statement raises.
+ */
+uint64
+owner_execute(OwnerStatement *statement, Oid owner,
+			  Datum *values, const char *nulls, bool read_only,
+			  Datum *out, bool *outnull, int nout)
+{
+	Oid			save_userid;
+	int			save_sec_context;
+	uint64		processed;
+	int			rc;
+
+	GetUserIdAndSecContext(&save_userid, &save_sec_context);
+	SetUserIdAndSecContext(owner, save_sec_context |
+						   SECURITY_LOCAL_USERID_CHANGE | SECURITY_NOFORCE_RLS);
+	SPI_connect();
+
+	if (statement->plan == NULL)
+		prepare(statement);
+
+	rc = SPI_execute_plan(statement->plan, values, nulls, read_only, 0);
+	if (rc < 0)
+		elog(ERROR, "SPI_execute_plan returned %s for %s",
+			 SPI_result_code_string(rc), statement->sql);
+	processed = SPI_processed;
+
+	if (out != NULL && processed > 0 && SPI_tuptable != NULL)
+	{
+		TupleDesc	desc = SPI_tuptable->tupdesc;
+		int			i;
+
+		for (i = 0; i < nout; i++)
+		{
+			out[i] = SPI_getbinval(SPI_tuptable->vals[0], desc, i + 1, &outnull[i]);
+			if (!outnull[i])
+				out[i] = SPI_datumTransfer(out[i], TupleDescAttr(desc, i)->attbyval,
+										   TupleDescAttr(desc, i)->attlen);
+		}
+	}
+
+	SPI_finish();
+	SetUserIdAndSecContext(save_userid, save_sec_context);
+
+	return processed;
+}
+
+/*
+ * Would the planner itself read the rows of a one-table SELECT straight from
+ * the table "relid"?  It wouldn't where an extension plans something of its
+ * own (a distributed table is empty on the coordinator) or where the table is
+ * partitioned.
+ */
+bool
+owner_plan_is_local_scan(OwnerStatement *statement, Oid owner, Oid relid)
+{
+	Oid			save_userid;
+	int			save_sec_context;
+	CachedPlan *cplan;
+	bool		local = false;
+
+	GetUserIdAndSecContext(&save_userid, &save_sec_context);
+	SetUserIdAndSecContext(owner, save_sec_context |
+						   SECURITY_LOCAL_USERID_CHANGE | SECURITY_NOFORCE_RLS);
+	SPI_connect();
+
+	if (statement->plan == NULL)
+		prepare(statement);
+
+	cplan = SPI_plan_get_cached_plan(statement->plan);
+	if (cplan != NULL)
+	{
+		PlannedStmt *stmt = linitial_node(PlannedStmt, cplan->stmt_list);
+		Plan	   *plan = stmt->planTree;
+
+		if (list_length(cplan->stmt_list) == 1 && plan != NULL &&
+			(IsA(plan, IndexScan) || IsA(plan, IndexOnlyScan) ||
+			 IsA(plan, BitmapHeapScan) || IsA(plan, SeqScan)))
+		{
+			Scan	   *scan = (Scan *) plan;
+			RangeTblEntry *rte = list_nth_node(RangeTblEntry, stmt->rtable,
+											   scan->scanrelid - 1);
+
+			local = rte->rtekind == RTE_RELATION && rte->relid == relid;
+		}
+		ReleaseCachedPlan(cplan, CurrentResourceOwner);
+	}
+
+	SPI_finish();
+	SetUserIdAndSecContext(save_userid, save_sec_context);
+
+	return local;
+}

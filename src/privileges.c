@@ -1,0 +1,125 @@
+/*-------------------------------------------------------------------------
+ *
+ * privileges.c
+ *	  grant_role(): what a role of each kind needs, and no more.
+ *
+ * The extension grants nothing to PUBLIC.  The functions do their table work
+ * with the table owner's rights, so EXECUTE is all that a caller needs; no
+ * kind gets a privilege on a table.  The GRANTs run as the caller of
+ * grant_role(), who must therefore be the owner of the extension's objects.
+ *
+ * src/privileges.c
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "executor/spi.h"
+#include "fmgr.h"
+#include "miscadmin.h"
+#include "utils/acl.h"
+#include "utils/builtins.h"
+
+#include "arguments.h"
+#include "errors.h"
+
+PG_FUNCTION_INFO_V1(idempotency_grant_role);
+
+typedef enum RoleKind
+{
+	KIND_APPLICATION = 1 << 0,	/* claims requests and records their results */
+	KIND_WEBHOOK = 1 << 1,		/* takes in Stripe's events */
+	KIND_STRIPE_CALLER = 1 << 2,	/* calls Stripe */
+	KIND_OBSERVER = 1 << 3,		/* sees what is open, but no bodies */
+	KIND_OPERATOR = 1 << 4		/* settles what is open */
+} RoleKind;
+
+static const struct
+{
+	const char *name;
+	RoleKind	kind;
+}			kinds[] = {
+	{"application", KIND_APPLICATION},
+	{"webhook", KIND_WEBHOOK},
+	{"stripe_caller", KIND_STRIPE_CALLER},
+	{"observer", KIND_OBSERVER},
+	{"operator", KIND_OPERATOR}
+};
+
+static const struct
+{
+	const char *privilege;
+	int			kinds;
+}			privileges[] = {
+	{"USAGE ON SCHEMA idempotency",
+		KIND_APPLICATION | KIND_WEBHOOK | KIND_STRIPE_CALLER | KIND_OBSERVER | KIND_OPERATOR},
+	{"EXECUTE ON FUNCTION idempotency.claim", KIND_APPLICATION},
+	{"EXECUTE ON FUNCTION idempotency.record", KIND_APPLICATION},
+	{"EXECUTE ON FUNCTION idempotency.checkpoint", KIND_APPLICATION},
+	{"EXECUTE ON FUNCTION idempotency.extend", KIND_APPLICATION},
+	{"EXECUTE ON FUNCTION idempotency.release", KIND_APPLICATION | KIND_OPERATOR},
+	{"EXECUTE ON FUNCTION idempotency.lookup", KIND_APPLICATION | KIND_OPERATOR},
+	{"EXECUTE ON FUNCTION idempotency.operation_uuid", KIND_APPLICATION | KIND_STRIPE_CALLER},
+	{"EXECUTE ON FUNCTION idempotency.stripe_idempotency_key", KIND_STRIPE_CALLER | KIND_OPERATOR},
+	{"EXECUTE ON FUNCTION idempotency.stripe_claim", KIND_STRIPE_CALLER},
+	{"EXECUTE ON FUNCTION idempotency.stripe_record", KIND_STRIPE_CALLER},
+	{"EXECUTE ON FUNCTION idempotency.stripe_release", KIND_STRIPE_CALLER},
+	{"EXECUTE ON FUNCTION idempotency.stripe_extend", KIND_STRIPE_CALLER},
+	{"EXECUTE ON FUNCTION idempotency.stripe_reopen", KIND_STRIPE_CALLER | KIND_OPERATOR},
+	{"EXECUTE ON FUNCTION idempotency.stripe_lookup", KIND_STRIPE_CALLER | KIND_OPERATOR},
+	{"EXECUTE ON FUNCTION idempotency.stripe_namespace", KIND_OPERATOR},
+	{"SELECT ON idempotency.open_claims", KIND_OBSERVER | KIND_OPERATOR}
+};
+
+/*
+ * grant_role(role, kind)
+ */
+Datum
+idempotency_grant_role(PG_FUNCTION_ARGS)
+{
+	Oid			role;
+	const char *rolename;
+	char	   *name;
+	RoleKind	kind = 0;
+	int			i;
+
+	if (PG_ARGISNULL(0))
+		ereport(ERROR,
+				(errcode(ERRCODE_BAD_ARGUMENT),
+				 errmsg("%s must not be null", "role")));
+	role = PG_GETARG_OID(0);
+	name = text_to_cstring(argument_text(fcinfo, 1, "kind"));
+
+	for (i = 0; i < lengthof(kinds); i++)
+	{
+		if (strcmp(name, kinds[i].name) == 0)
+			kind = kinds[i].kind;
+	}
+	if (kind == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_BAD_ARGUMENT),
+				 errmsg("unrecognized kind of role: \"%s\"", name),
+				 errhint("Kinds are application, webhook, stripe_caller, observer and operator.")));
+	if (!OidIsValid(role))
+		ereport(ERROR,
+				(errcode(ERRCODE_BAD_ARGUMENT),
+				 errmsg("role must be an existing role"),
+				 errhint("Nothing is granted to PUBLIC.")));
+
+	rolename = quote_identifier(GetUserNameFromId(role, false));
+
+	SPI_connect();
+	for (i = 0; i < lengthof(privileges); i++)
+	{
+		char	   *grant;
+
+		if ((privileges[i].kinds & kind) == 0)
+			continue;
+		grant = psprintf("GRANT %s TO %s", privileges[i].privilege, rolename);
+		if (SPI_execute(grant, false, 0) != SPI_OK_UTILITY)
+			elog(ERROR, "could not execute: %s", grant);
+	}
+	SPI_finish();
+
+	PG_RETURN_VOID();
+}

@@ -1,0 +1,36 @@
+/*-------------------------------------------------------------------------
+ *
+ * result.h
+ *	  Composite and enum results of the SQL functions.
+ *
+ * src/result.h
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef IDEMPOTENCY_RESULT_H
+#define IDEMPOTENCY_RESULT_H
+
+#include "postgres.h"
+
+#include "access/tupdesc.h"
+#include "fmgr.h"
+
+/* A row under construction; columns are NULL until they are set. */
+typedef struct ResultRow
+{
+	TupleDesc	desc;
+	Datum	   *values;
+	bool	   *isnull;
+} ResultRow;
+
+extern void result_begin(ResultRow *result, FunctionCallInfo fcinfo, int ncolumns);
+extern void result_set(ResultRow *result, int column, Datum value);
+extern void result_copy(ResultRow *result, int column, Datum value, bool isnull);
+extern void result_set_text(ResultRow *result, int column, const char *value);
+extern void result_set_enum(ResultRow *result, int column, const char *label);
+extern Datum result_end(ResultRow *result);
+
+extern Datum enum_datum(Oid enumtype, const char *label);
+extern char *enum_label(Datum value);
+
+#endif							/* IDEMPOTENCY_RESULT_H */

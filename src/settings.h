@@ -1,0 +1,39 @@
+/*-------------------------------------------------------------------------
+ *
+ * settings.h
+ *	  Values of the idempotency.* settings; idempotency.c defines them with
+ *	  their ranges and defaults.
+ *
+ * src/settings.h
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef IDEMPOTENCY_SETTINGS_H
+#define IDEMPOTENCY_SETTINGS_H
+
+#include "postgres.h"
+
+typedef enum OpenClaimAction
+{
+	OPEN_CLAIM_ALLOW,
+	OPEN_CLAIM_WARNING,
+	OPEN_CLAIM_ERROR
+} OpenClaimAction;
+
+typedef enum StripeLedgerMode
+{
+	STRIPE_LEDGER_RECORDER,
+	STRIPE_LEDGER_TRANSACTION
+} StripeLedgerMode;
+
+extern int	key_ttl;			/* seconds */
+extern int	stripe_lease;		/* seconds */
+extern int	wait_timeout;		/* milliseconds; 0 doesn't wait, -1 has no
+								 * limit */
+extern int	stripe_resend_margin;	/* seconds */
+extern int	max_response_size;	/* kilobytes */
+extern int	open_claim_at_commit;	/* OpenClaimAction */
+extern int	stripe_ledger;		/* StripeLedgerMode */
+extern char *stripe_compare_ignore; /* comma-separated list */
+
+#endif							/* IDEMPOTENCY_SETTINGS_H */

@@ -1,0 +1,48 @@
+/*-------------------------------------------------------------------------
+ *
+ * stripe_outcome.h
+ *	  What an answer of Stripe's API v1 says about the call.
+ *
+ * src/stripe_outcome.h
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef IDEMPOTENCY_STRIPE_OUTCOME_H
+#define IDEMPOTENCY_STRIPE_OUTCOME_H
+
+/* What Stripe did with a call: labels of the SQL type idempotency.outcome */
+typedef enum StripeOutcome
+{
+	STRIPE_COMPLETED,
+	STRIPE_FAILED,
+	STRIPE_NOT_EXECUTED,
+	STRIPE_UNKNOWN,
+	STRIPE_MISMATCH
+} StripeOutcome;
+
+/* What came back, if anything */
+typedef struct StripeAnswer
+{
+	int			http_status;	/* 0: no answer */
+	bool		sent;			/* did a byte of the request leave?  Only
+								 * asked where there is no answer */
+	bool		body_complete;	/* did the body arrive as a whole?  True too
+								 * where just the status is known, from
+								 * somebody who had the whole answer */
+	const char *error_type;		/* of the body's error object, or NULL */
+	const char *error_code;		/* likewise */
+} StripeAnswer;
+
+typedef struct StripeClass
+{
+	StripeOutcome outcome;
+	bool		resend;			/* may the same key and bytes, sent again
+								 * within the key's window, settle it? */
+	bool		retry;			/* worth another attempt inside the same call? */
+	const char *reason;			/* for people; marked for translation */
+} StripeClass;
+
+extern StripeClass stripe_classify(const StripeAnswer *answer);
+extern const char *stripe_outcome_name(StripeOutcome outcome);
+
+#endif							/* IDEMPOTENCY_STRIPE_OUTCOME_H */
