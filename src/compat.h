@@ -24,13 +24,28 @@
 #include "varatt.h"
 #endif
 
-/* 18: index_beginscan counts its work where EXPLAIN asks for it */
-#if PG_VERSION_NUM >= 180000
+/*
+ * 18: index_beginscan counts its work where EXPLAIN asks for it
+ * 19: and is told what the scan is for
+ */
+#if PG_VERSION_NUM >= 190000
+#define index_beginscan_compat(heap, index, snapshot, nkeys) \
+	index_beginscan(heap, index, snapshot, NULL, nkeys, 0, SO_NONE)
+#elif PG_VERSION_NUM >= 180000
 #define index_beginscan_compat(heap, index, snapshot, nkeys) \
 	index_beginscan(heap, index, snapshot, NULL, nkeys, 0)
 #else
 #define index_beginscan_compat(heap, index, snapshot, nkeys) \
 	index_beginscan(heap, index, snapshot, nkeys, 0)
+#endif
+
+/* 19: a table scan is told what it is for, too */
+#if PG_VERSION_NUM >= 190000
+#define table_beginscan_compat(rel, snapshot) \
+	table_beginscan(rel, snapshot, 0, NULL, SO_NONE)
+#else
+#define table_beginscan_compat(rel, snapshot) \
+	table_beginscan(rel, snapshot, 0, NULL)
 #endif
 
 /* 18: a deferrable primary key has to be asked for */

@@ -121,7 +121,7 @@ read_namespaces(Relation rel, int *nrows)
 
 	rows = palloc(max * sizeof(NamespaceRow));
 	slot = table_slot_create(rel, NULL);
-	scan = table_beginscan(rel, GetActiveSnapshot(), 0, NULL);
+	scan = table_beginscan_compat(rel, GetActiveSnapshot());
 	while (table_scan_getnextslot(scan, ForwardScanDirection, slot))
 	{
 		NamespaceRow *row;
