@@ -100,8 +100,9 @@ namespace_id(const uint8 *ns, size_t nslen, uint8 id[NAMESPACE_ID_LEN])
  * part where they are members of the request itself or of its member "params".
  *
  * Memory is CurrentMemoryContext's.  It is given back, except for what an
- * error leaves behind; for a moment it is about the size of the request's
- * text, up to 1 GB.
+ * error leaves behind; for a moment it is that of the encoding, up to 1 GB.
+ * That's more than the jsonb takes: numbers are written with all their zeros,
+ * so 1e100000 has 100,001 digits here as in jsonb's own text.
  *
  * Raises ERRCODE_PROGRAM_LIMIT_EXCEEDED where 1 GB isn't enough,
  * ERRCODE_STATEMENT_TOO_COMPLEX for nesting deeper than the stack, and what

@@ -589,6 +589,24 @@ ledger_claim(Ledger *ledger, Relation rel, LedgerClaim *claim)
 }
 
 /*
+ * A fenced statement changed nothing although its row is as it should be, so
+ * it was passed by another transaction and is tried again; *races counts.
+ * Raises an error where that can't be the reason any more.
+ */
+void
+ledger_lost_race(Ledger *ledger, int *races)
+{
+	CHECK_FOR_INTERRUPTS();
+
+	if (++*races >= MAX_RACES)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("could not change a row of table \"idempotency.%s\"", ledger->table),
+				 errdetail("It has been tried %d times.", MAX_RACES),
+				 errhint("A trigger or rule on the table may suppress the change.")));
+}
+
+/*
  * A fencing token: random, from 1 to 2^53 - 1.  A counter would hand a number
  * out twice where a crash lost the WAL that had moved it on.
  */

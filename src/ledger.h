@@ -90,6 +90,8 @@ extern void ledger_look(Ledger *ledger, Relation rel, const Datum *key, LedgerRo
 extern bool ledger_lookup(Ledger *ledger, const Datum *key, LedgerRow *row);
 extern void ledger_claim(Ledger *ledger, Relation rel, LedgerClaim *claim);
 
+extern void ledger_lost_race(Ledger *ledger, int *races);
+
 extern int64 ledger_new_token(void);
 extern int	ledger_retry_after(TimestampTz until, TimestampTz now);
 

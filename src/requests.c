@@ -466,17 +466,19 @@ explain_refusal(Relation rel, text *key, text *scope, int64 token, LedgerRow *re
 }
 
 /*
- * Run a statement that names the key and its token, and close the open claim
- * if "closes".  *out is its only column.
+ * Run a statement that names the key and its token, until it has changed the
+ * row or the reason why it can't is raised.  *out is its only column.
  */
 static void
 fenced(Relation rel, OwnerStatement *statement, Datum *values, const char *nulls,
 	   text *key, text *scope, int64 token, Datum *out, bool *outnull)
 {
+	int			races = 0;
+
 	while (ledger_execute(rel, statement, values, nulls, out, outnull, out != NULL ? 1 : 0) == 0)
 	{
-		CHECK_FOR_INTERRUPTS();
 		(void) explain_refusal(rel, key, scope, token, NULL);
+		ledger_lost_race(&requests, &races);
 	}
 }
 
@@ -507,6 +509,7 @@ idempotency_record(PG_FUNCTION_ARGS)
 	char		nulls[10];
 	Datum		expires_at;
 	bool		isnull;
+	int			races = 0;
 
 	PreventCommandDuringRecovery("idempotency.record()");
 
@@ -542,9 +545,11 @@ idempotency_record(PG_FUNCTION_ARGS)
 		if (ledger_execute(rel, &record_result, values, nulls, &expires_at, &isnull, 1) > 0)
 			break;
 
-		CHECK_FOR_INTERRUPTS();
 		if (explain_refusal(rel, key, scope, token, &row))
+		{
+			ledger_lost_race(&requests, &races);
 			continue;
+		}
 
 		/* recorded by this very claim: the same result may be recorded again */
 		if (DatumGetInt32(row.values[K_HTTP_STATUS]) != status ||

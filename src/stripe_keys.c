@@ -864,6 +864,7 @@ idempotency_stripe_record(PG_FUNCTION_ARGS)
 	char		nulls[] = "             ";
 	Datum		outcome;
 	bool		isnull;
+	int			races = 0;
 
 	PreventCommandDuringRecovery("idempotency.stripe_record()");
 
@@ -910,12 +911,12 @@ idempotency_stripe_record(PG_FUNCTION_ARGS)
 		if (ledger_execute(rel, &record_outcome, values, nulls, &outcome, &isnull, 1) > 0)
 			break;
 
-		CHECK_FOR_INTERRUPTS();
 		if (!record_late(rel, &op, token, &result, &row, &as))
 		{
 			outcome = row.values[S_OUTCOME];
 			break;
 		}
+		ledger_lost_race(&stripe_calls, &races);
 	}
 	ledger_close(rel);
 
@@ -933,6 +934,7 @@ idempotency_stripe_release(PG_FUNCTION_ARGS)
 	int64		token;
 	Relation	rel;
 	Datum		values[4];
+	int			races = 0;
 
 	PreventCommandDuringRecovery("idempotency.stripe_release()");
 
@@ -945,8 +947,8 @@ idempotency_stripe_release(PG_FUNCTION_ARGS)
 	rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
 	while (ledger_execute(rel, &release_claim, values, NULL, NULL, NULL, 0) == 0)
 	{
-		CHECK_FOR_INTERRUPTS();
 		explain_refusal(rel, &op, token);
+		ledger_lost_race(&stripe_calls, &races);
 	}
 	ledger_close(rel);
 
@@ -967,6 +969,7 @@ idempotency_stripe_extend(PG_FUNCTION_ARGS)
 	char		nulls[] = "      ";
 	Datum		lease_expires_at;
 	bool		isnull;
+	int			races = 0;
 
 	PreventCommandDuringRecovery("idempotency.stripe_extend()");
 
@@ -987,8 +990,8 @@ idempotency_stripe_extend(PG_FUNCTION_ARGS)
 		values[4] = TimestampTzGetDatum(GetCurrentTimestamp());
 		if (ledger_execute(rel, &extend_lease, values, nulls, &lease_expires_at, &isnull, 1) > 0)
 			break;
-		CHECK_FOR_INTERRUPTS();
 		explain_refusal(rel, &op, token);
+		ledger_lost_race(&stripe_calls, &races);
 	}
 	ledger_close(rel);
 
@@ -1039,6 +1042,7 @@ idempotency_stripe_reopen(PG_FUNCTION_ARGS)
 	bool		force;
 	Relation	rel;
 	char	   *key;
+	int			races = 0;
 
 	PreventCommandDuringRecovery("idempotency.stripe_reopen()");
 
@@ -1097,7 +1101,7 @@ idempotency_stripe_reopen(PG_FUNCTION_ARGS)
 		values[9] = BoolGetDatum(force);
 		if (ledger_execute(rel, &reopen, values, NULL, NULL, NULL, 0) > 0)
 			break;
-		CHECK_FOR_INTERRUPTS();
+		ledger_lost_race(&stripe_calls, &races);
 	}
 	ledger_close(rel);
 
