@@ -11,15 +11,17 @@
  * the value is encoded anew, in a form of our own:
  *
  *		n, t, f		null, true, false
- *		d			number: length, numeric_normalize()'s text
+ *		d			number: length, text DIGITSeEXPONENT
  *		s			string: length, UTF-8 bytes
  *		a			array: number of elements, the elements
  *		o			object: number of members, the members (length of the
  *					name, name, value), shorter names first, names of one
  *					length in order of their bytes
  *
- * Lengths and numbers are 8 bytes, most significant first.  Each value tells
- * where it ends, so no two values have one encoding in common.
+ * Lengths and counts are 8 bytes, most significant first.  Each value tells
+ * where it ends, so no two values have one encoding in common.  Numbers go
+ * without their outer zeros because a short request may have a great many:
+ * 1e131071 is followed by 131,071 of them.
  *
  * The fingerprint is a MAC of the encoding, keyed with the namespace: whoever
  * reads the ledger can't find a request by trying likely ones.  Before it
@@ -70,6 +72,7 @@ static void encode_object(StringInfo buf, JsonbContainer *object,
 static void encode_value(StringInfo buf, const JsonbValue *value,
 						 const Ignored *ignored);
 static void encode_member(StringInfo buf, const Member *member);
+static void encode_number(StringInfo buf, Numeric number);
 static bool is_name(const JsonbValue *string, const char *name);
 static bool is_ignored(const JsonbValue *name, const Ignored *ignored);
 static int	compare_members(const void *a, const void *b);
@@ -100,9 +103,9 @@ namespace_id(const uint8 *ns, size_t nslen, uint8 id[NAMESPACE_ID_LEN])
  * part where they are members of the request itself or of its member "params".
  *
  * Memory is CurrentMemoryContext's.  It is given back, except for what an
- * error leaves behind; for a moment it is that of the encoding, up to 1 GB.
- * That's more than the jsonb takes: numbers are written with all their zeros,
- * so 1e100000 has 100,001 digits here as in jsonb's own text.
+ * error leaves behind; for a moment it is that of the encoding, which is less
+ * than three times as long as the jsonb, and of one number written in full, at
+ * most 150 kB.
  *
  * Raises ERRCODE_PROGRAM_LIMIT_EXCEEDED where 1 GB isn't enough,
  * ERRCODE_STATEMENT_TOO_COMPLEX for nesting deeper than the stack, and what
@@ -261,7 +264,6 @@ static void
 encode_value(StringInfo buf, const JsonbValue *value, const Ignored *ignored)
 {
 	MacField	utf8;
-	char	   *digits;
 
 	CHECK_FOR_INTERRUPTS();
 
@@ -276,10 +278,7 @@ encode_value(StringInfo buf, const JsonbValue *value, const Ignored *ignored)
 			break;
 
 		case jbvNumeric:
-			digits = numeric_normalize(value->val.numeric);
-			appendStringInfoChar(buf, 'd');
-			append_bytes(buf, digits, strlen(digits));
-			pfree(digits);
+			encode_number(buf, value->val.numeric);
 			break;
 
 		case jbvString:
@@ -297,6 +296,55 @@ encode_value(StringInfo buf, const JsonbValue *value, const Ignored *ignored)
 		default:
 			elog(ERROR, "unexpected jsonb value type %d", (int) value->type);
 	}
+}
+
+/*
+ * Append the encoding of a number: its digits from the first to the last that
+ * isn't 0, as an integer, and the power of ten to multiply that by.
+ */
+static void
+encode_number(StringInfo buf, Numeric number)
+{
+	char	   *plain = numeric_normalize(number);
+	bool		negative = (plain[0] == '-');
+	const char *digits = negative ? plain + 1 : plain;
+	size_t		len = strlen(digits);
+	char	   *point = strchr(digits, '.');
+	int			exponent = 0;
+	char		suffix[16];
+	int			suffix_len;
+
+	if (point != NULL)
+	{
+		size_t		fraction_len = digits + len - (point + 1);
+
+		memmove(point, point + 1, fraction_len);
+		len--;
+		exponent = -(int) fraction_len;
+	}
+
+	/* zero is the text "0" here, and stays so */
+	while (len > 1 && digits[0] == '0')
+	{
+		digits++;
+		len--;
+	}
+	while (len > 1 && digits[len - 1] == '0')
+	{
+		len--;
+		exponent++;
+	}
+
+	suffix_len = snprintf(suffix, sizeof(suffix), "e%d", exponent);
+
+	appendStringInfoChar(buf, 'd');
+	append_uint64(buf, (uint64) ((negative ? 1 : 0) + len + suffix_len));
+	if (negative)
+		appendStringInfoChar(buf, '-');
+	appendBinaryStringInfo(buf, digits, (int) len);
+	appendBinaryStringInfo(buf, suffix, suffix_len);
+
+	pfree(plain);
 }
 
 static bool

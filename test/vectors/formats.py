@@ -63,18 +63,14 @@ def namespace_id(namespace):
 
 
 def number_text(number):
-    """Plain decimal digits without a needless sign, zero or point."""
+    """DIGITSeEXPONENT, the digits without a zero at either end."""
     sign, digits, exponent = number.as_tuple()
-    digits = "".join(map(str, digits))
-    if exponent >= 0:
-        whole, fraction = digits + "0" * exponent, ""
-    else:
-        digits = digits.rjust(-exponent + 1, "0")
-        whole, fraction = digits[:exponent], digits[exponent:]
-    whole = whole.lstrip("0") or "0"
-    fraction = fraction.rstrip("0")
-    text = whole + ("." + fraction if fraction else "")
-    return "-" + text if sign and text != "0" else text
+    digits = "".join(map(str, digits)).lstrip("0")
+    if not digits:
+        return "0e0"
+    significant = digits.rstrip("0")
+    exponent += len(digits) - len(significant)
+    return f"{'-' if sign else ''}{significant}e{exponent}"
 
 
 def canonical(value, ignore=(), top=True):
@@ -150,6 +146,9 @@ OPERATION_UUIDS = [
     ("\N{GRINNING FACE}", "\N{GREEK SMALL LETTER OMEGA}"),
 ]
 
+# more digits than any binary floating-point number keeps
+PI = "314159265358979323846264338327950288419716939937510582097494459"
+
 FINGERPRINTS = [
     # name, request, ignored names
     ("null", "null", []),
@@ -166,12 +165,30 @@ FINGERPRINTS = [
     ("zero with an exponent", "-0.0e5", []),
     ("one hundred", "100", []),
     ("one hundred with an exponent", "1E+2", []),
+    ("one hundred from tens", "10e1", []),
+    ("zeros on either side of the point", "-1200.3400", []),
+    ("zeros on either side, with an exponent", "-12003400e-4", []),
+    ("zeros between digits", "1002003000", []),
+    ("a negative number with a fraction", "-120.5", []),
+    ("a thousandth", "0.001", []),
+    ("a thousandth with an exponent", "1e-3", []),
     ("a half", "0.50", []),
     ("a half with an exponent", "5e-1", []),
     ("more digits than a double has", "12345678901234567890.12345678901234567890", []),
     ("one more in its last digit", "12345678901234567890.12345678901234567891", []),
     ("a small number", "-1.5e-10", []),
     ("a large number", "1e40", []),
+    ("a large number written out", "1" + "0" * 40, []),
+    ("a large number with digits", PI, []),
+    ("a large number with digits and zeros", PI + "0" * 20, []),
+    ("a large number with digits and an exponent", "-" + PI + "e1000", []),
+    ("the largest power of ten in jsonb", "1e131071", []),
+    ("the largest power of ten from a tenth", "0.1e131072", []),
+    ("the largest power of ten from ten", "10e131070", []),
+    ("the smallest power of ten in jsonb", "1e-16383", []),
+    ("the smallest power of ten from a tenth", "0.1e-16382", []),
+    ("the same, negative", "-1e-16383", []),
+    ("zero with a large exponent", "0e131071", []),
     ("empty string", '""', []),
     ("string of a digit", '"1"', []),
     ("ASCII string", '"hello"', []),
