@@ -29,6 +29,32 @@ PG_CFLAGS = -Wall -Wextra -Wno-unused-parameter -Wno-sign-compare -Wno-missing-f
 PG_LDFLAGS = $(if $(filter Linux,$(shell uname -s)),-Wl$(comma)-Bsymbolic)
 comma := ,
 
+# pg_regress: sql/, expected/; isolation and TAP: test/
+tests := $(patsubst sql/%.sql,%,$(sort $(wildcard sql/*.sql)))
+REGRESS := $(filter install,$(tests)) $(filter-out install cleanup,$(tests)) $(filter cleanup,$(tests))
+ISOLATION := $(patsubst test/specs/%.spec,%,$(sort $(wildcard test/specs/*.spec)))
+ISOLATION_OPTS = --inputdir=test
+TAP_TESTS = 1
+PROVE_TESTS = test/t/*.pl
+override PROVE_FLAGS += -I test/perl
+ENCODING = UTF8
+NO_LOCALE = 1
+
+# where there is no server to build against yet, "make test" and "make demo" work
 PG_CONFIG ?= pg_config
-PGXS := $(shell $(PG_CONFIG) --pgxs)
+PGXS := $(shell $(PG_CONFIG) --pgxs 2>/dev/null)
+ifneq ($(wildcard $(PGXS)),)
 include $(PGXS)
+$(OBJS): $(wildcard src/*.h)
+else
+all install uninstall installcheck check clean:
+	@echo "$@: $(PG_CONFIG) names no PGXS: install PostgreSQL's server development files" >&2
+	@echo '(on Debian postgresql-server-dev-NN), or set PG_CONFIG to another pg_config.' >&2
+	@echo '"make test" and "make demo" install what they need themselves.' >&2
+	@false
+endif
+
+# Set up a private server in a temporary directory, as test/run says.
+.PHONY: test demo bench
+test demo bench:
+	@test/run $@

@@ -303,6 +303,302 @@ ORDER BY c.lapsed DESC, c.lease_expires_at;
 SELECT idempotency.stripe_namespace('new');
 
 --
+-- Comments
+--
+
+COMMENT ON SCHEMA idempotency IS
+	'Retries made safe: claim a key, do the work, record its result, replay it ever after';
+
+COMMENT ON TYPE idempotency.verdict IS
+	'Answer of a claim. claimed: the caller, and nobody else, runs the operation now; '
+	'replay: it was recorded before, here is the result; in_progress: someone else holds it; '
+	'mismatch: the same key came with another request; '
+	'unknown: sending again can''t settle a call to Stripe any more';
+COMMENT ON TYPE idempotency.outcome IS
+	'What Stripe did with a call. completed: executed (2xx), which says nothing about money; '
+	'failed: definitive refusal; not_executed: Stripe did nothing, free to be claimed again; '
+	'unknown: it may or may not have happened; in_progress: claimed and not recorded; '
+	'mismatch: Stripe knows the key from another request';
+
+COMMENT ON TYPE idempotency.claim_result IS 'Answer of claim()';
+COMMENT ON COLUMN idempotency.claim_result.verdict IS
+	'claimed, replay, in_progress or mismatch';
+COMMENT ON COLUMN idempotency.claim_result.token IS
+	'Proof of the claim for record(), checkpoint(), extend() and release(): '
+	'random, 1 to 2^53 - 1; NULL unless claimed';
+COMMENT ON COLUMN idempotency.claim_result.attempt IS
+	'Which claim of this key it is, from 1; on replay, the one that recorded the result';
+COMMENT ON COLUMN idempotency.claim_result.recovery_point IS
+	'Where claimed after an earlier attempt: its last checkpoint, or NULL';
+COMMENT ON COLUMN idempotency.claim_result.recovery_data IS
+	'What the earlier attempt left with that checkpoint, or NULL';
+COMMENT ON COLUMN idempotency.claim_result.http_status IS
+	'Status to answer with: the recorded one on replay, 409 in_progress, 422 mismatch; NULL if claimed';
+COMMENT ON COLUMN idempotency.claim_result.response IS
+	'On replay, the recorded response as jsonb, or NULL';
+COMMENT ON COLUMN idempotency.claim_result.response_headers IS
+	'On replay, the recorded headers, or NULL';
+COMMENT ON COLUMN idempotency.claim_result.response_body IS
+	'On replay, the recorded body byte for byte, or NULL';
+COMMENT ON COLUMN idempotency.claim_result.retry_after IS
+	'If in_progress, seconds after which to try again, at least 1 (for Retry-After)';
+COMMENT ON COLUMN idempotency.claim_result.lease_expires_at IS
+	'If claimed with a lease, until when the key is held';
+COMMENT ON COLUMN idempotency.claim_result.expires_at IS
+	'On replay, until when the result is replayed';
+
+COMMENT ON TYPE idempotency.key_info IS 'Answer of lookup()';
+COMMENT ON COLUMN idempotency.key_info.scope IS 'Tenant or user that the key belongs to';
+COMMENT ON COLUMN idempotency.key_info.key IS 'The client''s Idempotency-Key';
+COMMENT ON COLUMN idempotency.key_info.status IS
+	'in_progress; once recorded failed for an HTTP status from 400 on, otherwise completed';
+COMMENT ON COLUMN idempotency.key_info.attempt IS 'How often the key was claimed';
+COMMENT ON COLUMN idempotency.key_info.recovery_point IS 'Last checkpoint of an unfinished key, or NULL';
+COMMENT ON COLUMN idempotency.key_info.recovery_data IS 'What was left with that checkpoint, or NULL';
+COMMENT ON COLUMN idempotency.key_info.http_status IS 'Recorded status, or NULL';
+COMMENT ON COLUMN idempotency.key_info.response IS 'Recorded response as jsonb, or NULL';
+COMMENT ON COLUMN idempotency.key_info.response_headers IS 'Recorded headers, or NULL';
+COMMENT ON COLUMN idempotency.key_info.response_body IS 'Recorded body, or NULL';
+COMMENT ON COLUMN idempotency.key_info.has_request IS
+	'Is a request known that later claims are compared with?';
+COMMENT ON COLUMN idempotency.key_info.claimed_at IS 'When the key was claimed last';
+COMMENT ON COLUMN idempotency.key_info.lease IS 'For how long it was claimed or extended last, or NULL';
+COMMENT ON COLUMN idempotency.key_info.lease_expires_at IS 'Until when it is held, or NULL without a lease';
+COMMENT ON COLUMN idempotency.key_info.lapsed IS
+	'If in_progress, is the key free to be claimed again?  Otherwise NULL';
+COMMENT ON COLUMN idempotency.key_info.recorded_at IS 'When the result was recorded, or NULL';
+COMMENT ON COLUMN idempotency.key_info.expires_at IS 'Until when the result is replayed, or NULL';
+
+COMMENT ON TYPE idempotency.stripe_claim_result IS 'Answer of stripe_claim()';
+COMMENT ON COLUMN idempotency.stripe_claim_result.verdict IS
+	'claimed, replay, in_progress, mismatch or unknown';
+COMMENT ON COLUMN idempotency.stripe_claim_result.outcome IS 'What Stripe did with the call';
+COMMENT ON COLUMN idempotency.stripe_claim_result.idempotency_key IS
+	'Idempotency-Key of the operation''s current generation; '
+	'NULL only where another transaction has just claimed it and isn''t committed';
+COMMENT ON COLUMN idempotency.stripe_claim_result.token IS
+	'Proof of the claim for stripe_record(), stripe_extend() and stripe_release(): '
+	'random, 1 to 2^53 - 1; NULL unless claimed';
+COMMENT ON COLUMN idempotency.stripe_claim_result.attempt IS 'Which claim of this generation it is, from 1';
+COMMENT ON COLUMN idempotency.stripe_claim_result.generation IS
+	'1, and one more for each stripe_reopen()';
+COMMENT ON COLUMN idempotency.stripe_claim_result.request IS
+	'The request as first claimed: if claimed, send this one';
+COMMENT ON COLUMN idempotency.stripe_claim_result.resource_id IS 'Stripe''s id of what was made, or NULL';
+COMMENT ON COLUMN idempotency.stripe_claim_result.resource_type IS 'Its type, such as payment_intent, or NULL';
+COMMENT ON COLUMN idempotency.stripe_claim_result.http_status IS 'Status of Stripe''s last recorded answer, or NULL';
+COMMENT ON COLUMN idempotency.stripe_claim_result.response IS 'Stripe''s last recorded answer, or NULL';
+COMMENT ON COLUMN idempotency.stripe_claim_result.error IS 'The error object of that answer, or NULL';
+COMMENT ON COLUMN idempotency.stripe_claim_result.retry_after IS
+	'If in_progress, seconds after which to try again, at least 1';
+COMMENT ON COLUMN idempotency.stripe_claim_result.resend_until IS
+	'Until when the same key and request may be sent again, or NULL where they never were';
+COMMENT ON COLUMN idempotency.stripe_claim_result.livemode IS 'Stripe''s livemode as recorded, or NULL';
+
+COMMENT ON TYPE idempotency.stripe_key_info IS 'Answer of stripe_lookup()';
+COMMENT ON COLUMN idempotency.stripe_key_info.account IS 'Stripe account, '''' for one''s own';
+COMMENT ON COLUMN idempotency.stripe_key_info.operation_type IS 'What the call does, such as payment';
+COMMENT ON COLUMN idempotency.stripe_key_info.operation_id IS 'Id of the operation within its type';
+COMMENT ON COLUMN idempotency.stripe_key_info.idempotency_key IS 'Idempotency-Key of the current generation';
+COMMENT ON COLUMN idempotency.stripe_key_info.generation IS '1, and one more for each stripe_reopen()';
+COMMENT ON COLUMN idempotency.stripe_key_info.attempt IS 'How often this generation was claimed';
+COMMENT ON COLUMN idempotency.stripe_key_info.outcome IS 'What Stripe did with the call';
+COMMENT ON COLUMN idempotency.stripe_key_info.request IS 'The request as first claimed, or NULL';
+COMMENT ON COLUMN idempotency.stripe_key_info.resource_id IS 'Stripe''s id of what was made, or NULL';
+COMMENT ON COLUMN idempotency.stripe_key_info.resource_type IS 'Its type, such as payment_intent, or NULL';
+COMMENT ON COLUMN idempotency.stripe_key_info.http_status IS 'Status of Stripe''s last recorded answer, or NULL';
+COMMENT ON COLUMN idempotency.stripe_key_info.response IS 'Stripe''s last recorded answer, or NULL';
+COMMENT ON COLUMN idempotency.stripe_key_info.error IS 'The error object of that answer, or NULL';
+COMMENT ON COLUMN idempotency.stripe_key_info.request_id IS 'Stripe''s Request-Id, or NULL';
+COMMENT ON COLUMN idempotency.stripe_key_info.livemode IS 'Stripe''s livemode as recorded, or NULL';
+COMMENT ON COLUMN idempotency.stripe_key_info.created_at IS 'When the operation was claimed first';
+COMMENT ON COLUMN idempotency.stripe_key_info.claimed_at IS 'When it was claimed last';
+COMMENT ON COLUMN idempotency.stripe_key_info.lease_expires_at IS 'If in_progress, until when it is held';
+COMMENT ON COLUMN idempotency.stripe_key_info.lapsed IS
+	'If in_progress, is the operation free to be claimed again?  Otherwise NULL';
+COMMENT ON COLUMN idempotency.stripe_key_info.first_sent_at IS
+	'When this generation may have been sent first, or NULL where it never was';
+COMMENT ON COLUMN idempotency.stripe_key_info.resend_until IS
+	'Until when the same key and request may be sent again';
+COMMENT ON COLUMN idempotency.stripe_key_info.recorded_at IS 'When the outcome was recorded, or NULL';
+COMMENT ON COLUMN idempotency.stripe_key_info.history IS
+	'Earlier generations, oldest first, each as stripe_reopen() found it, or NULL';
+
+COMMENT ON TABLE idempotency.idempotency_keys IS
+	'Requests that the API received, and their results; change it through the functions only';
+COMMENT ON COLUMN idempotency.idempotency_keys.token IS 'Token of the last claim';
+COMMENT ON COLUMN idempotency.idempotency_keys.claimed_at IS 'When the key was claimed last';
+COMMENT ON COLUMN idempotency.idempotency_keys.lease_expires_at IS
+	'Until when an unfinished key is held; NULL where it was claimed without a lease, and once recorded';
+COMMENT ON COLUMN idempotency.idempotency_keys.recorded_at IS 'When the result was recorded, NULL before';
+COMMENT ON COLUMN idempotency.idempotency_keys.expires_at IS
+	'Until when the result is replayed, after which the key counts as absent; NULL until recorded';
+COMMENT ON COLUMN idempotency.idempotency_keys.lease IS
+	'For how long it was claimed or extended last; NULL without a lease, and once recorded';
+COMMENT ON COLUMN idempotency.idempotency_keys.ttl IS
+	'Time to live that claim() asked for; NULL if none, and once recorded';
+COMMENT ON COLUMN idempotency.idempotency_keys.attempt IS 'How often the key was claimed, from 1';
+COMMENT ON COLUMN idempotency.idempotency_keys.http_status IS 'Recorded status, NULL before';
+COMMENT ON COLUMN idempotency.idempotency_keys.scope IS 'Tenant or user that the key belongs to';
+COMMENT ON COLUMN idempotency.idempotency_keys.key IS 'The client''s Idempotency-Key';
+COMMENT ON COLUMN idempotency.idempotency_keys.fingerprint IS
+	'Fingerprint of the first request known, keyed with the namespace; NULL if none was given';
+COMMENT ON COLUMN idempotency.idempotency_keys.recovery_point IS
+	'Last checkpoint of an unfinished key, or NULL';
+COMMENT ON COLUMN idempotency.idempotency_keys.recovery_data IS 'What was left with that checkpoint, or NULL';
+COMMENT ON COLUMN idempotency.idempotency_keys.response IS 'Recorded response as jsonb, or NULL';
+COMMENT ON COLUMN idempotency.idempotency_keys.response_headers IS 'Recorded headers, or NULL';
+COMMENT ON COLUMN idempotency.idempotency_keys.response_body IS 'Recorded body, or NULL';
+
+COMMENT ON TABLE idempotency.stripe_idempotency_keys IS
+	'Calls sent to Stripe, one row an operation, never deleted; change it through the functions only';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.token IS 'Token of the last claim';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.created_at IS 'When the operation was claimed first';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.claimed_at IS 'When it was claimed last';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.lease_expires_at IS
+	'Until when an operation in progress is held, otherwise NULL';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.first_sent_at IS
+	'When this generation may have been sent first: Stripe keeps its key for 24 hours from then; '
+	'NULL where it never was';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.recorded_at IS
+	'When the outcome of the last attempt was recorded, or NULL';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.lease IS
+	'For how long it was claimed or extended last, or NULL';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.attempt IS
+	'How often this generation was claimed';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.generation IS
+	'1, and one more for each stripe_reopen(); each has a key of its own';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.http_status IS
+	'Status of Stripe''s last recorded answer, or NULL';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.outcome IS 'What Stripe did with the call';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.uncertain IS
+	'Did an attempt of this generation end without a definitive answer?';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.livemode IS 'Stripe''s livemode as recorded, or NULL';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.account IS 'Stripe account, '''' for one''s own';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.operation_type IS 'What the call does, such as payment';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.operation_id IS 'Id of the operation within its type';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.idempotency_key IS
+	'Idempotency-Key of the current generation: once stored it is read, never derived again';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.resource_id IS 'Stripe''s id of what was made, or NULL';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.resource_type IS
+	'Its type, such as payment_intent, or NULL';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.request_id IS 'Stripe''s Request-Id, or NULL';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.fingerprint IS
+	'Fingerprint of the request without what idempotency.stripe_compare_ignore names, or NULL';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.past_tokens IS
+	'Tokens of earlier attempts of this generation: they used the same key, so a late answer of theirs counts';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.request IS
+	'The request as first claimed, for whoever has to send it again; or NULL';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.response IS 'Stripe''s last recorded answer, or NULL';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.error IS 'The error object of that answer, or NULL';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.history IS
+	'Earlier generations, oldest first, each as stripe_reopen() found it, or NULL';
+
+COMMENT ON TABLE idempotency.namespace IS
+	'Secrets that keys, operation UUIDs and fingerprints are derived from; '
+	'in force is, of those not retired, one made elsewhere before one made here, then the oldest';
+COMMENT ON COLUMN idempotency.namespace.value IS '32 random bytes; whoever reads them can derive every key';
+COMMENT ON COLUMN idempotency.namespace.system_identifier IS 'Database system that it was made in';
+COMMENT ON COLUMN idempotency.namespace.database IS 'OID of the database that it was made in';
+COMMENT ON COLUMN idempotency.namespace.created_at IS 'When it was made';
+COMMENT ON COLUMN idempotency.namespace.retired_at IS
+	'When stripe_namespace(''new'') replaced it, or NULL; its fingerprints are compared all the same';
+
+COMMENT ON VIEW idempotency.open_claims IS
+	'Claims neither recorded nor released, lapsed ones first, without any bodies';
+COMMENT ON COLUMN idempotency.open_claims.ledger IS 'request or stripe';
+COMMENT ON COLUMN idempotency.open_claims.scope IS 'Of a request: tenant or user that the key belongs to';
+COMMENT ON COLUMN idempotency.open_claims.key IS 'Of a request: the client''s Idempotency-Key';
+COMMENT ON COLUMN idempotency.open_claims.account IS 'Of a call to Stripe: its account';
+COMMENT ON COLUMN idempotency.open_claims.operation_type IS 'Of a call to Stripe: what it does';
+COMMENT ON COLUMN idempotency.open_claims.operation_id IS 'Of a call to Stripe: id within its type';
+COMMENT ON COLUMN idempotency.open_claims.attempt IS 'How often it was claimed';
+COMMENT ON COLUMN idempotency.open_claims.claimed_at IS 'When it was claimed last';
+COMMENT ON COLUMN idempotency.open_claims.lease_expires_at IS 'Until when it is held, or NULL without a lease';
+COMMENT ON COLUMN idempotency.open_claims.lapsed IS 'Is it free to be claimed again?';
+COMMENT ON COLUMN idempotency.open_claims.recovery_point IS 'Of a request: its last checkpoint, or NULL';
+COMMENT ON COLUMN idempotency.open_claims.next_step IS 'The statement to type';
+
+COMMENT ON FUNCTION idempotency.claim(text, text, jsonb, interval, interval, boolean) IS
+	'Claims a key: says whether the caller runs the operation, or what came of it. '
+	'Call it in FROM; (claim(...)).* would claim once a column. '
+	'key: 1 to 255 characters, no control characters; scope: likewise, may be empty, from the session; '
+	'request: the whole request, compared by value, NULL: not compared; '
+	'ttl: how long a result is replayed (default idempotency.key_ttl, 24 h); '
+	'lease: how long the claim outlives COMMIT (NULL: it must be recorded or released before COMMIT, or IK005); '
+	'wait (default true): wait for an uncommitted twin, at most idempotency.wait_timeout, 10 s. '
+	'Raises IK003 for a bad argument';
+COMMENT ON FUNCTION idempotency.record(text, text, bigint, jsonb, integer, jsonb, bytea, interval) IS
+	'Records the result of a claim, success or failure, and returns when it expires. '
+	'response: as jsonb; response_status: 100 to 599 (default 200); response_headers: an object; '
+	'response_body: any bytes; ttl: how long it is replayed (default the claim''s, then idempotency.key_ttl, 24 h). '
+	'Recording the same again changes nothing. Raises IK001 for a token that doesn''t hold the key, '
+	'IK002 where another result is recorded, IK003 for a bad argument, '
+	'IK007 over idempotency.max_response_size';
+COMMENT ON FUNCTION idempotency.checkpoint(text, text, bigint, text, jsonb, interval) IS
+	'Keeps a recovery point, which a successor is handed, and renews the lease; returns until when it is held. '
+	'recovery_point: 1 to 255 characters; recovery_data: anything; '
+	'lease: default the one given last, none if there was none. '
+	'Raises IK001, IK002 if recorded, IK003, IK007 over idempotency.max_response_size';
+COMMENT ON FUNCTION idempotency.extend(text, text, bigint, interval) IS
+	'Renews the lease of a claim and returns until when it is held. '
+	'lease: from now on (default the one given last). '
+	'Raises IK001, IK002 if recorded, IK003, also where there is no lease to repeat';
+COMMENT ON FUNCTION idempotency.release(text, text, bigint) IS
+	'Gives a claim up: the key is absent again, its checkpoint forgotten. '
+	'Raises IK001, IK002 if recorded, IK003';
+COMMENT ON FUNCTION idempotency.lookup(text, text) IS
+	'Shows a key as the query''s snapshot sees it, NULL where it is absent or expired. '
+	'For display: only claim() decides. Raises IK003 for a bad argument';
+COMMENT ON FUNCTION idempotency.operation_uuid(text, text) IS
+	'Derives a UUID from scope and key: the same on every retry, after rollback, crash and restore. '
+	'Raises IK003 for a bad argument';
+
+COMMENT ON FUNCTION idempotency.stripe_idempotency_key(text, text, text) IS
+	'Returns the Idempotency-Key that an operation has or will have. '
+	'operation_type and operation_id: printable ASCII, 217 characters together; '
+	'account: printable ASCII without spaces, default '''', one''s own. '
+	'Raises IK003 for a bad argument, IK009 in a copied database that hasn''t decided on its namespace';
+COMMENT ON FUNCTION idempotency.stripe_claim(text, text, jsonb, text, interval) IS
+	'Claims a call to Stripe: says whether the caller sends it, with which key and request, or what came of it. '
+	'Call it in FROM, as a statement of its own. '
+	'request: what is sent, compared without idempotency.stripe_compare_ignore, NULL: not compared; '
+	'account: default ''''; lease: how long the caller holds it (default idempotency.stripe_lease, 5 min). '
+	'Raises IK003, IK006 inside a transaction block unless idempotency.stripe_ledger is transaction, '
+	'IK007 over idempotency.max_response_size, IK009';
+COMMENT ON FUNCTION idempotency.stripe_record(text, text, bigint, text, jsonb, integer, text, text) IS
+	'Records Stripe''s answer and returns the outcome. '
+	'resource_id: what was made (default the response''s id); response: the body as Stripe sent it, errors included; '
+	'http_status: 100 to 599, NULL: completed where there is a resource id, otherwise unknown; '
+	'request_id: Stripe''s Request-Id; account: default ''''. '
+	'A late token of the same generation may still record. Raises IK001 for a token of neither, '
+	'IK002 where another result is recorded, IK003, IK007 over idempotency.max_response_size, IK009';
+COMMENT ON FUNCTION idempotency.stripe_release(text, text, bigint, text) IS
+	'Gives a claim up because nothing was sent: free to be claimed again, with the same key. '
+	'account: default ''''. Raises IK001, IK002 if recorded, IK003, IK009';
+COMMENT ON FUNCTION idempotency.stripe_extend(text, text, bigint, interval, text) IS
+	'Renews the lease of a claim and returns until when it is held. '
+	'lease: from now on (default the one given last); account: default ''''. '
+	'Raises IK001, IK002 if recorded, IK003, IK009';
+COMMENT ON FUNCTION idempotency.stripe_reopen(text, text, text, boolean, integer) IS
+	'Starts an operation''s next generation and returns its new key. '
+	'account: default ''''; force (default false): also where the outcome isn''t known, '
+	'which may charge a second time; from_generation: does nothing where that one is reopened already. '
+	'Raises IK002 for an operation completed, in progress or, without force, unknown; '
+	'IK003, also for one never claimed; IK006 inside a transaction block unless '
+	'idempotency.stripe_ledger is transaction; IK009';
+COMMENT ON FUNCTION idempotency.stripe_lookup(text, text, text) IS
+	'Shows an operation as the query''s snapshot sees it, NULL where it was never claimed. '
+	'account: default ''''. For display: only stripe_claim() decides. Raises IK003, IK009';
+COMMENT ON FUNCTION idempotency.stripe_namespace(text) IS
+	'Decides once in a copied database. choice: keep, where the copy replaces its original, '
+	'or new, where both live on. Raises IK003, IK009 where it is decided already';
+
+COMMENT ON FUNCTION idempotency.grant_role(regrole, text) IS
+	'Grants a role what it needs, and no more; run it as the owner of the extension''s objects. '
+	'kind: application, webhook, stripe_caller, observer or operator. Raises IK003 for a bad argument';
+
+--
 -- Privileges: nothing for PUBLIC, idempotency.grant_role() gives what a role needs
 --
 
