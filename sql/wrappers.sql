@@ -1,0 +1,290 @@
+--
+-- What an application builds around claim() and record().  The README shows
+-- the same functions; test/t/020_readme.pl checks that they are the same.
+--
+\set VERBOSITY terse
+SET client_min_messages = warning;
+CREATE EXTENSION IF NOT EXISTS idempotency;
+RESET client_min_messages;
+
+CREATE TABLE orders (
+    id uuid PRIMARY KEY,
+    user_id text NOT NULL,
+    sku text NOT NULL,
+    quantity integer NOT NULL CHECK (quantity > 0),
+    payment text
+);
+
+--
+-- PL/pgSQL: one request, one transaction
+--
+CREATE SCHEMA api;
+
+CREATE TYPE api.http_response AS (status integer, headers jsonb, body jsonb);
+
+-- a refusal, in the form of RFC 9457
+CREATE FUNCTION api.problem(status integer, detail text, headers jsonb DEFAULT '{}')
+RETURNS api.http_response
+LANGUAGE sql IMMUTABLE
+RETURN ROW(status, headers || '{"Content-Type": "application/problem+json"}',
+           jsonb_build_object('status', status, 'detail', detail))::api.http_response;
+
+-- the key of an Idempotency-Key header: bare, or a quoted structured field
+CREATE FUNCTION api.key_of_header(header text)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+RETURN NULLIF(CASE WHEN header ~ '^\s*".*"\s*$'
+                   THEN regexp_replace(regexp_replace(header, '^\s*"|"\s*$', '', 'g'),
+                                       '\\(["\\])', '\1', 'g')
+                   ELSE btrim(header) END, '');
+
+CREATE FUNCTION api.create_order(idempotency_key text, user_id text, body jsonb)
+RETURNS api.http_response
+LANGUAGE plpgsql
+AS $$
+DECLARE
+    key text := api.key_of_header(idempotency_key);
+    c idempotency.claim_result;
+    order_id uuid;
+    answer api.http_response;
+BEGIN
+    IF key IS NULL THEN
+        RETURN api.problem(400, 'The Idempotency-Key header is missing.');
+    ELSIF key !~ '^[\x20-\x7e]{1,255}$' THEN
+        RETURN api.problem(400, 'The Idempotency-Key header is malformed.');
+    END IF;
+
+    SELECT * INTO c FROM idempotency.claim(key, user_id,
+        request => jsonb_build_object('method', 'POST', 'path', '/orders', 'body', body));
+
+    CASE c.verdict
+        WHEN 'claimed' THEN
+            NULL;               -- ours: go on below
+        WHEN 'replay' THEN
+            RETURN ROW(c.http_status,
+                       c.response_headers || '{"Idempotent-Replayed": "true"}',
+                       c.response)::api.http_response;
+        WHEN 'in_progress' THEN
+            RETURN api.problem(c.http_status, 'This request is being processed.',
+                               jsonb_build_object('Retry-After', c.retry_after::text));
+        WHEN 'mismatch' THEN
+            RETURN api.problem(c.http_status,
+                               'This Idempotency-Key was used with another request.');
+    END CASE;
+
+    -- What this block does is undone by its exception handler, the claim is
+    -- not: a refusal is recorded like any other result.  Any other error
+    -- leaves the function and takes the claim with it.
+    BEGIN
+        order_id := idempotency.operation_uuid(key, user_id);
+        INSERT INTO public.orders (id, user_id, sku, quantity)
+            VALUES (order_id, user_id, body ->> 'sku', (body ->> 'quantity')::integer)
+            ON CONFLICT (id) DO NOTHING;    -- an order outlives its key
+        answer.status := 201;
+        answer.headers := jsonb_build_object('Location', '/orders/' || order_id);
+        answer.body := (SELECT to_jsonb(o) FROM public.orders o WHERE o.id = order_id);
+    EXCEPTION
+        WHEN check_violation OR not_null_violation OR invalid_text_representation THEN
+            answer := api.problem(400, 'The order needs a sku and a positive quantity.');
+    END;
+
+    PERFORM idempotency.record(key, user_id, c.token, response => answer.body,
+        response_status => answer.status, response_headers => answer.headers);
+    RETURN answer;
+END
+$$;
+
+-- runs once, whatever the spelling of header and body
+SELECT status, headers->>'Location' = '/orders/' || (body->>'id') AS has_location,
+	headers ? 'Idempotent-Replayed' AS replayed, body - 'id' AS body
+FROM api.create_order('k-1', 'user 42', '{"sku": "apple", "quantity": 3}');
+SELECT status, headers->>'Location' = '/orders/' || (body->>'id') AS has_location,
+	headers->'Idempotent-Replayed' AS replayed, body - 'id' AS body
+FROM api.create_order('k-1', 'user 42', '{"sku": "apple", "quantity": 3}');
+SELECT status, headers->'Idempotent-Replayed' AS replayed
+FROM api.create_order('"k-1"', 'user 42', '{"quantity": 3.0, "sku": "\u0061pple"}');
+SELECT status, headers->'Idempotent-Replayed' AS replayed
+FROM api.create_order(E' "k-1"\t', 'user 42', '{"quantity": 3, "sku": "apple"}');
+SELECT id = idempotency.operation_uuid('k-1', 'user 42') AS derived, user_id, sku, quantity
+FROM orders;
+
+-- the same key of another user is another key
+SELECT status, headers ? 'Idempotent-Replayed' AS replayed
+FROM api.create_order('k-1', 'user 7', '{"sku": "apple", "quantity": 1}');
+
+-- another request with the same key: nothing runs, nothing is shown
+SELECT * FROM api.create_order('k-1', 'user 42', '{"sku": "apple", "quantity": 4}');
+
+-- somebody else is at it
+SELECT verdict FROM idempotency.claim('k-2', 'user 42', lease => interval '1 hour');
+SELECT status, (headers->>'Retry-After')::integer BETWEEN 1 AND 3600 AS retry_after,
+	headers - 'Retry-After' AS headers, body
+FROM api.create_order('k-2', 'user 42', '{"sku": "pear", "quantity": 1}');
+
+-- headers that hold no key
+SELECT * FROM api.create_order(NULL, 'user 42', '{"sku": "pear", "quantity": 1}');
+SELECT * FROM api.create_order('', 'user 42', '{"sku": "pear", "quantity": 1}');
+SELECT * FROM api.create_order(' "" ', 'user 42', '{"sku": "pear", "quantity": 1}');
+SELECT * FROM api.create_order(repeat('x', 256), 'user 42', '{"sku": "pear", "quantity": 1}');
+SELECT * FROM api.create_order(E'"a\nb"', 'user 42', '{"sku": "pear", "quantity": 1}');
+SELECT status FROM api.create_order(repeat('x', 255), 'user 42', '{"sku": "pear", "quantity": 1}');
+SELECT header, api.key_of_header(header)
+FROM (VALUES ('bare'), ('"quoted"'), ('" in side "'), ('"a\"b\\c"'), ('half"'), ('"'), ('""')) h (header);
+
+-- a refusal is recorded and replayed, the order isn't there
+SELECT * FROM api.create_order('k-3', 'user 42', '{"sku": "pear", "quantity": 0}');
+SELECT * FROM api.create_order('k-3', 'user 42', '{"sku": "pear", "quantity": 0}');
+SELECT * FROM api.create_order('k-4', 'user 42', '{"quantity": 1}');
+SELECT * FROM api.create_order('k-5', 'user 42', '{"sku": "pear", "quantity": "many"}');
+SELECT status, http_status FROM idempotency.lookup('k-3', 'user 42');
+
+-- an error that nobody has foreseen takes the claim with it, so a retry may succeed
+SELECT * FROM api.create_order('k-6', 'user 42', '{"sku": "plum", "quantity": 5000000000}');
+SELECT status FROM idempotency.lookup('k-6', 'user 42');
+DO $$
+BEGIN
+	PERFORM api.create_order('k-6', 'user 42', '{"sku": "plum", "quantity": 5000000000}');
+EXCEPTION
+	WHEN numeric_value_out_of_range THEN
+		RAISE NOTICE 'caught: %', SQLERRM;
+END
+$$;
+SELECT status, headers ? 'Idempotent-Replayed' AS replayed
+FROM api.create_order('k-6', 'user 42', '{"sku": "plum", "quantity": 5}');
+
+-- so does a rollback of the caller's
+BEGIN;
+SELECT status FROM api.create_order('k-7', 'user 42', '{"sku": "fig", "quantity": 1}');
+ROLLBACK;
+SELECT count(*) FROM orders WHERE sku = 'fig';
+SELECT status, headers ? 'Idempotent-Replayed' AS replayed
+FROM api.create_order('k-7', 'user 42', '{"sku": "fig", "quantity": 1}');
+
+-- without a user there is no scope
+SELECT * FROM api.create_order('k-8', NULL, '{"sku": "fig", "quantity": 1}');
+
+-- long after: the key is forgotten, the order isn't
+UPDATE idempotency.idempotency_keys SET expires_at = '2020-01-01'
+WHERE scope = 'user 42' AND key = 'k-1';
+SELECT status, headers ? 'Idempotent-Replayed' AS replayed, body - 'id' AS body
+FROM api.create_order('k-1', 'user 42', '{"sku": "apple", "quantity": 3}');
+SELECT count(*) FROM orders WHERE id = idempotency.operation_uuid('k-1', 'user 42');
+
+--
+-- PostgREST: the same by its settings
+--
+CREATE SCHEMA rest;
+
+CREATE FUNCTION rest.orders(jsonb)
+RETURNS json
+LANGUAGE plpgsql
+AS $$
+DECLARE
+    answer api.http_response;
+BEGIN
+    answer := api.create_order(
+        NULLIF(current_setting('request.headers', true), '')::json ->> 'idempotency-key',
+        NULLIF(current_setting('request.jwt.claims', true), '')::json ->> 'sub',
+        $1);
+
+    PERFORM set_config('response.status', answer.status::text, true);
+    PERFORM set_config('response.headers', json_agg(json_build_object(h.key, h.value))::text, true)
+        FROM jsonb_each_text(answer.headers) h;
+    RETURN answer.body;
+END
+$$;
+
+CREATE ROLE regress_authenticator NOINHERIT;
+CREATE ROLE regress_web_user;
+GRANT regress_web_user TO regress_authenticator;
+GRANT USAGE ON SCHEMA rest, api TO regress_web_user;
+GRANT SELECT, INSERT ON orders TO regress_web_user;
+SELECT idempotency.grant_role('regress_web_user', 'application');
+
+-- the transaction that PostgREST makes of a request
+SET SESSION AUTHORIZATION regress_authenticator;
+BEGIN;
+SET LOCAL ROLE regress_web_user;
+SELECT set_config('request.headers', '{"idempotency-key": "\"r-1\"", "accept": "*/*"}', true) IS NOT NULL
+	AND set_config('request.jwt.claims', '{"sub": "user 42", "role": "regress_web_user"}', true) IS NOT NULL AS set;
+SELECT rest.orders('{"sku": "date", "quantity": 2}')::jsonb - 'id' AS body;
+SELECT current_setting('response.status') AS status,
+	regexp_replace(current_setting('response.headers'), '[0-9a-f-]{36}', '...') AS headers;
+COMMIT;
+
+BEGIN;
+SET LOCAL ROLE regress_web_user;
+SELECT set_config('request.headers', '{"idempotency-key": "r-1"}', true) IS NOT NULL
+	AND set_config('request.jwt.claims', '{"sub": "user 42", "role": "regress_web_user"}', true) IS NOT NULL AS set;
+SELECT rest.orders('{"sku": "date", "quantity": 2}')::jsonb - 'id' AS body;
+SELECT current_setting('response.status') AS status,
+	regexp_replace(current_setting('response.headers'), '[0-9a-f-]{36}', '...') AS headers;
+COMMIT;
+
+-- no header
+BEGIN;
+SET LOCAL ROLE regress_web_user;
+SELECT set_config('request.headers', '{"accept": "*/*"}', true) IS NOT NULL
+	AND set_config('request.jwt.claims', '{"sub": "user 42", "role": "regress_web_user"}', true) IS NOT NULL AS set;
+SELECT rest.orders('{"sku": "date", "quantity": 2}');
+SELECT current_setting('response.status') AS status, current_setting('response.headers') AS headers;
+COMMIT;
+
+-- no token: an error, which PostgREST answers with its own status
+BEGIN;
+SET LOCAL ROLE regress_web_user;
+SELECT set_config('request.headers', '{"idempotency-key": "r-1"}', true) IS NOT NULL AS set;
+SELECT rest.orders('{"sku": "date", "quantity": 2}');
+ROLLBACK;
+
+-- the role sees nothing of the ledger, and before SET ROLE there is nothing to call
+BEGIN;
+SET LOCAL ROLE regress_web_user;
+SELECT count(*) FROM idempotency.idempotency_keys;
+ROLLBACK;
+SELECT rest.orders('{"sku": "date", "quantity": 2}');
+RESET SESSION AUTHORIZATION;
+
+--
+-- A table of the application's own with the key of the operation
+--
+CREATE TABLE wallet_entries (
+    user_id text NOT NULL,
+    amount numeric NOT NULL,
+    idempotency_key uuid NOT NULL UNIQUE
+);
+
+BEGIN;
+SELECT verdict, token FROM idempotency.claim('topup-7', 'user 42') \gset
+\echo :verdict
+INSERT INTO wallet_entries (user_id, amount, idempotency_key)
+    VALUES ('user 42', 50.00, idempotency.operation_uuid('topup-7', 'user 42'))
+    ON CONFLICT (idempotency_key) DO NOTHING;
+SELECT idempotency.record('topup-7', 'user 42', :token, response => '{"credited": 50.00}') IS NOT NULL AS recorded;
+COMMIT;
+
+-- the key is forgotten, and the client tries again
+UPDATE idempotency.idempotency_keys SET expires_at = '2020-01-01'
+WHERE scope = 'user 42' AND key = 'topup-7';
+BEGIN;
+SELECT verdict, token FROM idempotency.claim('topup-7', 'user 42') \gset
+\echo :verdict
+INSERT INTO wallet_entries (user_id, amount, idempotency_key)
+    VALUES ('user 42', 50.00, idempotency.operation_uuid('topup-7', 'user 42'))
+    ON CONFLICT (idempotency_key) DO NOTHING;
+SELECT idempotency.record('topup-7', 'user 42', :token, response => '{"credited": 50.00}') IS NOT NULL AS recorded;
+COMMIT;
+SELECT user_id, amount, idempotency_key = idempotency.operation_uuid('topup-7', 'user 42') AS derived
+FROM wallet_entries;
+
+-- and whoever forgets to ask the ledger is stopped by the table
+INSERT INTO wallet_entries (user_id, amount, idempotency_key)
+    VALUES ('user 42', 50.00, idempotency.operation_uuid('topup-7', 'user 42'));
+
+-- clean up
+DROP TABLE wallet_entries, orders;
+DROP SCHEMA rest CASCADE;
+DROP SCHEMA api CASCADE;
+DROP OWNED BY regress_web_user;
+DROP ROLE regress_authenticator, regress_web_user;
+DELETE FROM idempotency.idempotency_keys WHERE scope IN ('user 42', 'user 7');

@@ -1,0 +1,266 @@
+
+=pod
+
+=head1 NAME
+
+IdempotencyTest - helpers for the extension's TAP tests
+
+=head1 DESCRIPTION
+
+Thin wrappers around PostgreSQL::Test::Cluster, which finds the server and
+reads TEMP_CONFIG for where the extension is installed.  All of them work in
+database postgres unless told otherwise by db => NAME.
+
+=cut
+
+package IdempotencyTest;
+
+use strict;
+use warnings;
+
+use Exporter 'import';
+use JSON::PP;
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+our @EXPORT = qw(
+  literal new_node sql run_fails claim claim_text call_text stripe_claim
+  lapse_lease lapse_stripe_lease wait_for_lock extension_functions
+);
+
+my $json = JSON::PP->new->utf8->allow_nonref;
+
+=pod
+
+=over
+
+=item literal($value)
+
+A value as an SQL literal; undef is NULL.
+
+=cut
+
+sub literal
+{
+	my ($value) = @_;
+
+	return 'NULL' unless defined $value;
+	my $escaped = $value =~ /\\/;
+	$value =~ s/(['\\])/$1$1/g;
+	return ($escaped ? ' E' : '') . "'$value'";
+}
+
+=pod
+
+=item new_node($name, conf => TEXT, init => {...}, extension => 0)
+
+A running server with the extension in database postgres.
+
+=cut
+
+sub new_node
+{
+	my ($name, %params) = @_;
+	my $node = PostgreSQL::Test::Cluster->new($name);
+
+	$node->init(%{ $params{init} // {} });
+	$node->append_conf('postgresql.conf',
+		"max_prepared_transactions = 10\n" . ($params{conf} // ''));
+	$node->start;
+	$node->safe_psql('postgres', 'CREATE EXTENSION idempotency')
+	  if $params{extension} // 1;
+	return $node;
+}
+
+=pod
+
+=item sql($node, $statements, db => NAME)
+
+The statements' output; the test dies where one of them fails.
+
+=cut
+
+sub sql
+{
+	my ($node, $statements, %params) = @_;
+
+	return $node->safe_psql($params{db} // 'postgres', $statements);
+}
+
+=pod
+
+=item run_fails($node, $statements, $sqlstate, $test_name, db => NAME)
+
+Test that the statements fail with this SQLSTATE.
+
+=cut
+
+sub run_fails
+{
+	my ($node, $statements, $sqlstate, $test_name, %params) = @_;
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+
+	my (undef, undef, $stderr) = $node->psql($params{db} // 'postgres',
+		"\\set VERBOSITY sqlstate\n$statements");
+	my ($got) = $stderr =~ /ERROR:\s+(\w{5})\b/;
+
+	return is($got // 'no error', $sqlstate, $test_name);
+}
+
+# Named arguments of an SQL function.
+sub arguments
+{
+	my (%values) = @_;
+
+	return join(', ', map { "$_ => " . literal($values{$_}) } sort keys %values);
+}
+
+=pod
+
+=item call_text($function, %arguments)
+
+A SELECT of the function's result as text, which is exact: every byte of a
+response shows in it.
+
+=cut
+
+sub call_text
+{
+	my ($function, %values) = @_;
+
+	return "SELECT r::text FROM idempotency.$function(" . arguments(%values) . ") r";
+}
+
+=pod
+
+=item claim($node, $key, scope => ..., lease => ..., db => NAME)
+
+Claim a key in a transaction of its own; the answer is a hash reference.
+
+=item claim_text($node, $key, ...)
+
+The same, with the answer as text.
+
+=item stripe_claim($node, $operation_type, $operation_id, ...)
+
+=cut
+
+sub claim
+{
+	my ($node, $key, %values) = @_;
+	my $db = delete $values{db} // 'postgres';
+
+	return $json->decode(
+		$node->safe_psql($db,
+				'SELECT pg_catalog.row_to_json(r) FROM idempotency.claim('
+			  . arguments(scope => 'test', %values, key => $key)
+			  . ') r'));
+}
+
+sub claim_text
+{
+	my ($node, $key, %values) = @_;
+	my $db = delete $values{db} // 'postgres';
+
+	return $node->safe_psql($db,
+		call_text('claim', scope => 'test', %values, key => $key));
+}
+
+sub stripe_claim
+{
+	my ($node, $type, $id, %values) = @_;
+	my $db = delete $values{db} // 'postgres';
+
+	return $json->decode(
+		$node->safe_psql($db,
+				'SELECT pg_catalog.row_to_json(r) FROM idempotency.stripe_claim('
+			  . arguments(%values, operation_type => $type, operation_id => $id)
+			  . ') r'));
+}
+
+=pod
+
+=item lapse_lease($node, $key, scope => ..., db => NAME)
+
+=item lapse_stripe_lease($node, $operation_type, $operation_id, db => NAME)
+
+Let the time of a lease pass at once.
+
+=cut
+
+sub lapse_lease
+{
+	my ($node, $key, %values) = @_;
+
+	return lapse($node, $values{db}, 'idempotency_keys',
+		'scope = '
+		  . literal($values{scope} // 'test')
+		  . ' AND key = '
+		  . literal($key));
+}
+
+sub lapse_stripe_lease
+{
+	my ($node, $type, $id, %values) = @_;
+
+	return lapse($node, $values{db}, 'stripe_idempotency_keys',
+		'operation_type = ' . literal($type) . ' AND operation_id = ' . literal($id));
+}
+
+sub lapse
+{
+	my ($node, $db, $table, $condition) = @_;
+
+	my $changed = $node->safe_psql(
+		$db // 'postgres', qq{
+		WITH lapsed AS (
+			UPDATE idempotency.$table
+			SET lease_expires_at = clock_timestamp() - interval '1 microsecond'
+			WHERE $condition AND lease_expires_at IS NOT NULL
+			RETURNING 1)
+		SELECT count(*) FROM lapsed});
+	die "there is no lease where $condition" unless $changed eq '1';
+	return;
+}
+
+=pod
+
+=item wait_for_lock($node, $pid)
+
+Return once a backend waits for a lock.
+
+=cut
+
+sub wait_for_lock
+{
+	my ($node, $pid) = @_;
+
+	return $node->poll_query_until('postgres',
+		"SELECT wait_event_type = 'Lock' FROM pg_stat_activity WHERE pid = $pid")
+	  || die "backend $pid doesn't wait for a lock";
+}
+
+=pod
+
+=item extension_functions($node, $condition, db => NAME)
+
+Names of the extension's functions that fulfil a condition on pg_proc, one a
+line, so that a test can tell whether it has a case for each.
+
+=back
+
+=cut
+
+sub extension_functions
+{
+	my ($node, $condition, %params) = @_;
+
+	return $node->safe_psql(
+		$params{db} // 'postgres', qq{
+		SELECT DISTINCT proname FROM pg_proc
+		WHERE pronamespace = 'idempotency'::regnamespace AND $condition
+		ORDER BY 1});
+}
+
+1;
