@@ -19,6 +19,7 @@ OBJS = \
 	src/request_print.o \
 	src/requests.o \
 	src/result.o \
+	src/shmem.o \
 	src/stripe_key.o \
 	src/stripe_keys.o \
 	src/stripe_outcome.o

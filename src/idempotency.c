@@ -15,12 +15,14 @@
 #include <limits.h>
 
 #include "fmgr.h"
+#include "miscadmin.h"
 #include "utils/guc.h"
 #include "utils/varlena.h"
 
 #include "compat.h"
 #include "open_claims.h"
 #include "settings.h"
+#include "shmem.h"
 
 IDEMPOTENCY_MODULE_MAGIC;
 
@@ -136,4 +138,8 @@ _PG_init(void)
 {
 	define_settings();
 	open_claims_init();
+
+	/* pg_upgrade's server runs nothing of ours */
+	if (process_shared_preload_libraries_in_progress && !IsBinaryUpgrade)
+		shmem_request_at_preload();
 }
