@@ -3,6 +3,10 @@
 -- complain if script is sourced in psql, rather than via CREATE EXTENSION
 \echo Use "CREATE EXTENSION idempotency" to load this file. \quit
 
+-- The schema is the extension's own: one that is there already, and may be
+-- somebody else's, is an error, and DROP EXTENSION takes it along.
+CREATE SCHEMA idempotency;
+
 --
 -- Types
 --
@@ -596,7 +600,7 @@ COMMENT ON FUNCTION idempotency.stripe_namespace(text) IS
 
 COMMENT ON FUNCTION idempotency.grant_role(regrole, text) IS
 	'Grants a role what it needs, and no more; run it as the owner of the extension''s objects. '
-	'kind: application, webhook, stripe_caller, observer or operator. Raises IK003 for a bad argument';
+	'kind: application, webhook, stripe_caller, observer or operator. Raises IK003 for a bad argument, 42501 for anybody else';
 
 --
 -- Privileges: nothing for PUBLIC, idempotency.grant_role() gives what a role needs

@@ -33,8 +33,10 @@
  * user's own lock_timeout all work and running out of time is an answer, not
  * an error.  A claim that may not wait writes in such a subtransaction with a
  * lock_timeout of 1 ms, for the case of a twin that slips in after the look.
- * A waiting claim's write needs no subtransaction: it can block only on such a
- * late twin, and then for wait_timeout at most (an error, 55P03).
+ * A waiting claim's INSERT needs no subtransaction, which would cost every
+ * fresh claim: it can block only on such a late twin, and then for
+ * wait_timeout at most (an error, 55P03).  A takeover can also meet a row lock,
+ * which the look doesn't see, and has one.
  *
  * Locks: ROW EXCLUSIVE on the table and ACCESS SHARE on its primary key, kept
  * to the end of the transaction, as every statement does.
@@ -72,7 +74,7 @@
 #include "open_claims.h"
 #include "settings.h"
 
-/* A claim that took longer than this to write has waited: 10 ms. */
+/* A statement that took longer than this has waited: 10 ms. */
 #define WAITED_USECS INT64CONST(10000)
 
 /* How long a claim that doesn't wait may be held up by a late twin. */
@@ -469,7 +471,7 @@ do_write(void *arg)
 }
 
 /*
- * The write of a claim that may wait and whose look went straight to the
+ * The INSERT of a claim that may wait and whose look went straight to the
  * table: no subtransaction, but no unlimited wait either.
  */
 static void
@@ -559,7 +561,7 @@ ledger_claim(Ledger *ledger, Relation rel, LedgerClaim *claim)
 		write.now = now;
 		write.written = false;
 
-		if (claim->wait && ledger->direct)
+		if (claim->wait && ledger->direct && write.row == NULL)
 			write_bounded(&write);
 		else
 		{
@@ -577,15 +579,28 @@ ledger_claim(Ledger *ledger, Relation rel, LedgerClaim *claim)
 
 		if (write.written)
 		{
-			TimestampTz then = GetCurrentTimestamp();
-
-			if (then - now > WAITED_USECS)
-				claim->renew(claim, rel, then);
+			if (ledger_has_waited(&now))
+				claim->renew(claim, rel, now);
 			return;
 		}
 	}
 
 	claim->busy(claim);
+}
+
+/*
+ * Has a statement that was given this clock waited for somebody?  Then *clock
+ * is read anew, for what it wrote to be renewed with.
+ */
+bool
+ledger_has_waited(TimestampTz *clock)
+{
+	TimestampTz now = GetCurrentTimestamp();
+
+	if (now - *clock <= WAITED_USECS)
+		return false;
+	*clock = now;
+	return true;
 }
 
 /*

@@ -89,7 +89,7 @@ extern uint64 ledger_execute(Relation rel, OwnerStatement *statement, Datum *val
 extern void ledger_look(Ledger *ledger, Relation rel, const Datum *key, LedgerRow *row);
 extern bool ledger_lookup(Ledger *ledger, const Datum *key, LedgerRow *row);
 extern void ledger_claim(Ledger *ledger, Relation rel, LedgerClaim *claim);
-
+extern bool ledger_has_waited(TimestampTz *clock);
 extern void ledger_lost_race(Ledger *ledger, int *races);
 
 extern int64 ledger_new_token(void);

@@ -14,11 +14,15 @@
  */
 #include "postgres.h"
 
+#include "access/htup_details.h"
+#include "catalog/namespace.h"
+#include "catalog/pg_namespace.h"
 #include "executor/spi.h"
 #include "fmgr.h"
 #include "miscadmin.h"
 #include "utils/acl.h"
 #include "utils/builtins.h"
+#include "utils/syscache.h"
 
 #include "arguments.h"
 #include "errors.h"
@@ -53,6 +57,12 @@ static const struct
 }			privileges[] = {
 	{"USAGE ON SCHEMA idempotency",
 		KIND_APPLICATION | KIND_WEBHOOK | KIND_STRIPE_CALLER | KIND_OBSERVER | KIND_OPERATOR},
+	{"USAGE ON TYPE idempotency.verdict", KIND_APPLICATION | KIND_STRIPE_CALLER},
+	{"USAGE ON TYPE idempotency.outcome", KIND_STRIPE_CALLER | KIND_OPERATOR},
+	{"USAGE ON TYPE idempotency.claim_result", KIND_APPLICATION},
+	{"USAGE ON TYPE idempotency.key_info", KIND_APPLICATION | KIND_OPERATOR},
+	{"USAGE ON TYPE idempotency.stripe_claim_result", KIND_STRIPE_CALLER},
+	{"USAGE ON TYPE idempotency.stripe_key_info", KIND_STRIPE_CALLER | KIND_OPERATOR},
 	{"EXECUTE ON FUNCTION idempotency.claim", KIND_APPLICATION},
 	{"EXECUTE ON FUNCTION idempotency.record", KIND_APPLICATION},
 	{"EXECUTE ON FUNCTION idempotency.checkpoint", KIND_APPLICATION},
@@ -70,6 +80,27 @@ static const struct
 	{"EXECUTE ON FUNCTION idempotency.stripe_namespace", KIND_OPERATOR},
 	{"SELECT ON idempotency.open_claims", KIND_OBSERVER | KIND_OPERATOR}
 };
+
+/*
+ * A GRANT by anybody else would only warn that nothing was granted.
+ */
+static void
+check_owner(void)
+{
+	Oid			schema = get_namespace_oid("idempotency", false);
+	HeapTuple	tuple = SearchSysCache1(NAMESPACEOID, ObjectIdGetDatum(schema));
+	Oid			owner;
+
+	if (!HeapTupleIsValid(tuple))
+		elog(ERROR, "cache lookup failed for schema %u", schema);
+	owner = ((Form_pg_namespace) GETSTRUCT(tuple))->nspowner;
+	ReleaseSysCache(tuple);
+
+	if (!has_privs_of_role(GetUserId(), owner))
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("must be owner of extension %s", "idempotency")));
+}
 
 /*
  * grant_role(role, kind)
@@ -105,6 +136,8 @@ idempotency_grant_role(PG_FUNCTION_ARGS)
 				(errcode(ERRCODE_BAD_ARGUMENT),
 				 errmsg("role must be an existing role"),
 				 errhint("Nothing is granted to PUBLIC.")));
+
+	check_owner();
 
 	rolename = quote_identifier(GetUserNameFromId(role, false));
 

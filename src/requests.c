@@ -153,6 +153,16 @@ static OwnerStatement record_result = {
 	INT4OID, JSONBOID, JSONBOID, BYTEAOID}
 };
 
+/* $5: how long it is replayed, $6: the clock it was recorded with */
+static OwnerStatement renew_result = {
+	"UPDATE idempotency.idempotency_keys SET recorded_at = $4,"
+	" expires_at = $4 OPERATOR(pg_catalog.+) $5"
+	" WHERE scope OPERATOR(pg_catalog.=) $1 AND key OPERATOR(pg_catalog.=) $2"
+	" AND token OPERATOR(pg_catalog.=) $3 AND recorded_at OPERATOR(pg_catalog.=) $6"
+	" RETURNING expires_at",
+	6, {TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, INTERVALOID, TIMESTAMPTZOID}
+};
+
 static OwnerStatement extend_lease = {
 	"UPDATE idempotency.idempotency_keys SET lease = COALESCE($5, lease),"
 	" lease_expires_at = $4 OPERATOR(pg_catalog.+) COALESCE($5, lease)"
@@ -467,19 +477,53 @@ explain_refusal(Relation rel, text *key, text *scope, int64 token, LedgerRow *re
 
 /*
  * Run a statement that names the key and its token, until it has changed the
- * row or the reason why it can't is raised.  *out is its only column.
+ * row or the reason why it can't is raised.  values[3] is set to the clock.
+ * *out is its only column: the end of a lease, which starts when this returns.
  */
 static void
 fenced(Relation rel, OwnerStatement *statement, Datum *values, const char *nulls,
 	   text *key, text *scope, int64 token, Datum *out, bool *outnull)
 {
+	TimestampTz now = GetCurrentTimestamp();
 	int			races = 0;
 
+	values[3] = TimestampTzGetDatum(now);
 	while (ledger_execute(rel, statement, values, nulls, out, outnull, out != NULL ? 1 : 0) == 0)
 	{
 		(void) explain_refusal(rel, key, scope, token, NULL);
 		ledger_lost_race(&requests, &races);
+		now = GetCurrentTimestamp();
+		values[3] = TimestampTzGetDatum(now);
 	}
+
+	if (out != NULL && ledger_has_waited(&now))
+	{
+		/* the row is this transaction's now, so that once more is at once */
+		values[3] = TimestampTzGetDatum(now);
+		if (ledger_execute(rel, statement, values, nulls, out, outnull, 1) != 1)
+			elog(ERROR, "lost a row that this transaction has changed");
+	}
+}
+
+/*
+ * A result was recorded after a wait: it is replayed from now on.  "clock" is
+ * the one it was recorded with; *expires_at is changed.
+ */
+static void
+renew_recorded(Relation rel, text *key, text *scope, int64 token, TimestampTz clock,
+			   TimestampTz now, Datum *expires_at)
+{
+	Datum		values[6];
+	bool		isnull;
+
+	values[0] = PointerGetDatum(scope);
+	values[1] = PointerGetDatum(key);
+	values[2] = Int64GetDatum(token);
+	values[3] = TimestampTzGetDatum(now);
+	values[4] = interval_datum(DatumGetTimestampTz(*expires_at) - clock);
+	values[5] = TimestampTzGetDatum(clock);
+	if (ledger_execute(rel, &renew_result, values, NULL, expires_at, &isnull, 1) != 1)
+		elog(ERROR, "lost a row that this transaction has changed");
 }
 
 /* Equal, where NULL equals NULL? */
@@ -539,11 +583,17 @@ idempotency_record(PG_FUNCTION_ARGS)
 	rel = ledger_open(&requests, RowExclusiveLock, false);
 	for (;;)
 	{
+		TimestampTz clock = GetCurrentTimestamp();
+		TimestampTz now = clock;
 		LedgerRow	row;
 
-		values[3] = TimestampTzGetDatum(GetCurrentTimestamp());
+		values[3] = TimestampTzGetDatum(clock);
 		if (ledger_execute(rel, &record_result, values, nulls, &expires_at, &isnull, 1) > 0)
+		{
+			if (ledger_has_waited(&now))
+				renew_recorded(rel, key, scope, token, clock, now, &expires_at);
 			break;
+		}
 
 		if (explain_refusal(rel, key, scope, token, &row))
 		{
@@ -598,7 +648,6 @@ idempotency_checkpoint(PG_FUNCTION_ARGS)
 	values[0] = PointerGetDatum(scope);
 	values[1] = PointerGetDatum(key);
 	values[2] = Int64GetDatum(token);
-	values[3] = TimestampTzGetDatum(GetCurrentTimestamp());
 	if (lease.given)
 		values[4] = interval_datum(lease.usecs);
 	else
@@ -639,7 +688,6 @@ idempotency_extend(PG_FUNCTION_ARGS)
 	values[0] = PointerGetDatum(scope);
 	values[1] = PointerGetDatum(key);
 	values[2] = Int64GetDatum(token);
-	values[3] = TimestampTzGetDatum(GetCurrentTimestamp());
 	if (lease.given)
 		values[4] = interval_datum(lease.usecs);
 	else
@@ -669,7 +717,7 @@ idempotency_release(PG_FUNCTION_ARGS)
 	text	   *scope = argument_scope(fcinfo, 1);
 	int64		token = argument_token(fcinfo, 2);
 	Relation	rel;
-	Datum		values[3];
+	Datum		values[4];
 
 	PreventCommandDuringRecovery("idempotency.release()");
 
