@@ -323,6 +323,7 @@ ledger_look(Ledger *ledger, Relation rel, const Datum *key, LedgerRow *row)
 	/*
 	 * More than one version can come back: an open transaction that moves a
 	 * row leaves the committed one, with xmax set, and its own, with xmin set.
+	 * A version with neither is the only one.
 	 */
 	while (index_getnext_slot(scan, ForwardScanDirection, slot))
 	{
@@ -337,6 +338,8 @@ ledger_look(Ledger *ledger, Relation rel, const Datum *key, LedgerRow *row)
 
 		tuple = ExecCopySlotHeapTuple(slot);
 		row->own = TransactionIdIsCurrentTransactionId(HeapTupleHeaderGetXmin(tuple->t_data));
+		if (!TransactionIdIsValid(dirty.xmax))
+			break;
 	}
 	index_endscan(scan);
 	index_close(pk, NoLock);

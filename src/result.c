@@ -13,11 +13,22 @@
 #include "catalog/pg_enum.h"
 #include "funcapi.h"
 #include "utils/builtins.h"
+#include "utils/inval.h"
 #include "utils/lsyscache.h"
 #include "utils/syscache.h"
 #include "utils/typcache.h"
 
 #include "result.h"
+
+/* Values of our enums, remembered until pg_enum changes: labels differ in their first letter. */
+typedef struct EnumValue
+{
+	Oid			enumtype;
+	char		label[NAMEDATALEN];
+	Oid			value;
+} EnumValue;
+
+static EnumValue enum_values[32];
 
 /*
  * Begin a row of the function's result type.
@@ -89,20 +100,39 @@ result_end(ResultRow *result)
 	return HeapTupleGetDatum(tuple);
 }
 
+static void
+forget_enum_values(Datum arg, int cacheid, uint32 hashvalue)
+{
+	memset(enum_values, 0, sizeof(enum_values));
+}
+
 /* An enum's value by its label. */
 Datum
 enum_datum(Oid enumtype, const char *label)
 {
-	HeapTuple	tuple = SearchSysCache2(ENUMTYPOIDNAME, ObjectIdGetDatum(enumtype),
-										CStringGetDatum(label));
-	Oid			value;
+	static bool registered = false;
+	EnumValue  *kept = &enum_values[(enumtype + (unsigned char) label[0]) % lengthof(enum_values)];
+	HeapTuple	tuple;
 
+	if (kept->enumtype == enumtype && strcmp(kept->label, label) == 0)
+		return ObjectIdGetDatum(kept->value);
+
+	if (!registered)
+	{
+		CacheRegisterSyscacheCallback(ENUMTYPOIDNAME, forget_enum_values, (Datum) 0);
+		registered = true;
+	}
+
+	tuple = SearchSysCache2(ENUMTYPOIDNAME, ObjectIdGetDatum(enumtype),
+							CStringGetDatum(label));
 	if (!HeapTupleIsValid(tuple))
 		elog(ERROR, "enum type %u has no label \"%s\"", enumtype, label);
-	value = ((Form_pg_enum) GETSTRUCT(tuple))->oid;
+	kept->enumtype = enumtype;
+	strlcpy(kept->label, label, sizeof(kept->label));
+	kept->value = ((Form_pg_enum) GETSTRUCT(tuple))->oid;
 	ReleaseSysCache(tuple);
 
-	return ObjectIdGetDatum(value);
+	return ObjectIdGetDatum(kept->value);
 }
 
 /* An enum value's label, palloc'd. */
