@@ -90,7 +90,7 @@ ROLLBACK;
 
 -- a request that nests without end is an error, not a crash
 \set VERBOSITY sqlstate
-SELECT verdict FROM idempotency.claim('deep', 's', (repeat('[', 6000) || repeat(']', 6000))::jsonb, lease => '1 hour');
+SELECT verdict FROM idempotency.claim('deep', 's', (repeat('[', 100000) || repeat(']', 100000))::jsonb, lease => '1 hour');
 \set VERBOSITY default
 DELETE FROM idempotency.idempotency_keys;
 

@@ -309,7 +309,7 @@ encode_number(StringInfo buf, Numeric number)
 	bool		negative = (plain[0] == '-');
 	const char *digits = negative ? plain + 1 : plain;
 	size_t		len = strlen(digits);
-	char	   *point = strchr(digits, '.');
+	char	   *point = strchr(plain, '.');
 	int			exponent = 0;
 	char		suffix[16];
 	int			suffix_len;

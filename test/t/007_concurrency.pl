@@ -113,6 +113,7 @@ my $lease = q{:lease * interval '1 ms'};
 my $set = q{
 \set key case when random(1, 3) = 1 then random(1, 1000) else random_zipfian(1, 1000, 1.3) end
 \set other random(1, 20)
+\set other case when :other = :key then 21 else :other end
 \set request case when random(1, 20) = 1 then 2 else 1 end
 \set wait random(0, 1)
 \set ttl case when random(1, 2) = 1 then random(1, 10) else random(100, 1000) end
@@ -159,7 +160,9 @@ SELECT step('record', :key, :token, $ttl);
 COMMIT;
 } ],
 
-	# two keys, in any order: a deadlock now and then
+	# two keys, in any order: a deadlock now and then.  Never one key twice: a
+	# transaction may claim again what it has recorded and let expire, which the
+	# checker would take for an overlap.
 	two_keys => [ 1, $set . q{
 BEGIN;} . claim_sql() . qq{
 \\if :won
@@ -417,7 +420,20 @@ CREATE INDEX ON effects (token);
 ANALYZE;
 };
 sql($node, $index . $claims);
-is(sql($node, count_sql($_->[1])), '0', $_->[0]) foreach @checks;
+foreach my $check (@checks)
+{
+	my ($name, $query) = @$check;
+	next if is(sql($node, count_sql($query)), '0', $name);
+
+	# all that happened to the first key or token
+	my $found = sql($node, "SELECT min(found) FROM ($query) q (found)");
+	diag(sql($node, qq{
+		SELECT event, token, verdict, attempt, lease_expires_at, expires_at, before, after, xid,
+			pg_xact_commit_timestamp(xid::xid) AS committed
+		FROM log
+		WHERE key = $found OR key = (SELECT key FROM log WHERE token = $found LIMIT 1)
+		ORDER BY after}));
+}
 
 # All of this has to have happened, or nothing was shown.
 my %happened = (
