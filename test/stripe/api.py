@@ -23,7 +23,7 @@ import v2           # noqa: F401
 from errors import ApiError
 from store import Call
 
-API_KEY = re.compile(r"(sk|rk|pk|sk_org)_(test|live)_[A-Za-z0-9_]{3,250}\Z")
+API_KEY = re.compile(r"(sk|rk|pk|sk_org)_(test|live)_[A-Za-z0-9_]{1,250}\Z")
 VERSION = re.compile(r"\d{4}-\d{2}-\d{2}(\.[a-z0-9_]+)?(; *[a-z0-9_]+=v\d+)*\Z")
 ACCOUNT = re.compile(r"acct_[A-Za-z0-9_]{1,250}\Z")
 
@@ -139,10 +139,11 @@ class Api:
         return value
 
     def answer(self, request, arrival, request_id, hang, known_facts):
-        """The answer of the API.  hang(fault) holds a request while its key is in use.
+        """(answer, notes) of the API; no answer where the request is dropped.
 
-        Returns (answer, notes); what goes wrong in the fake itself is told to
-        the client as well as to the tester, and leaves no key in use.
+        hang(fault) holds a request while its key is in use.  What goes wrong
+        in the fake itself is told to the client as well as to the tester, and
+        leaves no key in use.
         """
         world = self.world
         api = "v2" if request.path.startswith("/v2/") else "v1"
@@ -156,6 +157,8 @@ class Api:
         entry = scope = None
         try:
             with world.lock:
+                if world.epoch != arrival["_epoch"]:
+                    return None, notes
                 api_key, account, livemode, permissions = self.authenticate(request)
                 notes.update(account=account, livemode=livemode)
                 version = self.version(request, api)
@@ -176,7 +179,8 @@ class Api:
                         notes["replayed"] = True
                         return json_answer(200, entry.succeeded(), common), notes
                     common.append(("Original-Request", entry.request_id))
-                call = Call(world, account, livemode, version, request_id, key, arrival)
+                call = Call(world, account, livemode, version, request_id, key,
+                            arrival["arrival"])
                 by_table = api == "v1" or request.method == "GET"
                 checked = params.accept(given, found.accepts) if by_table else given
                 fault = world.faults.choose(faults.EXECUTION, known_facts)
@@ -188,6 +192,8 @@ class Api:
                     return None, notes
                 fault = None
             with world.lock:
+                if world.epoch != arrival["_epoch"]:
+                    return None, notes
                 call.now = world.clock.seconds()
                 answer, saved = self.execute(call, found, checked, ids, fault, notes, entry, api)
                 if entry is not None:

@@ -15,6 +15,7 @@ the nth on, as many times as it is told (0: always).
 
 import fnmatch
 import itertools
+import json
 
 import errors
 
@@ -25,7 +26,7 @@ class FaultError(Exception):
 
 GATE, EXECUTION, ANSWER = "gate", "execution", "answer"
 
-# what -> (point, whether "effect" can move it behind the effect, its parameters)
+# what -> (point, its parameters); "effect" moves some from the gate behind the effect
 WHATS = {
     "reset_before": (GATE, {}),
     "reset_after": (ANSWER, {}),
@@ -51,9 +52,9 @@ WHATS = {
     "429_lock_timeout": (EXECUTION, {}),
     "500": (EXECUTION, {"effect": bool}),
     "500_unsaved": (EXECUTION, {"effect": bool}),
-    "502": (GATE, {"effect": bool}),
-    "503": (GATE, {"effect": bool}),
-    "504": (GATE, {"effect": bool}),
+    "502": (GATE, {"effect": bool, "json": bool}),
+    "503": (GATE, {"effect": bool, "json": bool}),
+    "504": (GATE, {"effect": bool, "json": bool}),
     "reset_connection": ("connection", {}),
     "close_connection": ("connection", {}),
 }
@@ -225,6 +226,9 @@ def plain_answer(fault):
     if fault.what == "not_json":
         return (fault.get("status", 200), "text/html",
                 fault.get("body", "<html><body>Welcome to the hotel's network</body></html>"), [])
+    if fault.get("json"):
+        error = {"error": errors.error_body("api_error", "Something went wrong on Stripe's end.")}
+        return int(fault.what), "application/json", json.dumps(error), []
     titles = {"502": "502 Bad Gateway", "503": "503 Service Temporarily Unavailable",
               "504": "504 Gateway Time-out"}
     return int(fault.what), "text/html", HTML.format(titles[fault.what]), []

@@ -144,8 +144,10 @@ class StripeServer:
             answer, notes = self.find_answer(connection, request, entry, request_id, known, fault)
             if answer is None:
                 raise Closed()
-            with world.lock:
-                after = world.faults.choose(faults.ANSWER, known)
+            after = None
+            if notes.get("by") != "gate":
+                with world.lock:
+                    after = world.faults.choose(faults.ANSWER, known)
             self.give_answer(connection, answer, notes, keep, after, entry)
         except (Closed, ClientLeft):
             with world.lock:
@@ -170,8 +172,9 @@ class StripeServer:
                     raise Closed()
             else:
                 return self.gate_answer(request, request_id, fault), {
-                    "fault": fault.number, "request_id": request_id, "replayed": False}
-        return self.api.answer(request, entry["arrival"], request_id,
+                    "by": "gate", "fault": fault.number, "request_id": request_id,
+                    "replayed": False}
+        return self.api.answer(request, entry, request_id,
                                lambda held: self.hang(connection, held), known)
 
     def gate_answer(self, request, request_id, fault):
@@ -200,7 +203,7 @@ class StripeServer:
         with world.lock:
             fault.held.add(release)
             world.notify()
-        left = False
+        epoch, left = world.epoch, False
         try:
             while True:
                 if left:                # wait for the release alone
@@ -208,7 +211,7 @@ class StripeServer:
                 else:
                     ready = connection.wait_readable(deadline, reader)
                 if not ready or reader in ready:
-                    return True
+                    return world.epoch == epoch
                 if connection.client_left():
                     left = True
                     with world.lock:
@@ -271,13 +274,33 @@ class StripeServer:
         elif what == "huge":
             self.huge(connection, answer, more, fault)
         else:
+            connection.idle = keep      # once the client has the answer it is
             self.send(connection, answer, more)
         if what in ("close_idle", "reset_idle"):
-            if fault.get("ms"):
-                wire.wait_for(connection.wake_reader, time.monotonic() + fault.get("ms") / 1000)
-            self.end(connection, what)
+            self.end_idle(connection, entry["listener"], fault)
         if not keep:
             connection.close()
+
+    def end_idle(self, connection, listener, fault):
+        """End a kept-alive connection after a while, or when the next request comes."""
+        world = self.world
+        if fault.get("ms") and connection.wait_readable(
+                time.monotonic() + fault.get("ms") / 1000, connection.wake_reader):
+            entries = []
+
+            def arriving(request):
+                with world.lock:
+                    entries.append(world.add_arrival(request, listener))
+
+            try:
+                connection.read_request(arriving)
+            except BadRequest:
+                pass
+            with world.lock:
+                for entry in entries:
+                    world.arrived(entry)
+                    entry["answer"] = {"status": None, "fault": fault.number}
+        self.end(connection, fault.what)
 
     def cut(self, connection, answer, more, fault):
         """A part of the answer, and the end of the connection."""

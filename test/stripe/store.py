@@ -72,14 +72,12 @@ class Call:
         return obj
 
     def find(self, name, identifier):
-        obj = self.store.of_type(name).get(identifier)
-        return obj
+        return self.store.of_type(name).get(identifier)
 
     def get(self, name, identifier, param="id"):
         obj = self.find(name, identifier)
         if obj is None:
-            raise errors.missing_object(name.split(".")[-1].replace("_", " ") if name in
-                                        ("checkout.session",) else name, identifier, param)
+            raise errors.missing_object(name, identifier, param)
         return obj
 
     def indexed(self, obj):

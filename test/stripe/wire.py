@@ -102,6 +102,8 @@ class Connection:
     def receive(self):
         """More bytes into the buffer; False where the client has finished."""
         try:
+            # a client that writes head and body apart waits for our ACK between them
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             data = self.sock.recv(65536)
         except (OSError, ValueError):
             return False

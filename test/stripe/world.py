@@ -40,6 +40,7 @@ class World:
         self.connections = {}               # number -> open Connection
         self.connection_numbers = itertools.count(1)
         self.control_numbers = itertools.count(1)
+        self.epoch = 0                      # of resets: what began before one ends without effect
         self.clock = Clock()
         self.webhooks = Webhooks(self)
         self.faults = Faults()
@@ -47,6 +48,7 @@ class World:
             self.reset()
 
     def reset(self):
+        self.epoch += 1
         self.faults.clear()
         self.faults = Faults()
         self.clock.offset = 0.0
@@ -88,7 +90,8 @@ class World:
         """A request's first bytes are here.  The entry is filled in as more comes."""
         arrival = {"arrival": next(self.arrival_numbers), "connection": request.connection,
                    "request": request.number, "listener": listener, "at": self.clock.now(),
-                   "complete": False, "_request": request, "_size": 0, "answer": None}
+                   "complete": False, "_request": request, "_size": 0, "_epoch": self.epoch,
+                   "answer": None}
         self.arrivals.append(arrival)
         self.counts["arrivals_begun"] += 1
         while len(self.arrivals) > MAX_ARRIVALS or self.arrival_bytes > MAX_ARRIVAL_BYTES:
