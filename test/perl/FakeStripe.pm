@@ -55,15 +55,14 @@ sub start
 	push @command, '--port', $params{port} if defined $params{port};
 	push @command, '--log' if defined $params{log};
 
-	my ($stdin, $stdout);
-	my $stderr = '>&STDERR';
+	my $log = \*STDERR;
 	if (defined $params{log})
 	{
-		open(LOG, '>>', $params{log}) or die "could not open $params{log}: $!";
-		$stderr = '>&LOG';
+		undef $log;
+		open($log, '>>', $params{log}) or die "could not open $params{log}: $!";
 	}
-	my $pid = IPC::Open3::open3($stdin, $stdout, $stderr, @command);
-	close(LOG) if defined $params{log};
+	my $pid =
+	  IPC::Open3::open3(my $stdin, my $stdout, '>&' . fileno($log), @command);
 
 	my $line = readline($stdout);
 	die 'the fake Stripe did not start' unless defined $line;
@@ -181,6 +180,11 @@ Set a fault; its number.
 
 Return once the fault has struck, holds requests, or has seen clients leave so
 many times.
+
+=item $stripe->wait_for(charges => N)
+
+Return once there are so many charges, effects, arrivals, arrivals_incomplete,
+or attempts to deliver a webhook.
 
 =item $stripe->release($number)
 

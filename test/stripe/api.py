@@ -162,6 +162,7 @@ class Api:
                 api_key, account, livemode, permissions = self.authenticate(request)
                 notes.update(account=account, livemode=livemode)
                 version = self.version(request, api)
+                notes.update(version=version)
                 common.append(("Stripe-Version", version))
                 if account != world.platform:
                     common.append(("Stripe-Account", account))

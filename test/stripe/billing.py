@@ -92,7 +92,7 @@ PRICE_DATA = {"currency": "currency!", "unit_amount": "int!", "recurring": "hash
 def new_price(call, given, meta):
     product = given.get("product")
     if product and call.find("product", product) is None:
-        raise invalid(f"No such product: '{product}'", param="product", code="resource_missing")
+        raise errors.missing_object("product", product, "product")
     if not product:
         name = (given.get("product_data") or {}).get("name")
         if not name:
@@ -126,8 +126,7 @@ def lines(call, given, param):
         quantity = params.integer(item.get("quantity", "1"), f"{param}[{i}][quantity]")
         if item.get("price"):
             if call.find("price", item["price"]) is None:
-                raise invalid(f"No such price: '{item['price']}'", param=f"{param}[{i}][price]",
-                              code="resource_missing")
+                raise errors.missing_object("price", item["price"], f"{param}[{i}][price]")
             result.append((item["price"], quantity))
         elif isinstance(item.get("price_data"), dict):
             result.append((params.accept(item["price_data"], PRICE_DATA), quantity))
@@ -219,8 +218,7 @@ def new_subscription(call, given, meta, wanted, default, behavior):
         call.emit("invoice.payment_failed", invoice)
         if behavior == "error_if_incomplete":
             subscription["status"] = "incomplete_expired"
-            call.store.objects.pop(subscription["id"])
-            call.store.of_type("subscription").pop(subscription["id"])
+            call.store.remove(subscription)
             call.effect("fail", subscription)
             raise
         return subscription

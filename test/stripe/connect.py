@@ -2,7 +2,8 @@
 
 import re
 
-from errors import invalid, refused
+import errors
+from errors import refused
 from routes import metadata, readable, route, updatable
 
 
@@ -14,11 +15,9 @@ def create_transfer(call, given):
     meta = metadata(given)
     destination = given["destination"]
     if not re.fullmatch(r"acct_\w+", destination) or not call.world.accounts.get(destination, True):
-        raise invalid(f"No such destination: '{destination}'", param="destination",
-                      code="resource_missing")
+        raise errors.missing_object("destination", destination, "destination")
     if given.get("source_transaction") and call.find("charge", given["source_transaction"]) is None:
-        raise invalid(f"No such charge: '{given['source_transaction']}'", param="source_transaction",
-                      code="resource_missing")
+        raise errors.missing_object("charge", given["source_transaction"], "source_transaction")
     transfer = call.new("transfer", "tr", {
         "amount": given["amount"], "amount_reversed": 0,
         "balance_transaction": call.world.new_id("txn"), "currency": given["currency"],

@@ -14,7 +14,7 @@ import errors
 import params
 import webhooks
 import wire
-from faults import FaultError
+from faults import WHATS, FaultError
 from store import Call, visible
 from world import SETTINGS
 
@@ -26,9 +26,11 @@ HELP = {
     "GET|POST|DELETE /_control/faults": "{what, match, nth, times, ...}; DELETE releases and clears",
     "GET|DELETE /_control/faults/N": "one fault: seen, fired, holding, gone",
     "POST /_control/release": "{fault: N} or {}: let requests that hang go on",
-    "GET /_control/wait": "?fault=N&fired|holding|gone=M, ?arrivals=M or ?attempts=M, &timeout_ms=MS",
+    "GET /_control/wait": "?fault=N&fired|holding|gone=M or ?arrivals|arrivals_incomplete|effects|"
+                          "charges|attempts=M, &timeout_ms=MS",
     "GET /_control/arrivals": "?method=&path=&key=&since=N&connection=N&body=",
-    "GET /_control/effects": "?type=&action=&key=&id=&status=&account=&livemode=&metadata[NAME]=",
+    "GET /_control/effects": "?type=&action=&key=&id=&status=&account=&livemode=&payment_intent="
+                             "&request_id=&metadata[NAME]=&since=N",
     "GET /_control/charges": "the same filters: how many succeeded and failed, and their sum",
     "GET /_control/counts": "totals",
     "GET /_control/idempotency": "?key=: what is known of keys",
@@ -96,7 +98,7 @@ class Control:
         query = params.decode_form(request.query)
         path = request.path
         if path.rstrip("/") in ("", "/_control"):
-            return {"fake_stripe": HELP, **self.ready}
+            return {"fake_stripe": HELP, "faults": list(WHATS), **self.ready}
         if not path.startswith("/_control/"):
             raise ControlError(404, "this is the control port; GET /_control/ lists what it does")
         parts = [unquote(part) for part in path[len("/_control/"):].split("/")]
@@ -190,18 +192,22 @@ class Control:
 
     def get_wait(self, parts, given, query):
         """Wait until something has happened so many times, or say that it hasn't."""
-        self.only(query, "fault", "fired", "holding", "gone", "arrivals", "attempts", "timeout_ms",
-                  "idle")
         timeout = min(self.number(query.pop("timeout_ms", "10000")), MAX_WAIT_MS) / 1000
         fault = self.fault(query.pop("fault")) if "fault" in query else None
-        wanted = {name: self.number(value) for name, value in query.items()}
-        if not wanted or ("arrivals" in wanted or "attempts" in wanted) == bool(fault):
-            raise ControlError(400, HELP["GET /_control/wait"])
 
         def reached():
-            return {"fired": fault and fault.fired, "gone": fault and fault.gone,
-                    "holding": fault and len(fault.held), "arrivals": self.world.counts["arrivals"],
+            if fault is not None:
+                return {"fired": fault.fired, "gone": fault.gone, "holding": len(fault.held)}
+            counts = self.world.counts
+            return {"arrivals": counts["arrivals"], "effects": counts["effects"],
+                    "arrivals_incomplete": counts["arrivals_begun"] - counts["arrivals"],
+                    "charges": counts["effect charge create succeeded"],
                     "attempts": len(self.world.webhooks.attempts)}
+
+        self.only(query, *reached())
+        wanted = {name: self.number(value) for name, value in query.items()}
+        if not wanted:
+            raise ControlError(400, HELP["GET /_control/wait"])
 
         done = self.world.changed.wait_for(
             lambda: all(reached()[name] >= value for name, value in wanted.items()), timeout)
@@ -211,6 +217,8 @@ class Control:
 
     def get_arrivals(self, parts, given, query):
         self.only(query, "method", "path", "key", "since", "connection", "body")
+        since = self.number(query.get("since", "0"))
+        self.complete("arrivals", since, self.world.arrivals_evicted)
         shown = []
         for arrival in self.world.arrivals:
             request = arrival["_request"]
@@ -219,7 +227,7 @@ class Control:
                      "connection": str(request.connection)}
             if any(facts[name] != query[name] for name in facts if name in query):
                 continue
-            if arrival["arrival"] <= self.number(query.get("since", "0")):
+            if arrival["arrival"] <= since:
                 continue
             if query.get("body", "") not in request.body.decode("utf-8", "replace"):
                 continue
@@ -229,12 +237,21 @@ class Control:
                           "body_base64": base64.b64encode(request.body).decode("ascii")})
         return {"count": len(shown), "arrivals": shown}
 
+    @staticmethod
+    def complete(what, since, evicted):
+        """A count of what isn't all there any more would be a wrong one."""
+        if since < evicted:
+            raise ControlError(410, f"the first {evicted} {what} aren't kept any more; ask earlier, "
+                               "or POST /_control/reset between tests")
+
     FILTERS = ("type", "action", "key", "id", "status", "account", "livemode", "metadata",
-               "request_id", "payment_intent")
+               "request_id", "payment_intent", "since")
 
     def effects(self, query):
         self.only(query, *self.FILTERS)
-        wanted = dict(query)
+        since = self.number(query.get("since", "0"))
+        self.complete("effects", since, self.world.effects_evicted)
+        wanted = {name: value for name, value in query.items() if name != "since"}
         metadata = wanted.pop("metadata", {})
         if not isinstance(metadata, dict):
             raise ControlError(400, "metadata[NAME]=VALUE")
@@ -243,7 +260,8 @@ class Control:
         if "livemode" in wanted:
             wanted["livemode"] = params.boolean(wanted["livemode"], "livemode")
         return [effect for effect in self.world.effects
-                if all(effect.get(name) == value for name, value in wanted.items())
+                if effect["effect"] > since
+                and all(effect.get(name) == value for name, value in wanted.items())
                 and all(effect["metadata"].get(name) == value for name, value in metadata.items())]
 
     def get_effects(self, parts, given, query):
@@ -354,7 +372,8 @@ class Control:
             body = (base64.b64decode(given["body_base64"]) if "body_base64" in given
                     else given.get("body", "").encode("utf-8"))
             moment = given.get("t", self.world.clock.seconds())
-            return {"headers": {"Stripe-Signature": webhooks.sign(body, given.get("secrets", []), moment)}}
+            signature = webhooks.sign(body, given.get("secrets", []), moment)
+            return {"headers": {"Stripe-Signature": signature}}
         if parts == ["resend"]:
             return self.resend(given)
         self.only(given, *self.ENDPOINT)

@@ -34,7 +34,10 @@ def refused(message, code=None, **fields):
 
 
 def missing_object(name, identifier, param="id"):
-    """No such object: 404 where the path names it, 400 where a parameter does."""
+    """No such object: 404 where the path names it, 400 where a parameter does.
+
+    Finding out is execution, so it is saved.
+    """
     return ApiError(404 if param == "id" else 400, "invalid_request_error",
                     f"No such {name}: '{identifier}'", code="resource_missing", param=param)
 

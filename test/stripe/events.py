@@ -76,7 +76,6 @@ def retrieve_endpoint(call, given, identifier):
 def delete_endpoint(call, given, identifier):
     endpoint = call.get("webhook_endpoint", identifier)
     call.world.webhooks.remove(endpoint["_endpoint"])
-    call.store.objects.pop(identifier)
-    call.store.of_type("webhook_endpoint").pop(identifier)
+    call.store.remove(endpoint)
     call.effect("delete", endpoint)
     return {"id": identifier, "object": "webhook_endpoint", "deleted": True}

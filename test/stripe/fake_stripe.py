@@ -21,7 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import tls                              # noqa: E402
 from control import Control             # noqa: E402
-from server import Listener, StripeServer, more_descriptors     # noqa: E402
+from server import Listener, StripeServer, more_descriptors  # noqa: E402
 from world import World                 # noqa: E402
 
 GUIDE = """\

@@ -83,7 +83,7 @@ class Fault:
         point, parameters = WHATS[what]
         check(given, {"what": str, "match": dict, "nth": int, "times": int,
                       **(COMMON if point != "connection" else {}), **parameters}, what)
-        check(given.get("match", {}), MATCH, "match")
+        check(given.get("match", {}), MATCH if point != "connection" else {"listener": str}, "match")
         self.number = number
         self.what = what
         self.match = given.get("match", {})

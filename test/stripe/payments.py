@@ -46,11 +46,19 @@ def new_payment_method(call, card, meta=None, customer=None):
                     meta or {}, effect=False)
 
 
-def payment_method(call, identifier, param="payment_method"):
-    """The payment method of an id, or a new one of a test id such as pm_card_visa."""
+def test_card(identifier):
+    """The card of a test id such as pm_card_visa or tok_visa."""
     for prefix in ("pm_card_", "tok_"):
         if identifier.startswith(prefix) and identifier[len(prefix):] in CARDS:
-            return new_payment_method(call, identifier[len(prefix):])
+            return identifier[len(prefix):]
+    return None
+
+
+def payment_method(call, identifier, param="payment_method"):
+    """The payment method of an id, or a new one of a test id such as pm_card_visa."""
+    card = test_card(identifier)
+    if card is not None:
+        return new_payment_method(call, card)
     found = call.find("payment_method", identifier)
     if found is None:
         raise errors.missing_object("PaymentMethod", identifier, param)
@@ -59,17 +67,15 @@ def payment_method(call, identifier, param="payment_method"):
 
 def check_payment_method(call, identifier, param="payment_method"):
     """Refuse an unknown id before anything happens."""
-    if not any(identifier.startswith(prefix) and identifier[len(prefix):] in CARDS
-               for prefix in ("pm_card_", "tok_")):
+    if test_card(identifier) is None:
         if call.find("payment_method", identifier) is None:
-            raise invalid(f"No such PaymentMethod: '{identifier}'", param=param,
-                          code="resource_missing")
+            raise errors.missing_object("PaymentMethod", identifier, param)
 
 
 def check_customer(call, identifier):
     customer = call.find("customer", identifier)
     if customer is None or customer.get("deleted"):
-        raise invalid(f"No such customer: '{identifier}'", param="customer", code="resource_missing")
+        raise errors.missing_object("customer", identifier, "customer")
     return customer
 
 
@@ -78,7 +84,7 @@ def check_customer(call, identifier):
 def create_payment_method(call, given):
     token = (given.get("card") or {}).get("token", "tok_visa")
     if given["type"] != "card" or not token.startswith("tok_") or token[4:] not in CARDS:
-        raise invalid(f"No such token: '{token}'", param="card[token]", code="resource_missing")
+        raise errors.missing_object("token", token, "card[token]")
     return new_payment_method(call, token[4:], metadata(given))
 
 

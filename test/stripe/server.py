@@ -43,7 +43,10 @@ class Listener:
             except OSError:
                 time.sleep(0.05)        # out of descriptors: some will be closed
                 continue
-            threading.Thread(target=self.serve, args=(sock,), daemon=True).start()
+            try:
+                threading.Thread(target=self.serve, args=(sock,), daemon=True).start()
+            except RuntimeError:
+                sock.close()            # out of threads
 
     def serve(self, sock):
         world = self.world
@@ -236,10 +239,9 @@ class StripeServer:
     def send(self, connection, answer, more=()):
         connection.send(self.head(answer, more) + answer.body)
 
-    @staticmethod
-    def head(answer, more=(), length=True):
-        headers = [("Server", "nginx"),
-                   ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
+    def head(self, answer, more=(), length=True):
+        moment = time.gmtime(self.world.clock.now())
+        headers = [("Server", "nginx"), ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", moment)),
                    ("Content-Type", answer.content_type)]
         if length:
             headers.append(("Content-Length", len(answer.body)))

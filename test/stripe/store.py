@@ -15,8 +15,8 @@ import search
 
 class Store:
     def __init__(self, limit):
-        self.limit = limit
-        self.objects = OrderedDict()    # id -> object, oldest first
+        self.limit = limit              # of objects of one type
+        self.objects = {}               # id -> object
         self.by_type = {}               # type -> {id: object}, oldest first
         self.index = {}                 # id -> [(time, copy)]: what search has seen of it
         self.evicted = 0
@@ -24,11 +24,16 @@ class Store:
     def add(self, obj):
         self.objects[obj["id"]] = obj
         self.by_type.setdefault(obj["object"], OrderedDict())[obj["id"]] = obj
-        while len(self.objects) > self.limit:
-            _, oldest = self.objects.popitem(last=False)
-            self.by_type[oldest["object"]].pop(oldest["id"], None)
-            self.index.pop(oldest["id"], None)
+        same = self.by_type[obj["object"]]
+        while len(same) > self.limit:
+            oldest, _ = same.popitem(last=False)
+            self.objects.pop(oldest, None)
+            self.index.pop(oldest, None)
             self.evicted += 1
+
+    def remove(self, obj):
+        self.objects.pop(obj["id"])
+        self.by_type[obj["object"]].pop(obj["id"])
 
     def of_type(self, name):
         return self.by_type.get(name, {})
@@ -105,7 +110,7 @@ class Call:
             data["previous_attributes"] = previous
         event = {"id": self.world.new_id("evt"), "object": "event",
                  "api_version": self.world.settings["api_version"], "created": self.now,
-                 "data": copy.deepcopy(data), "livemode": self.livemode, "pending_webhooks": 0,
+                 "data": data, "livemode": self.livemode, "pending_webhooks": 0,
                  "request": {"id": self.request_id, "idempotency_key": self.key}, "type": kind}
         if self.account != self.world.platform:
             event["account"] = self.account

@@ -132,7 +132,6 @@ def update_destination(call, given, identifier):
 @route("DELETE", DESTINATIONS + "/{id}", "event_destination")
 def delete_destination(call, given, identifier):
     destination = call.get(DESTINATION, identifier)
-    call.store.objects.pop(identifier)
-    call.store.of_type(DESTINATION).pop(identifier)
+    call.store.remove(destination)
     call.effect("delete", destination)
     return {"id": identifier, "object": DESTINATION, "deleted": True}

@@ -35,7 +35,8 @@ def check_url(url):
         raise ValueError("only http:// works here")
     if parts.hostname != "localhost" and not ipaddress.ip_address(parts.hostname).is_loopback:
         raise ValueError(f"{parts.hostname} is not loopback")
-    return parts.hostname, parts.port or 80, (parts.path or "/") + ("?" + parts.query if parts.query else "")
+    query = "?" + parts.query if parts.query else ""
+    return parts.hostname, parts.port or 80, (parts.path or "/") + query
 
 
 def sign(body, signing_secrets, moment, fake_v0=False):
@@ -102,6 +103,8 @@ class Webhooks:
     def enqueue(self, account, event):
         """Deliver an event to those who want it; how many are they?"""
         wanting = [e for e in self.endpoints.values() if self.wants(e, account, event)]
+        if not wanting:
+            return 0
         event["pending_webhooks"] = len(wanting)
         body = json.dumps(event, indent=2, ensure_ascii=False).encode("utf-8")
         for endpoint in wanting:

@@ -14,9 +14,9 @@ from webhooks import Webhooks
 
 MAX_ARRIVALS = 20000
 MAX_ARRIVAL_BYTES = 64 << 20
-MAX_EFFECTS = 100000
-MAX_OBJECTS = 100000
-MAX_KEYS = 100000
+MAX_EFFECTS = 200000
+MAX_OBJECTS = 10000                     # of one type, in one account and mode
+MAX_KEYS = 50000
 
 SETTINGS = {
     "search_lag": 0,                    # seconds until search sees a change
@@ -60,7 +60,9 @@ class World:
         self.arrivals = deque()
         self.arrival_bytes = 0
         self.arrival_numbers = itertools.count(1)
-        self.effects = deque(maxlen=MAX_EFFECTS)
+        self.arrivals_evicted = 0           # number of the last one that isn't kept any more
+        self.effects = deque()
+        self.effects_evicted = 0
         self.counts = Counter()
         self.internal_errors = deque(maxlen=100)
         self.webhooks.reset()
@@ -84,6 +86,8 @@ class World:
         self.counts["effects"] += 1
         self.counts[f"effect {effect['type']} {effect['action']} {effect['status'] or ''}".strip()] += 1
         self.effects.append({"effect": self.counts["effects"], **effect})
+        if len(self.effects) > MAX_EFFECTS:
+            self.effects_evicted = self.effects.popleft()["effect"]
         self.notify()
 
     def add_arrival(self, request, listener):
@@ -98,6 +102,7 @@ class World:
             dropped = self.arrivals.popleft()
             self.arrival_bytes -= dropped["_size"]
             dropped["_size"] = None
+            self.arrivals_evicted = dropped["arrival"]
         self.notify()
         return arrival
 

@@ -200,6 +200,7 @@ is(word(get("$pi/$first->{json}{id}", undef, headers => { 'Stripe-Account' => 'a
 # what is saved
 foreach my $case (
 	[ 'a decline', '402 card_declined', [ @payment[ 0 .. 5 ], payment_method => 'pm_card_chargeDeclined' ] ],
+	[ 'an unknown customer', '400 resource_missing', [ @payment, customer => 'cus_no' ] ],
 	[ 'a missing object', '404 resource_missing', [], '/v1/payment_intents/pi_no/confirm' ])
 {
 	my ($name, $word, $body, $path) = @$case;
@@ -208,6 +209,8 @@ foreach my $case (
 	my $replay = post($path // $pi, $body, key => $name);
 	is(word($replay), "$word replayed", "$name is saved");
 	is($replay->{body}, $answer->{body}, "$name is saved with its body");
+	is($replay->{headers}{'original-request'}, $answer->{headers}{'request-id'},
+		"$name is saved with its request");
 }
 
 # what isn't
@@ -256,9 +259,9 @@ close($slow);
 $stripe->wait_fault($fault, gone => 1);
 is(word(post($pi, \@payment, key => 'left')), '409 idempotency_key_in_use', 'its client left');
 $stripe->release($fault);
+released('left');
 is(word(post($pi, \@payment, key => 'left')),
-	'200 replayed', 'which has no influence on the effect')
-  if released('left');
+	'200 replayed', 'which has no influence on the effect');
 is($stripe->charges(key => 'left'), 1, 'charged once');
 
 # Wait until a key isn't in use any more.
@@ -684,7 +687,7 @@ foreach my $case (
 }
 ok(!eval { $stripe->fault(@$_); 1 }, 'a fault is refused that makes no sense')
   foreach [ 'rest_before' ], [ '503', tims => 1 ], [ '503', match => { pth => 'x' } ],
-  [ 'hang_after', ms => 'x' ], [ '503', nth => 0 ];
+  [ 'hang_after', ms => 'x' ], [ '503', nth => 0 ], [ 'reset_connection', match => { path => 'x' } ];
 
 # hangs
 $stripe->reset;
@@ -702,11 +705,7 @@ syswrite($slow, request_text('POST', $pi, \@payment, key => 'go on'));
 $stripe->wait_fault($fault, holding => 1);
 close($slow);
 $stripe->wait_fault($fault, gone => 1);
-foreach (1 .. 1000)
-{
-	last if $stripe->charges(key => 'go on');
-	select(undef, undef, undef, 0.005);
-}
+$stripe->wait_for(charges => 1);
 is($stripe->charges(key => 'go on'), 1, 'unless the fault says that it goes on');
 $fault = $stripe->fault('hang_after', match => { key => 'after' });
 $slow = connection();
@@ -756,11 +755,7 @@ foreach my $what ('close_before', 'reset_before', 'close_idle', 'reset_idle')
 my $half = connection();
 syswrite($half, substr(request_text('POST', $pi, \@payment, key => 'half'), 0, -10));
 close($half);
-foreach (1 .. 1000)
-{
-	last if $stripe->counts->{arrivals_incomplete};
-	select(undef, undef, undef, 0.005);
-}
+$stripe->wait_for(arrivals_incomplete => 1);
 is($stripe->counts->{arrivals_incomplete}, 1, 'half a request is no arrival, but is seen');
 is($stripe->charges(key => 'half'), 0, 'and has no effect');
 
@@ -812,6 +807,28 @@ foreach my $name (qw(right wrong_host unknown_ca expired))
 }
 is(scalar($stripe->arrivals(path => '/v1/charges')), 1, 'only the right one brings a request through');
 ok($stripe->arrivals == 51, 'arrivals with TLS count as well');
+
+#
+# The documentation, and that no fault was left out above
+#
+
+my $help = $stripe->control('GET', '');
+my $doc = do { local (@ARGV, $/) = "$FindBin::RealBin/../../doc/fake-stripe.md"; <> };
+foreach my $what (@{ $help->{faults} })
+{
+	ok($struck{$what} || $what eq 'hang_in_use', "fault $what is tested");
+	like($doc, qr/^\| [^|]*`\Q$what\E`/m, "and documented");
+}
+foreach my $line (sort keys %{ $help->{fake_stripe} })
+{
+	my ($path) = $line =~ m{(/_control/\S*)};
+	like($doc, qr/\Q$path\E(?![\w\/])/, "$path is documented");
+}
+like($doc, qr/`$_`/, "setting $_ is documented") foreach sort keys %{ $stripe->control('GET', 'settings') };
+foreach my $name (map { s/.*\///r } glob("$FindBin::RealBin/../stripe/*.py"))
+{
+	like($doc, qr/`$name`/, "$name is placed");
+}
 
 #
 # The end
