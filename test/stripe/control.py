@@ -178,9 +178,7 @@ class Control:
 
     def delete_faults(self, parts, given, query):
         if parts and parts[0]:
-            fault = self.fault(parts[0])
-            self.world.faults.release(fault.number)
-            self.world.faults.all.remove(fault)
+            self.world.faults.remove(self.fault(parts[0]))
         else:
             self.world.faults.clear()
         return {"cleared": True}

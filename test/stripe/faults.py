@@ -107,6 +107,7 @@ class Fault:
         self.fired = 0
         self.gone = 0                   # clients that left while it held them
         self.held = set()               # release functions of requests that hang
+        self.cleared = False            # then none begins to hang any more
 
     def matches(self, facts):
         for name, wanted in self.match.items():
@@ -168,9 +169,14 @@ class Faults:
                     released += 1
         return released
 
+    def remove(self, fault):
+        fault.cleared = True
+        self.release(fault.number)
+        self.all.remove(fault)
+
     def clear(self):
-        self.release()
-        self.all = []
+        for fault in list(self.all):
+            self.remove(fault)
 
 
 # The answers that a fault gives in the API's stead: (status, type, body or text, headers)
@@ -210,8 +216,7 @@ def api_error(fault, key):
                                "or Stripe process is currently accessing it. If you see this error "
                                "intermittently, retry the request. If you see this error frequently "
                                "and are making multiple concurrent requests to a single object, make "
-                               "your requests serially or at a lower rate. For more details, see "
-                               "https://stripe.com/docs/rate-limits#object-lock-timeouts.",
+                               "your requests serially or at a lower rate.",
                                saved=False, code="lock_timeout")
     if what in ("500", "500_unsaved"):
         return errors.ApiError(500, "api_error", "An unknown error occurred", saved=what == "500")

@@ -204,9 +204,11 @@ class StripeServer:
             os.write(writer, b"x")
 
         with world.lock:
+            epoch, left = world.epoch, False
             fault.held.add(release)
+            if fault.cleared:
+                release()
             world.notify()
-        epoch, left = world.epoch, False
         try:
             while True:
                 if left:                # wait for the release alone

@@ -58,6 +58,7 @@ class Request:
         self.number = number            # of the request on it, from 1
         self.method = ""
         self.target = ""
+        self.version = "HTTP/1.1"
         self.headers = []               # (name, value) as sent, in order
         self.body = b""
         self.complete = False           # did all of it arrive?
@@ -78,7 +79,8 @@ class Request:
         return default
 
     def keeps_alive(self):
-        return "close" not in (self.header("Connection") or "").lower()
+        wanted = (self.header("Connection") or "").lower()
+        return "close" not in wanted and (self.version != "HTTP/1.0" or "keep-alive" in wanted)
 
 
 def head(status, headers, reason=None):
@@ -157,7 +159,7 @@ class Connection:
         words = lines[0].split(" ")
         if len(words) != 3 or not words[2].startswith("HTTP/1."):
             raise BadRequest(400, "this is no HTTP/1.1 request line")
-        request.method, request.target = words[0], words[1]
+        request.method, request.target, request.version = words
         for line in lines[1:]:
             name, colon, value = line.partition(":")
             if not colon or not name or name != name.strip():

@@ -646,8 +646,10 @@ foreach my $case (@faults)
 	my $whole = $answer->{json} && !$answer->{json}{error};
 	is(!!$whole, !!1, "$name is JSON") if $what =~ /^(hang|drip|huge$)/ && !$given->{chunked};
 	ok(!$whole, "$name is no JSON") if $what =~ /^(not_json|garbled|cut)/;
-	is(length($answer->{body}), $given->{bytes}, "$name: its size") if $what eq 'huge' && !$given->{chunked};
-	cmp_ok(length($answer->{body}), '>', $given->{bytes}, "$name: its size") if $what eq 'huge' && $given->{chunked};
+	is(length($answer->{body}), $given->{bytes}, "$name: its size")
+	  if $what eq 'huge' && !$given->{chunked};
+	cmp_ok(length($answer->{body}), '>', $given->{bytes}, "$name: its size")
+	  if $what eq 'huge' && $given->{chunked};
 	is($answer->{headers}{location}, 'http://127.0.0.1:9/elsewhere', "$name: where to") if $what eq 'redirect';
 	is($answer->{headers}{'stripe-rate-limited-reason'}, $what eq '429' ? 'global-rate' : undef,
 		"$name: the reason") if $what =~ /^429/;
@@ -671,7 +673,8 @@ foreach my $what ('409', '424', '429_lock_timeout', '500', '503')
 # which request meets a fault
 $stripe->reset;
 $fault = $stripe->fault('503', nth => 2, times => 2, match => { path => '/v1/pay*', method => 'POST' });
-is(join(' ', map { word(post($pi, [ amount => 1, currency => 'usd' ])) } 1 .. 4), '200 503 503 200', 'nth and times');
+is(join(' ', map { word(post($pi, [ amount => 1, currency => 'usd' ])) } 1 .. 4),
+	'200 503 503 200', 'nth and times');
 is(word(post('/v1/customers', [])), '200', 'only where the path matches');
 is_deeply([ @{ $stripe->control('GET', "faults/$fault") }{qw(seen fired)} ], [ 4, 2 ], 'it counts');
 foreach my $case (
@@ -798,10 +801,12 @@ foreach my $name (qw(right wrong_host unknown_ca expired))
 {
 	my $request = request_text('GET', '/v1/charges', undef, headers => { Connection => 'close' });
 	my $port = $stripe->tls_port($name);
-	open(my $in, '>', "$dir/request") or die "could not write: $!";
-	print $in $request;
-	close($in);
-	my $got = `(cat $dir/request; cat) </dev/null 2>/dev/null | openssl s_client -quiet -connect 127.0.0.1:$port -CAfile @{[ $stripe->ca ]} -verify_return_error -verify_hostname localhost -ign_eof 2>/dev/null`;
+	open(my $file, '>', "$dir/request") or die "could not write a request: $!";
+	print $file $request;
+	close($file);
+	my $got = join('', map { "$_ " } qw(openssl s_client -quiet -verify_return_error),
+		"-connect 127.0.0.1:$port -verify_hostname localhost -CAfile", $stripe->ca);
+	$got = `$got <$dir/request 2>/dev/null`;
 	like($got, $name eq 'right' ? qr/^HTTP\/1\.1 200 OK\r\n.*"object": "list"/s : qr/^$/,
 		"TLS with a certificate that is $name");
 }
