@@ -804,9 +804,9 @@ foreach my $name (qw(right wrong_host unknown_ca expired))
 	open(my $file, '>', "$dir/request") or die "could not write a request: $!";
 	print $file $request;
 	close($file);
-	my $got = join('', map { "$_ " } qw(openssl s_client -quiet -verify_return_error),
-		"-connect 127.0.0.1:$port -verify_hostname localhost -CAfile", $stripe->ca);
-	$got = `$got <$dir/request 2>/dev/null`;
+	my $client = "openssl s_client -quiet -verify_return_error -connect 127.0.0.1:$port"
+	  . ' -verify_hostname localhost -CAfile ' . $stripe->ca;
+	my $got = `$client <$dir/request 2>/dev/null`;
 	like($got, $name eq 'right' ? qr/^HTTP\/1\.1 200 OK\r\n.*"object": "list"/s : qr/^$/,
 		"TLS with a certificate that is $name");
 }
