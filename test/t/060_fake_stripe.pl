@@ -319,6 +319,17 @@ $stripe->fault('500', match => { key => 'v2 failed' });
 is(word(post($outbound, $sent, key => 'v2 failed', %v2)), '500 api_error', 'a failure');
 is(word(post($outbound, $sent, key => 'v2 failed', %v2)), '200', 'is executed again');
 is($stripe->effects(key => 'v2 failed'), 1, 'one effect');
+$stripe->fault('500', match => { key => 'v2 twice' });
+is(word(post($outbound, $sent, key => 'v2 twice', %v2)), '500 api_error', 'another failure');
+$fault = $stripe->fault('hang_in_use', match => { key => 'v2 twice' });
+$slow = connection();
+syswrite($slow, request_text('POST', $outbound, $sent, key => 'v2 twice', %v2));
+$stripe->wait_fault($fault, holding => 1);
+is(word(post($outbound, $sent, key => 'v2 twice', %v2)),
+	'409 idempotency_key_in_use', 'is executed again by one at a time');
+$stripe->release($fault);
+is(word(answer($slow)), '200', 'which succeeds');
+is($stripe->effects(key => 'v2 twice'), 1, 'with one effect');
 is(word(post($outbound, $sent, key => 'x', headers => { 'Content-Type' => 'application/json' })),
 	'400 invalid_request_error', 'a version is demanded');
 my $destination = post('/v2/core/event_destinations',
@@ -529,6 +540,16 @@ is($v1 =~ s/,v0=[0-9a-f]{64}$//r,
 	'one signature for each secret');
 is($stripe->next_webhook->{type}, 'payment_intent.created', 'the next delivery');
 is($stripe->next_webhook, undef, 'and no more');
+post($pi, \@payment, api_key => 'sk_live_123');
+is($stripe->next_webhook, undef, 'nor of live mode');
+post($pi, \@payment, headers => { 'Stripe-Account' => 'acct_2' });
+is($stripe->next_webhook, undef, 'nor of another account');
+my $connect = $stripe->webhook_endpoint(connect => $true);
+post('/v1/customers', [], headers => { 'Stripe-Account' => 'acct_2' });
+$delivery = $stripe->next_webhook(endpoint => $connect);
+is($json->decode(decode_base64($delivery->{body_base64}))->{account},
+	'acct_2', 'unless the endpoint is for connected ones');
+$stripe->control('DELETE', "webhooks/$connect");
 is(get("/v1/events/$event->{id}")->{json}{type}, $event->{type}, 'events can be retrieved');
 is(scalar @{ get('/v1/events', [ 'types[0]' => 'charge.succeeded' ])->{json}{data} },
 	1, 'and listed by type');
@@ -691,6 +712,19 @@ foreach my $case (
 ok(!eval { $stripe->fault(@$_); 1 }, 'a fault is refused that makes no sense')
   foreach [ 'rest_before' ], [ '503', tims => 1 ], [ '503', match => { pth => 'x' } ],
   [ 'hang_after', ms => 'x' ], [ '503', nth => 0 ], [ 'reset_connection', match => { path => 'x' } ];
+
+# several at once
+$stripe->reset;
+$stripe->fault('close_after');
+$stripe->fault('503');
+is(word(post($pi, \@payment, key => 'both')), '503', 'a fault at the gate comes first');
+is(word(post($pi, \@payment, key => 'both')), 'eof', 'one for the answer waits for an answer');
+$stripe->fault('500');
+$stripe->fault('close_after');
+is(word(post($pi, \@payment, key => 'lost 500')), 'eof', 'two can strike one request');
+is(word(post($pi, \@payment, key => 'lost 500')), '500 api_error replayed', 'a lost and saved 500');
+my @effects = $stripe->effects;
+is($stripe->effects(since => $effects[-2]{effect}), 1, 'effects since the last but one');
 
 # hangs
 $stripe->reset;
