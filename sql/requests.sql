@@ -517,7 +517,7 @@ SELECT count(*) FROM idempotency.idempotency_keys WHERE key LIKE 'bulk %';
 --
 -- Where the table isn't the plain one that CREATE EXTENSION made
 --
-SELECT count(*) FROM generate_series(1, 13) i, LATERAL idempotency.claim('lapsed ' || i, 'shop', '1', lease => '1 hour') c;
+SELECT count(*) FROM generate_series(1, 14) i, LATERAL idempotency.claim('lapsed ' || i, 'shop', '1', lease => '1 hour') c;
 UPDATE idempotency.idempotency_keys SET lease_expires_at = now() - interval '1 second' WHERE key LIKE 'lapsed %';
 
 CREATE PROCEDURE pg_temp.life(n int)
@@ -551,6 +551,11 @@ CALL pg_temp.life(4);
 DROP RULE r ON idempotency.idempotency_keys;
 CREATE TABLE child () INHERITS (idempotency.idempotency_keys);
 CALL pg_temp.life(5);
+-- rows that only the planner finds, as those of a distributed table
+WITH moved AS (DELETE FROM ONLY idempotency.idempotency_keys WHERE key = 'lapsed 4' RETURNING *)
+	INSERT INTO child SELECT * FROM moved;
+SELECT verdict, response FROM idempotency.claim('lapsed 4', 'shop', '1');
+SELECT status FROM idempotency.lookup('lapsed 4', 'shop');
 DROP TABLE child;
 ALTER TABLE idempotency.idempotency_keys DROP CONSTRAINT idempotency_keys_pkey,
 	ADD CONSTRAINT another UNIQUE (scope, key);
@@ -586,6 +591,21 @@ CALL pg_temp.life(11);
 SET LOCAL row_security = off;
 CALL pg_temp.life(12);
 ROLLBACK;
+-- partitioned
+ALTER TABLE idempotency.idempotency_keys RENAME TO before;
+CREATE TABLE idempotency.idempotency_keys (LIKE idempotency.before INCLUDING DEFAULTS,
+	PRIMARY KEY (scope, key)) PARTITION BY HASH (scope);
+CREATE TABLE part_0 PARTITION OF idempotency.idempotency_keys FOR VALUES WITH (MODULUS 2, REMAINDER 0);
+CREATE TABLE part_1 PARTITION OF idempotency.idempotency_keys FOR VALUES WITH (MODULUS 2, REMAINDER 1);
+INSERT INTO idempotency.idempotency_keys TABLE idempotency.before;
+BEGIN;
+CALL pg_temp.life(14);
+ROLLBACK;
+SELECT token FROM idempotency.claim('leased', 'shop', lease => '1 hour') \gset
+SELECT verdict FROM idempotency.claim('leased', 'shop', wait => false);
+SELECT idempotency.release('leased', 'shop', :token);
+DROP TABLE idempotency.idempotency_keys;
+ALTER TABLE idempotency.before RENAME TO idempotency_keys;
 CALL pg_temp.life(13);
 
 DELETE FROM idempotency.idempotency_keys;
