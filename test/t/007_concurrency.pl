@@ -49,7 +49,8 @@ CREATE TABLE log (
 	expires_at timestamptz,
 	before timestamptz NOT NULL,
 	after timestamptz NOT NULL DEFAULT clock_timestamp(),
-	xid xid8 NOT NULL DEFAULT pg_current_xact_id());
+	xid xid8 NOT NULL DEFAULT pg_current_xact_id(),
+	snapshot pg_snapshot NOT NULL DEFAULT pg_current_snapshot());
 
 -- what the operations do
 CREATE TABLE effects (key int, token bigint);
@@ -261,8 +262,7 @@ CREATE TABLE claims AS
 		pg_xact_commit_timestamp(c.xid::xid) AS committed,
 		l.lease_expires_at,	-- the last one
 		l.recovery_point AS left_point,
-		r.expires_at, r.xid AS recorded_xid,
-		e.event AS finish,
+		r.expires_at, e.xid AS finish_xid, e.event AS finish,
 		CASE
 			-- until then nobody else can have it
 			WHEN r.token IS NOT NULL
@@ -291,7 +291,7 @@ CREATE TABLE lives AS
 		lag(left_point) OVER w AS previous_point,
 		lag(request) OVER w AS previous_request,
 		max(held_until) OVER (w ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS not_before,
-		lead(committed) OVER w AS next_committed,
+		lead(xid) OVER w AS next_xid,
 		lead(token) OVER w IS NULL AS last
 	FROM claims
 	WINDOW w AS (PARTITION BY key ORDER BY after);
@@ -353,13 +353,18 @@ my @checks = (
 			AND (r.xid = l.xid OR pg_xact_commit_timestamp(r.xid::xid) <= l.after))},
 		q{UPDATE log SET http_status = http_status + 1 WHERE ctid =
 			(SELECT ctid FROM log WHERE verdict = 'replay' LIMIT 1)} ],
+	# not by times of commit: a commit is seen only some time after that
 	[ 'a mismatch is with a request that is there',
 		q{SELECT l.key FROM log l WHERE verdict = 'mismatch' AND NOT EXISTS (
 			SELECT FROM lives c
 			WHERE c.key = l.key AND c.request <> l.request
 			AND (c.xid = l.xid OR c.committed <= l.after)
-			AND l.before <= CASE WHEN finish IS NOT NULL THEN held_until
-				ELSE coalesce(next_committed, 'infinity') END)},
+			AND CASE
+				WHEN c.finish IS NULL
+					THEN c.next_xid IS NULL OR NOT pg_visible_in_snapshot(c.next_xid, l.snapshot)
+				ELSE NOT pg_visible_in_snapshot(c.finish_xid, l.snapshot)
+					OR c.finish = 'record' AND l.before <= c.expires_at
+				END)},
 		q{INSERT INTO log (event, key, verdict, request, before, after, xid)
 			SELECT event, key, 'mismatch', request, after, after, xid
 			FROM log WHERE verdict = 'claimed' ORDER BY after LIMIT 1} ],
