@@ -10,6 +10,7 @@ OBJS = \
 	src/arguments.o \
 	src/fingerprint.o \
 	src/idempotency.o \
+	src/json_member.o \
 	src/ledger.o \
 	src/mac.o \
 	src/namespace.o \
@@ -19,10 +20,16 @@ OBJS = \
 	src/request_print.o \
 	src/requests.o \
 	src/result.o \
+	src/secret_file.o \
+	src/settle_event.o \
 	src/shmem.o \
 	src/stripe_key.o \
 	src/stripe_keys.o \
-	src/stripe_outcome.o
+	src/stripe_outcome.o \
+	src/webhook_event.o \
+	src/webhook_secret.o \
+	src/webhook_signature.o \
+	src/webhooks.o
 
 PG_CFLAGS = -Wall -Wextra -Wno-unused-parameter -Wno-sign-compare -Wno-missing-field-initializers
 

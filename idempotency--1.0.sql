@@ -96,13 +96,38 @@ CREATE TYPE idempotency.stripe_key_info AS (
 	history jsonb
 );
 
+CREATE TYPE idempotency.webhook_claim_result AS (
+	verdict idempotency.verdict,
+	stripe_event_id text,
+	event_type text,
+	event jsonb,
+	token bigint,
+	attempt integer,
+	account text,
+	livemode boolean,
+	created timestamptz,
+	object_type text,
+	object_id text,
+	superseded_by text,
+	twin_of text,
+	last_error text,
+	retry_after integer
+);
+
+CREATE TYPE idempotency.webhook_receipt AS (
+	stored boolean,
+	stripe_event_id text,
+	event_type text,
+	account text
+);
+
 --
 -- Tables
 --
 -- Fixed-width columns come first, so that a row is short.  The C code knows
--- the columns by number (src/requests.c, src/stripe_keys.c): a later version
--- adds columns at the end.  No index but the primary key: every write of the
--- hot path would pay for it.
+-- the columns by number (src/requests.c, src/stripe_keys.c, src/webhooks.c): a
+-- later version adds columns at the end.  No index on idempotency_keys but the
+-- primary key: every claim would pay for it.
 --
 
 CREATE TABLE idempotency.idempotency_keys (
@@ -153,8 +178,58 @@ CREATE TABLE idempotency.stripe_idempotency_keys (
 	response jsonb,
 	error jsonb,
 	history jsonb,
+	evidence jsonb,
 	PRIMARY KEY (account, operation_type, operation_id)
 ) WITH (fillfactor = 80, vacuum_truncate = off, toast.vacuum_truncate = off);
+
+-- calls that an event about their object may settle (src/settle_event.c)
+CREATE INDEX stripe_idempotency_keys_unsettled_idx
+	ON idempotency.stripe_idempotency_keys (resource_id)
+	WHERE outcome OPERATOR(pg_catalog.=) 'unknown'::idempotency.outcome
+		OR outcome OPERATOR(pg_catalog.=) 'in_progress'::idempotency.outcome;
+
+CREATE TABLE idempotency.stripe_webhook_events (
+	token bigint NOT NULL,
+	received_at timestamptz NOT NULL,
+	claimed_at timestamptz,
+	lease_expires_at timestamptz,
+	processed_at timestamptz,
+	created timestamptz,
+	lease interval,
+	attempts integer NOT NULL,
+	success boolean,
+	livemode boolean,
+	order_id uuid,
+	correlation_id uuid,
+	account text COLLATE "C" NOT NULL,
+	stripe_event_id text COLLATE "C" NOT NULL,
+	consumer text COLLATE "C" NOT NULL,
+	event_type text COLLATE "C" NOT NULL,
+	api_version text,
+	object_type text,
+	object_id text COLLATE "C",
+	request_id text,
+	idempotency_key text COLLATE "C",
+	reference text,
+	checkout_session_id text,
+	error_message text,
+	pending_key text COLLATE "C",
+	payload_snapshot jsonb,
+	payload bytea,
+	PRIMARY KEY (account, stripe_event_id, consumer)
+) WITH (vacuum_truncate = off, toast.vacuum_truncate = off);
+
+-- what stripe_webhook_next() hands out, in its order
+CREATE INDEX stripe_webhook_events_due_idx
+	ON idempotency.stripe_webhook_events
+		(consumer, (COALESCE(lease_expires_at, processed_at, received_at)))
+	WHERE success IS NOT TRUE;
+-- superseded_by and twin_of, and what an operation's object went through
+CREATE INDEX stripe_webhook_events_object_idx
+	ON idempotency.stripe_webhook_events (object_id) WHERE object_id IS NOT NULL;
+-- events that wait for the call that they are about
+CREATE INDEX stripe_webhook_events_pending_key_idx
+	ON idempotency.stripe_webhook_events (pending_key) WHERE pending_key IS NOT NULL;
 
 -- No unique key on purpose: a restore adds the dumped row beside the one that
 -- CREATE EXTENSION made (src/namespace.c says which of them is in force).
@@ -168,6 +243,7 @@ CREATE TABLE idempotency.namespace (
 
 SELECT pg_catalog.pg_extension_config_dump('idempotency.idempotency_keys', '');
 SELECT pg_catalog.pg_extension_config_dump('idempotency.stripe_idempotency_keys', '');
+SELECT pg_catalog.pg_extension_config_dump('idempotency.stripe_webhook_events', '');
 SELECT pg_catalog.pg_extension_config_dump('idempotency.namespace', '');
 
 --
@@ -268,6 +344,56 @@ AS 'MODULE_PATHNAME', 'idempotency_stripe_namespace'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
 --
+-- Events you receive from Stripe
+--
+
+CREATE FUNCTION idempotency.stripe_webhook_verify(payload bytea, signature text,
+	secrets text[] DEFAULT NULL, tolerance interval DEFAULT NULL)
+RETURNS text
+AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_verify'
+LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL RESTRICTED;
+
+CREATE FUNCTION idempotency.stripe_webhook_is_valid(payload bytea, signature text,
+	secrets text[] DEFAULT NULL, tolerance interval DEFAULT NULL)
+RETURNS boolean
+AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_is_valid'
+LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL RESTRICTED;
+
+CREATE FUNCTION idempotency.stripe_webhook_claim(payload bytea, signature text,
+	secrets text[] DEFAULT NULL, tolerance interval DEFAULT NULL,
+	lease interval DEFAULT NULL, wait boolean DEFAULT true, consumer text DEFAULT '')
+RETURNS idempotency.webhook_claim_result
+AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_claim'
+LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
+
+CREATE FUNCTION idempotency.stripe_webhook_record(stripe_event_id text, token bigint,
+	success boolean DEFAULT NULL, error_message text DEFAULT NULL,
+	reference text DEFAULT NULL, order_id uuid DEFAULT NULL,
+	correlation_id uuid DEFAULT NULL, account text DEFAULT '', consumer text DEFAULT '')
+RETURNS void
+AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_record'
+LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
+
+CREATE FUNCTION idempotency.stripe_webhook_receive(payload bytea, signature text,
+	secrets text[] DEFAULT NULL, tolerance interval DEFAULT NULL, consumer text DEFAULT '')
+RETURNS idempotency.webhook_receipt
+AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_receive'
+LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
+
+-- a set, so that there is no row where there is no event
+CREATE FUNCTION idempotency.stripe_webhook_next(lease interval DEFAULT NULL,
+	consumer text DEFAULT '')
+RETURNS SETOF idempotency.webhook_claim_result
+AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_next'
+LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE ROWS 1;
+
+CREATE FUNCTION idempotency.stripe_webhook_reclaim(stripe_event_id text,
+	account text DEFAULT '', lease interval DEFAULT NULL, consumer text DEFAULT '')
+RETURNS idempotency.webhook_claim_result
+AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_reclaim'
+LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
+
+--
 -- Housekeeping
 --
 
@@ -302,6 +428,27 @@ FROM (
 	WHERE s.outcome OPERATOR(pg_catalog.=) 'in_progress'::idempotency.outcome
 ) c
 ORDER BY c.lapsed DESC, c.lease_expires_at;
+
+CREATE VIEW idempotency.stripe_webhook_pending AS
+SELECT e.account, e.stripe_event_id, e.consumer, e.event_type, e.object_id, s.state,
+	e.attempts, e.received_at, e.claimed_at, e.lease_expires_at,
+	e.error_message AS last_error,
+	CASE WHEN s.state OPERATOR(pg_catalog.=) 'claimed'
+		THEN pg_catalog.format('SELECT * FROM idempotency.stripe_webhook_pending'
+			' WHERE stripe_event_id = %L AND account = %L AND consumer = %L;',
+			e.stripe_event_id, e.account, e.consumer)
+		ELSE pg_catalog.format('SELECT * FROM idempotency.stripe_webhook_reclaim(%L, %L,'
+			' lease => ''5 minutes'', consumer => %L);',
+			e.stripe_event_id, e.account, e.consumer)
+	END AS next_step
+FROM idempotency.stripe_webhook_events e,
+	LATERAL (SELECT CASE
+			WHEN NOT e.success THEN 'failed'
+			WHEN e.claimed_at IS NULL THEN 'received'
+			WHEN e.lease_expires_at OPERATOR(pg_catalog.>) pg_catalog.clock_timestamp() THEN 'claimed'
+			ELSE 'lapsed' END AS state) s
+WHERE e.success IS NOT TRUE
+ORDER BY COALESCE(e.lease_expires_at, e.processed_at, e.received_at);
 
 -- the first namespace of this database
 SELECT idempotency.stripe_namespace('new');
@@ -428,6 +575,36 @@ COMMENT ON COLUMN idempotency.stripe_key_info.recorded_at IS 'When the outcome w
 COMMENT ON COLUMN idempotency.stripe_key_info.history IS
 	'Earlier generations, oldest first, each as stripe_reopen() found it, or NULL';
 
+COMMENT ON TYPE idempotency.webhook_claim_result IS
+	'Answer of stripe_webhook_claim(), stripe_webhook_next() and stripe_webhook_reclaim()';
+COMMENT ON COLUMN idempotency.webhook_claim_result.verdict IS 'claimed, replay or in_progress';
+COMMENT ON COLUMN idempotency.webhook_claim_result.stripe_event_id IS 'Stripe''s id of the event';
+COMMENT ON COLUMN idempotency.webhook_claim_result.event_type IS 'Stripe''s type, such as payment_intent.succeeded';
+COMMENT ON COLUMN idempotency.webhook_claim_result.event IS 'The event; NULL where it isn''t kept any more';
+COMMENT ON COLUMN idempotency.webhook_claim_result.token IS
+	'Proof of the claim for stripe_webhook_record(): random, 1 to 2^53 - 1; NULL unless claimed';
+COMMENT ON COLUMN idempotency.webhook_claim_result.attempt IS 'Which claim of this event it is, from 1';
+COMMENT ON COLUMN idempotency.webhook_claim_result.account IS 'Connected account, '''' for one''s own';
+COMMENT ON COLUMN idempotency.webhook_claim_result.livemode IS 'Stripe''s livemode';
+COMMENT ON COLUMN idempotency.webhook_claim_result.created IS 'When Stripe made the event, to the second';
+COMMENT ON COLUMN idempotency.webhook_claim_result.object_type IS 'Type of what it is about, or NULL';
+COMMENT ON COLUMN idempotency.webhook_claim_result.object_id IS 'Stripe''s id of what it is about, or NULL';
+COMMENT ON COLUMN idempotency.webhook_claim_result.superseded_by IS
+	'If claimed, the newest event about the same object that was made in a later second '
+	'and is processed already, or NULL';
+COMMENT ON COLUMN idempotency.webhook_claim_result.twin_of IS
+	'If claimed, another event of the same type, object, request and data that is processed already, or NULL';
+COMMENT ON COLUMN idempotency.webhook_claim_result.last_error IS
+	'What the last attempt recorded as error_message, or NULL';
+COMMENT ON COLUMN idempotency.webhook_claim_result.retry_after IS
+	'If in_progress, seconds after which to try again, at least 1';
+
+COMMENT ON TYPE idempotency.webhook_receipt IS 'Answer of stripe_webhook_receive()';
+COMMENT ON COLUMN idempotency.webhook_receipt.stored IS 'Is it new?  false: it was received before';
+COMMENT ON COLUMN idempotency.webhook_receipt.stripe_event_id IS 'Stripe''s id of the event';
+COMMENT ON COLUMN idempotency.webhook_receipt.event_type IS 'Stripe''s type, such as payment_intent.succeeded';
+COMMENT ON COLUMN idempotency.webhook_receipt.account IS 'Connected account, '''' for one''s own';
+
 COMMENT ON TABLE idempotency.idempotency_keys IS
 	'Requests that the API received, and their results; change it through the functions only';
 COMMENT ON COLUMN idempotency.idempotency_keys.token IS 'Token of the last claim';
@@ -498,6 +675,54 @@ COMMENT ON COLUMN idempotency.stripe_idempotency_keys.error IS 'The error object
 COMMENT ON COLUMN idempotency.stripe_idempotency_keys.history IS
 	'Earlier generations, oldest first, each as stripe_reopen() found it, or NULL';
 
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.evidence IS
+	'What settled the outcome where no answer did: an array of what was found, or NULL';
+
+COMMENT ON TABLE idempotency.stripe_webhook_events IS
+	'Events that Stripe has sent, one row an event and consumer; change it through the functions only';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.token IS 'Token of the last claim; of nobody before the first';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.received_at IS 'When it was received first';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.claimed_at IS 'When it was claimed last, or NULL';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.lease_expires_at IS
+	'Until when it is held by its claimant; NULL where it was claimed without a lease, and once recorded';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.processed_at IS
+	'When success or failure of the last attempt was recorded, NULL before';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.created IS 'When Stripe made the event, to the second';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.lease IS
+	'For how long it was claimed; NULL without a lease, and once recorded';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.attempts IS 'How often it was claimed';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.success IS
+	'true: processed, final; false: failed, may be claimed again; NULL: neither yet';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.livemode IS 'Stripe''s livemode';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.order_id IS
+	'As recorded, otherwise order_id of the object''s metadata where that is a UUID';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.correlation_id IS
+	'As recorded, otherwise correlation_id of the object''s metadata where that is a UUID';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.account IS 'Connected account, '''' for one''s own';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.stripe_event_id IS 'Stripe''s id of the event';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.consumer IS
+	'Who processes it; each consumer has a row of its own';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.event_type IS 'Stripe''s type, such as payment_intent.succeeded';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.api_version IS
+	'Version of the API that it is written in, or NULL';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.object_type IS 'Type of what it is about, or NULL';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.object_id IS 'Stripe''s id of what it is about, or NULL';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.request_id IS
+	'Stripe''s Request-Id of the call that caused it, or NULL';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.idempotency_key IS
+	'Idempotency-Key of the call that caused it, or NULL';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.reference IS
+	'As recorded, otherwise client_reference_id of the object or reference of its metadata';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.checkout_session_id IS
+	'Id of the object if it is a Checkout session, otherwise checkout_session_id of its metadata';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.error_message IS 'As recorded by the last attempt, or NULL';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.pending_key IS
+	'Key of a call that the event may settle as soon as that can be seen or has lapsed, otherwise NULL';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.payload_snapshot IS
+	'The body as jsonb; see idempotency.webhook_payload';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.payload IS
+	'The body''s bytes as they were signed; see idempotency.webhook_payload';
+
 COMMENT ON TABLE idempotency.namespace IS
 	'Secrets that keys, operation UUIDs and fingerprints are derived from; '
 	'in force is, of those not retired, one made elsewhere before one made here, then the oldest';
@@ -522,6 +747,22 @@ COMMENT ON COLUMN idempotency.open_claims.lease_expires_at IS 'Until when it is 
 COMMENT ON COLUMN idempotency.open_claims.lapsed IS 'Is it free to be claimed again?';
 COMMENT ON COLUMN idempotency.open_claims.recovery_point IS 'Of a request: its last checkpoint, or NULL';
 COMMENT ON COLUMN idempotency.open_claims.next_step IS 'The statement to type';
+
+COMMENT ON VIEW idempotency.stripe_webhook_pending IS
+	'Events that aren''t processed, the one that waits longest first, without any bodies';
+COMMENT ON COLUMN idempotency.stripe_webhook_pending.account IS 'Connected account, '''' for one''s own';
+COMMENT ON COLUMN idempotency.stripe_webhook_pending.stripe_event_id IS 'Stripe''s id of the event';
+COMMENT ON COLUMN idempotency.stripe_webhook_pending.consumer IS 'Who processes it';
+COMMENT ON COLUMN idempotency.stripe_webhook_pending.event_type IS 'Stripe''s type';
+COMMENT ON COLUMN idempotency.stripe_webhook_pending.object_id IS 'What it is about, or NULL';
+COMMENT ON COLUMN idempotency.stripe_webhook_pending.state IS
+	'received: nobody had it yet; claimed: somebody is at it; lapsed: and didn''t finish; failed: recorded so';
+COMMENT ON COLUMN idempotency.stripe_webhook_pending.attempts IS 'How often it was claimed';
+COMMENT ON COLUMN idempotency.stripe_webhook_pending.received_at IS 'When it was received first';
+COMMENT ON COLUMN idempotency.stripe_webhook_pending.claimed_at IS 'When it was claimed last, or NULL';
+COMMENT ON COLUMN idempotency.stripe_webhook_pending.lease_expires_at IS 'Until when it is held, or NULL';
+COMMENT ON COLUMN idempotency.stripe_webhook_pending.last_error IS 'What the last attempt recorded, or NULL';
+COMMENT ON COLUMN idempotency.stripe_webhook_pending.next_step IS 'The statement to type';
 
 COMMENT ON FUNCTION idempotency.claim(text, text, jsonb, interval, interval, boolean) IS
 	'Claims a key: says whether the caller runs the operation, or what came of it. '
@@ -598,6 +839,43 @@ COMMENT ON FUNCTION idempotency.stripe_namespace(text) IS
 	'Decides once in a copied database. choice: keep, where the copy replaces its original, '
 	'or new, where both live on. Raises IK003, IK009 where it is decided already';
 
+COMMENT ON FUNCTION idempotency.stripe_webhook_verify(bytea, text, text[], interval) IS
+	'Says what is wrong with the signature of a webhook, for diagnosis: valid, no_signature, '
+	'malformed_header, no_matching_signature, too_old or no_secret. '
+	'payload: the body''s bytes as they came; signature: the header Stripe-Signature; '
+	'secrets: of the endpoints (default those of idempotency.webhook_secret_file, otherwise of the postmaster''s '
+	'environment variable IDEMPOTENCY_WEBHOOK_SECRET); '
+	'tolerance: how old it may be (default idempotency.webhook_tolerance, 300 s). Raises IK003';
+COMMENT ON FUNCTION idempotency.stripe_webhook_is_valid(bytea, text, text[], interval) IS
+	'Is the signature of a webhook valid?  Never NULL. Arguments as for stripe_webhook_verify(). Raises IK003';
+COMMENT ON FUNCTION idempotency.stripe_webhook_claim(bytea, text, text[], interval, interval, boolean, text) IS
+	'Verifies an event and claims it: says whether the caller processes it now, or somebody has. '
+	'Call it in FROM. payload, signature, secrets, tolerance: as for stripe_webhook_verify(); '
+	'lease: how long the claim outlives COMMIT (NULL: it must be recorded before COMMIT, or IK005); '
+	'wait (default true): wait for an uncommitted twin, at most idempotency.wait_timeout, 10 s; '
+	'consumer: who processes it (default ''''). Raises IK003, IK004 for a signature or body that is refused';
+COMMENT ON FUNCTION idempotency.stripe_webhook_record(text, bigint, boolean, text, text, uuid, uuid, text, text) IS
+	'Records that a claimed event is processed, which is final, or that this has failed. '
+	'success: default true unless there is an error_message; '
+	'reference, order_id, correlation_id: kept beside the event; account, consumer: as claimed (default ''''). '
+	'Recording the same again changes nothing. Raises IK001 for a token that doesn''t hold the event, '
+	'IK002 where another result is recorded, IK003';
+COMMENT ON FUNCTION idempotency.stripe_webhook_receive(bytea, text, text[], interval, text) IS
+	'Verifies an event and keeps it for stripe_webhook_next(): answer 200 and work later. '
+	'payload, signature, secrets, tolerance: as for stripe_webhook_verify(); '
+	'consumer: who processes it (default ''''). Raises IK003, IK004 for a signature or body that is refused, '
+	'55P03 where another transaction has the event for longer than idempotency.wait_timeout';
+COMMENT ON FUNCTION idempotency.stripe_webhook_next(interval, text) IS
+	'Claims the event that waits longest, received, failed or lapsed, which nobody else is at; '
+	'no row if there is none. '
+	'lease: how long the claim outlives COMMIT (NULL: it must be recorded before COMMIT, or IK005); '
+	'consumer: whose events (default ''''). Raises IK003';
+COMMENT ON FUNCTION idempotency.stripe_webhook_reclaim(text, text, interval, text) IS
+	'Claims an event that was received before, from what is stored, however old its signature is. '
+	'account: default ''''; '
+	'lease: how long the claim outlives COMMIT (NULL: it must be recorded before COMMIT, or IK005); '
+	'consumer: default ''''. Raises IK003, also for an event that isn''t known';
+
 COMMENT ON FUNCTION idempotency.grant_role(regrole, text) IS
 	'Grants a role what it needs, and no more; run it as the owner of the extension''s objects. '
 	'kind: application, webhook, stripe_caller, observer or operator. Raises IK003 for a bad argument, 42501 for anybody else';
@@ -610,4 +888,5 @@ REVOKE ALL ON SCHEMA idempotency FROM PUBLIC;
 REVOKE ALL ON ALL TABLES IN SCHEMA idempotency FROM PUBLIC;
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA idempotency FROM PUBLIC;
 REVOKE ALL ON TYPE idempotency.verdict, idempotency.outcome, idempotency.claim_result,
-	idempotency.key_info, idempotency.stripe_claim_result, idempotency.stripe_key_info FROM PUBLIC;
+	idempotency.key_info, idempotency.stripe_claim_result, idempotency.stripe_key_info,
+	idempotency.webhook_claim_result, idempotency.webhook_receipt FROM PUBLIC;

@@ -21,6 +21,7 @@
 
 #include "compat.h"
 #include "open_claims.h"
+#include "secret_file.h"
 #include "settings.h"
 #include "shmem.h"
 
@@ -36,6 +37,11 @@ int			max_response_size = 1024;
 int			open_claim_at_commit = OPEN_CLAIM_ERROR;
 int			stripe_ledger = STRIPE_LEDGER_RECORDER;
 char	   *stripe_compare_ignore = NULL;
+int			webhook_tolerance = 300;
+int			webhook_retention = 35 * 24 * 60 * 60;
+int			webhook_payload = WEBHOOK_PAYLOAD_ALL;
+int			webhook_livemode = WEBHOOK_LIVEMODE_ANY;
+char	   *webhook_secret_file = NULL;
 
 static const struct config_enum_entry open_claim_options[] = {
 	{"error", OPEN_CLAIM_ERROR, false},
@@ -47,6 +53,20 @@ static const struct config_enum_entry open_claim_options[] = {
 static const struct config_enum_entry stripe_ledger_options[] = {
 	{"recorder", STRIPE_LEDGER_RECORDER, false},
 	{"transaction", STRIPE_LEDGER_TRANSACTION, false},
+	{NULL, 0, false}
+};
+
+static const struct config_enum_entry webhook_payload_options[] = {
+	{"all", WEBHOOK_PAYLOAD_ALL, false},
+	{"jsonb", WEBHOOK_PAYLOAD_JSONB, false},
+	{"none", WEBHOOK_PAYLOAD_NONE, false},
+	{NULL, 0, false}
+};
+
+static const struct config_enum_entry webhook_livemode_options[] = {
+	{"any", WEBHOOK_LIVEMODE_ANY, false},
+	{"live", WEBHOOK_LIVEMODE_LIVE, false},
+	{"test", WEBHOOK_LIVEMODE_TEST, false},
 	{NULL, 0, false}
 };
 
@@ -129,6 +149,46 @@ define_settings(void)
 							   "metadata, description, expand",
 							   PGC_SUSET, GUC_LIST_INPUT,
 							   check_stripe_compare_ignore, NULL, NULL);
+
+	DefineCustomIntVariable("idempotency.webhook_tolerance",
+							"How old the signature of a webhook may be.",
+							"An age of exactly this is accepted, and so is a time in the future.",
+							&webhook_tolerance,
+							300, 1, INT_MAX,
+							PGC_USERSET, GUC_UNIT_S,
+							NULL, NULL, NULL);
+
+	DefineCustomIntVariable("idempotency.webhook_retention",
+							"How long a processed event is kept.",
+							"Counts from its receipt; Stripe can send an event again for 30 days. -1 keeps it for ever.",
+							&webhook_retention,
+							35 * 24 * 60 * 60, -1, INT_MAX,
+							PGC_SUSET, GUC_UNIT_S,
+							NULL, NULL, NULL);
+
+	DefineCustomEnumVariable("idempotency.webhook_payload",
+							 "What is kept of an event's body.",
+							 "all: its bytes and a jsonb; jsonb: that alone; none: a jsonb until it is processed, and nothing afterwards.",
+							 &webhook_payload,
+							 WEBHOOK_PAYLOAD_ALL, webhook_payload_options,
+							 PGC_SUSET, 0,
+							 NULL, NULL, NULL);
+
+	DefineCustomEnumVariable("idempotency.webhook_livemode",
+							 "Which of Stripe's modes events have to come from.",
+							 "Events of the other one are refused.",
+							 &webhook_livemode,
+							 WEBHOOK_LIVEMODE_ANY, webhook_livemode_options,
+							 PGC_SUSET, 0,
+							 NULL, NULL, NULL);
+
+	DefineCustomStringVariable("idempotency.webhook_secret_file",
+							   "File with the signing secrets of webhook endpoints.",
+							   "One a line. Where it isn't set, the postmaster's environment variable IDEMPOTENCY_WEBHOOK_SECRET has them.",
+							   &webhook_secret_file,
+							   "",
+							   PGC_SUSET, 0,
+							   secret_file_check_setting, NULL, NULL);
 
 	MarkGUCPrefixReserved("idempotency");
 }

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * mac.c
- *	  HMAC-SHA256 over a labelled list of fields.
+ *	  HMAC-SHA256 over a labelled list of fields, or over bytes as they are.
  *
  * Whatever the extension derives or compares is a MAC keyed with the
  * database's namespace.  Its input is a label, which says what the MAC is for,
@@ -31,6 +31,7 @@
 StaticAssertDecl(MAC_LEN == PG_SHA256_DIGEST_LENGTH,
 				 "MAC_LEN is the length of a SHA-256 digest");
 
+static pg_hmac_ctx *create_hmac(void);
 static void check_hmac(pg_hmac_ctx *ctx, int status);
 static void update_field(pg_hmac_ctx *ctx, const char *data, size_t len);
 
@@ -51,16 +52,46 @@ mac_fields(const uint8 *key, size_t keylen, const char *label,
 	Assert(keylen > 0);
 	Assert(nfields >= 0);
 
-	ctx = pg_hmac_create(PG_SHA256);
-	if (ctx == NULL)
-		check_hmac(NULL, -1);
-
+	ctx = create_hmac();
 	PG_TRY();
 	{
 		check_hmac(ctx, pg_hmac_init(ctx, key, keylen));
 		update_field(ctx, label, strlen(label));
 		for (int i = 0; i < nfields; i++)
 			update_field(ctx, fields[i].data, fields[i].len);
+		check_hmac(ctx, pg_hmac_final(ctx, out, MAC_LEN));
+	}
+	PG_FINALLY();
+	{
+		pg_hmac_free(ctx);
+	}
+	PG_END_TRY();
+}
+
+/*
+ * Compute the MAC of nparts parts, one after the other and nothing between
+ * them: of a message whose form somebody else has defined.
+ *
+ * Otherwise as mac_fields().
+ */
+void
+mac_concatenated(const uint8 *key, size_t keylen,
+				 const MacField *parts, int nparts, uint8 out[MAC_LEN])
+{
+	pg_hmac_ctx *ctx;
+
+	Assert(keylen > 0);
+
+	ctx = create_hmac();
+	PG_TRY();
+	{
+		check_hmac(ctx, pg_hmac_init(ctx, key, keylen));
+		for (int i = 0; i < nparts; i++)
+		{
+			if (parts[i].len > 0)
+				check_hmac(ctx, pg_hmac_update(ctx, (const uint8 *) parts[i].data,
+											   parts[i].len));
+		}
 		check_hmac(ctx, pg_hmac_final(ctx, out, MAC_LEN));
 	}
 	PG_FINALLY();
@@ -109,6 +140,16 @@ mac_text(const char *str, size_t len)
 		field.len = strlen(field.data);
 
 	return field;
+}
+
+static pg_hmac_ctx *
+create_hmac(void)
+{
+	pg_hmac_ctx *ctx = pg_hmac_create(PG_SHA256);
+
+	if (ctx == NULL)
+		check_hmac(NULL, -1);
+	return ctx;
 }
 
 /*

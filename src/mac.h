@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * mac.h
- *	  HMAC-SHA256 over a labelled list of fields.
+ *	  HMAC-SHA256 over a labelled list of fields, or over bytes as they are.
  *
  * src/mac.h
  *
@@ -20,6 +20,8 @@ typedef struct MacField
 
 extern void mac_fields(const uint8 *key, size_t keylen, const char *label,
 					   const MacField *fields, int nfields, uint8 out[MAC_LEN]);
+extern void mac_concatenated(const uint8 *key, size_t keylen,
+							 const MacField *parts, int nparts, uint8 out[MAC_LEN]);
 extern MacField mac_text(const char *str, size_t len);
 
 #endif							/* IDEMPOTENCY_MAC_H */

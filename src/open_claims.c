@@ -141,6 +141,26 @@ open_claims_contain(int64 token)
 	return claim != NULL && claim->open;
 }
 
+/* Tokens of all claims of this transaction that are still open, palloc'd. */
+int64 *
+open_claims_tokens(int *n)
+{
+	int64	   *tokens = palloc((nopen + 1) * sizeof(int64));
+	HASH_SEQ_STATUS status;
+	OpenClaim  *claim;
+
+	*n = 0;
+	if (claims == NULL)
+		return tokens;
+	hash_seq_init(&status, claims);
+	while ((claim = hash_seq_search(&status)) != NULL)
+	{
+		if (claim->open)
+			tokens[(*n)++] = claim->token;
+	}
+	return tokens;
+}
+
 static void
 forget_all(void)
 {

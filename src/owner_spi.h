@@ -12,7 +12,7 @@
 
 #include "executor/spi.h"
 
-#define OWNER_STATEMENT_MAX_ARGS 20
+#define OWNER_STATEMENT_MAX_ARGS 26
 
 /*
  * One statement and, once it has run in this backend, its plan.  Every name

@@ -78,6 +78,14 @@ static const struct
 	{"EXECUTE ON FUNCTION idempotency.stripe_reopen", KIND_STRIPE_CALLER | KIND_OPERATOR},
 	{"EXECUTE ON FUNCTION idempotency.stripe_lookup", KIND_STRIPE_CALLER | KIND_OPERATOR},
 	{"EXECUTE ON FUNCTION idempotency.stripe_namespace", KIND_OPERATOR},
+	{"EXECUTE ON FUNCTION idempotency.stripe_webhook_verify", KIND_WEBHOOK | KIND_OPERATOR},
+	{"EXECUTE ON FUNCTION idempotency.stripe_webhook_is_valid", KIND_WEBHOOK | KIND_OPERATOR},
+	{"EXECUTE ON FUNCTION idempotency.stripe_webhook_claim", KIND_WEBHOOK},
+	{"EXECUTE ON FUNCTION idempotency.stripe_webhook_record", KIND_WEBHOOK | KIND_OPERATOR},
+	{"EXECUTE ON FUNCTION idempotency.stripe_webhook_receive", KIND_WEBHOOK},
+	{"EXECUTE ON FUNCTION idempotency.stripe_webhook_next", KIND_WEBHOOK},
+	{"EXECUTE ON FUNCTION idempotency.stripe_webhook_reclaim", KIND_WEBHOOK | KIND_OPERATOR},
+	{"SELECT ON idempotency.stripe_webhook_pending", KIND_OBSERVER | KIND_OPERATOR},
 	{"SELECT ON idempotency.open_claims", KIND_OBSERVER | KIND_OPERATOR}
 };
 

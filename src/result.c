@@ -61,6 +61,13 @@ result_begin(ResultRow *result, FunctionCallInfo fcinfo, int ncolumns)
 	memset(result->isnull, true, desc->natts * sizeof(bool));
 }
 
+/* All columns are NULL again. */
+void
+result_reset(ResultRow *result)
+{
+	memset(result->isnull, true, result->desc->natts * sizeof(bool));
+}
+
 void
 result_set(ResultRow *result, int column, Datum value)
 {

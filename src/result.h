@@ -24,6 +24,7 @@ typedef struct ResultRow
 } ResultRow;
 
 extern void result_begin(ResultRow *result, FunctionCallInfo fcinfo, int ncolumns);
+extern void result_reset(ResultRow *result);
 extern void result_set(ResultRow *result, int column, Datum value);
 extern void result_copy(ResultRow *result, int column, Datum value, bool isnull);
 extern void result_set_text(ResultRow *result, int column, const char *value);

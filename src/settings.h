@@ -26,6 +26,21 @@ typedef enum StripeLedgerMode
 	STRIPE_LEDGER_TRANSACTION
 } StripeLedgerMode;
 
+/* What is kept of an event's body. */
+typedef enum WebhookPayload
+{
+	WEBHOOK_PAYLOAD_ALL,		/* its bytes and a jsonb */
+	WEBHOOK_PAYLOAD_JSONB,
+	WEBHOOK_PAYLOAD_NONE		/* a jsonb until it is processed */
+} WebhookPayload;
+
+typedef enum WebhookLivemode
+{
+	WEBHOOK_LIVEMODE_ANY,
+	WEBHOOK_LIVEMODE_LIVE,
+	WEBHOOK_LIVEMODE_TEST
+} WebhookLivemode;
+
 extern int	key_ttl;			/* seconds */
 extern int	stripe_lease;		/* seconds */
 extern int	wait_timeout;		/* milliseconds; 0 doesn't wait, -1 has no
@@ -35,5 +50,10 @@ extern int	max_response_size;	/* kilobytes */
 extern int	open_claim_at_commit;	/* OpenClaimAction */
 extern int	stripe_ledger;		/* StripeLedgerMode */
 extern char *stripe_compare_ignore; /* comma-separated list */
+extern int	webhook_tolerance;	/* seconds */
+extern int	webhook_retention;	/* seconds; -1 keeps for ever */
+extern int	webhook_payload;	/* WebhookPayload */
+extern int	webhook_livemode;	/* WebhookLivemode */
+extern char *webhook_secret_file;	/* "" where it isn't set */
 
 #endif							/* IDEMPOTENCY_SETTINGS_H */

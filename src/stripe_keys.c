@@ -52,7 +52,9 @@
 #include "request_print.h"
 #include "result.h"
 #include "settings.h"
+#include "settle_event.h"
 #include "stripe_key.h"
+#include "stripe_keys.h"
 #include "stripe_outcome.h"
 
 PG_FUNCTION_INFO_V1(idempotency_stripe_idempotency_key);
@@ -77,7 +79,7 @@ enum
 	S_UNCERTAIN, S_LIVEMODE, S_ACCOUNT, S_OPERATION_TYPE, S_OPERATION_ID,
 	S_IDEMPOTENCY_KEY, S_RESOURCE_ID, S_RESOURCE_TYPE, S_REQUEST_ID,
 	S_FINGERPRINT, S_PAST_TOKENS, S_REQUEST, S_RESPONSE, S_ERROR, S_HISTORY,
-	S_NCOLUMNS
+	S_EVIDENCE, S_NCOLUMNS
 };
 
 static const char *const stripe_columns[S_NCOLUMNS] = {
@@ -85,7 +87,8 @@ static const char *const stripe_columns[S_NCOLUMNS] = {
 	"recorded_at", "lease", "attempt", "generation", "http_status", "outcome",
 	"uncertain", "livemode", "account", "operation_type", "operation_id",
 	"idempotency_key", "resource_id", "resource_type", "request_id",
-	"fingerprint", "past_tokens", "request", "response", "error", "history"
+	"fingerprint", "past_tokens", "request", "response", "error", "history",
+	"evidence"
 };
 
 /* Columns of stripe_claim_result. */
@@ -122,7 +125,7 @@ static Ledger stripe_calls = {
 		" recorded_at, lease, attempt, generation, http_status, outcome,"
 		" uncertain, livemode, account, operation_type, operation_id,"
 		" idempotency_key, resource_id, resource_type, request_id,"
-		" fingerprint, past_tokens, request, response, error, history"
+		" fingerprint, past_tokens, request, response, error, history, evidence"
 		" FROM idempotency.stripe_idempotency_keys" WHERE_KEY,
 		3, {TEXTOID, TEXTOID, TEXTOID}
 	}
@@ -214,20 +217,28 @@ static OwnerStatement reopen = {
 	" 'idempotency_key', idempotency_key, 'attempts', attempt, 'outcome', outcome,"
 	" 'http_status', http_status, 'resource_id', resource_id,"
 	" 'resource_type', resource_type, 'request_id', request_id, 'error', error,"
-	" 'first_sent_at', first_sent_at, 'recorded_at', recorded_at, 'reopened_at', $6,"
+	" 'first_sent_at', first_sent_at, 'recorded_at', recorded_at,"
+	" 'evidence', evidence, 'reopened_at', $6,"
 	" 'reopened_by', $9, 'forced', $10),"
 	" token = $4, attempt = 0, generation = generation OPERATOR(pg_catalog.+) 1,"
 	" idempotency_key = $7, outcome = 'not_executed'::idempotency.outcome,"
 	" uncertain = false, past_tokens = NULL, lease = NULL, lease_expires_at = NULL,"
 	" first_sent_at = NULL, recorded_at = NULL, http_status = NULL, livemode = NULL,"
 	" resource_id = NULL, resource_type = NULL, request_id = NULL, fingerprint = NULL,"
-	" request = NULL, response = NULL, error = NULL"
+	" request = NULL, response = NULL, error = NULL, evidence = NULL"
 	WHERE_KEY
 	" AND token OPERATOR(pg_catalog.=) $5"
 	" AND outcome OPERATOR(pg_catalog.=) $8::idempotency.outcome",
 	10, {TEXTOID, TEXTOID, TEXTOID, INT8OID, INT8OID, TIMESTAMPTZOID, TEXTOID,
 	TEXTOID, TEXTOID, BOOLOID}
 };
+
+/* The ledger's table, for whoever looks at its rows by other ways. */
+Relation
+stripe_calls_open(LOCKMODE lockmode)
+{
+	return ledger_open(&stripe_calls, lockmode, false);
+}
 
 /* ---------- the operation ---------- */
 
@@ -415,6 +426,8 @@ typedef struct StripeClaim
 	bool		request_isnull;
 	int64		lease;			/* microseconds */
 	int64		token;
+	bool		settleable;		/* claimed, or unknown: an event may have
+								 * told what came of it */
 	ResultRow	result;
 } StripeClaim;
 
@@ -485,6 +498,7 @@ decide(LedgerClaim *base, LedgerRow *row, TimestampTz now)
 	if (!in_resend_window(row, now) || strcmp(outcome, "mismatch") == 0 ||
 		(strcmp(outcome, "unknown") == 0 && !resend_may_settle(row)))
 	{
+		claim->settleable = true;
 		answer_known(claim, "unknown", row);
 		if (strcmp(outcome, "mismatch") != 0)
 			result_set_enum(&claim->result, C_OUTCOME, "unknown");
@@ -519,6 +533,7 @@ set_pointer(Datum *values, char *nulls, int i, void *pointer)
 static void
 answer_claimed(StripeClaim *claim, TimestampTz first_sent_at)
 {
+	claim->settleable = true;
 	result_set_enum(&claim->result, C_VERDICT, "claimed");
 	result_set_enum(&claim->result, C_OUTCOME, "in_progress");
 	result_set(&claim->result, C_TOKEN, Int64GetDatum(claim->token));
@@ -627,6 +642,11 @@ idempotency_stripe_claim(PG_FUNCTION_ARGS)
 
 	rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
 	ledger_claim(&stripe_calls, rel, &claim.base);
+	if (claim.settleable && settle_by_kept_events(claim.base.key, claim.token))
+	{
+		result_reset(&claim.result);
+		ledger_claim(&stripe_calls, rel, &claim.base);
+	}
 	ledger_close(rel);
 
 	PG_RETURN_DATUM(result_end(&claim.result));

@@ -1,0 +1,696 @@
+/*-------------------------------------------------------------------------
+ *
+ * settle_event.c
+ *	  What events of Stripe's say about calls that were sent to it.
+ *
+ * An answer got lost, or the caller died with it: the row of the call is
+ * unknown, or in progress and lapsed.  An event can tell what came of it.  There
+ * are three ways to find the call that an event is about:
+ *
+ *	- the event was caused by a request with its key (idempotency_key);
+ *	- one of the object's metadata is its key (metadata);
+ *	- the object is the one that the row knows by id (object).
+ *
+ * A call is settled only by an event about the very object that it was to make
+ * or to change, which its path tells: a payment also touches charges, invoices
+ * and balances, with the same key, and the retry has to be given the right id.
+ * And what the event says must follow from it: that a payment intent was
+ * created doesn't tell whether the confirmation in the same call was declined.
+ * Where it doesn't follow, nothing is settled: the next event may say more,
+ * and a person can.  So a row without a request, or whose request has no path,
+ * is left alone.
+ *
+ * A recorded result is never changed.  Nothing here waits for a row that
+ * somebody else holds: not the intake of events, which Stripe wants to be
+ * quick, and not a transaction that has an event row locked.  An event that
+ * finds its row held, live, or not there (the caller hasn't committed yet, or
+ * has rolled back) keeps the key in pending_key, and is looked at again when the
+ * operation is claimed (settle_by_kept_events) and in the background
+ * (settle_kept_events).
+ *
+ * The row of a call is found from its key alone, without an index on it:
+ * "type:id:UUID" is the primary key, up to where the type ends.
+ *
+ * src/settle_event.c
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type_d.h"
+#include "commands/async.h"
+#include "miscadmin.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/jsonb.h"
+#include "utils/json.h"
+
+#include "arguments.h"
+#include "compat.h"
+#include "json_member.h"
+#include "ledger.h"
+#include "settle_event.h"
+#include "stripe_key.h"
+#include "stripe_keys.h"
+#include "webhooks.h"
+
+/* As many events as may wait for one call and are looked at together. */
+#define KEPT_EVENTS_MAX 20
+
+#define WHERE_KEY \
+	" WHERE account OPERATOR(pg_catalog.=) $1" \
+	" AND operation_type OPERATOR(pg_catalog.=) $2" \
+	" AND operation_id OPERATOR(pg_catalog.=) $3"
+
+#define OUTCOME_IS(label) "outcome OPERATOR(pg_catalog.=) '" label "'::idempotency.outcome"
+
+/* What of a call is looked at; the order of columns is CALL_COLUMNS. */
+typedef enum CallColumn
+{
+	CALL_ACCOUNT, CALL_TYPE, CALL_ID, CALL_TOKEN, CALL_OUTCOME, CALL_LEASE_EXPIRES_AT,
+	CALL_KEY, CALL_RESOURCE_ID, CALL_REQUEST, CALL_NCOLUMNS
+} CallColumn;
+
+#define CALL_COLUMNS \
+	"SELECT account, operation_type, operation_id, token, outcome::pg_catalog.text," \
+	" lease_expires_at, idempotency_key, resource_id, request" \
+	" FROM idempotency.stripe_idempotency_keys"
+
+typedef struct Call
+{
+	Datum		values[CALL_NCOLUMNS];
+	bool		isnull[CALL_NCOLUMNS];
+} Call;
+
+static OwnerStatement find_call = {
+	CALL_COLUMNS WHERE_KEY,
+	3, {TEXTOID, TEXTOID, TEXTOID}
+};
+
+/* $1: the object, $2: its account; a path that names the object didn't make it */
+static OwnerStatement find_call_by_object = {
+	CALL_COLUMNS
+	" WHERE resource_id OPERATOR(pg_catalog.=) $1"
+	" AND (" OUTCOME_IS("unknown") " OR " OUTCOME_IS("in_progress") ")"
+	" AND account OPERATOR(pg_catalog.=) $2"
+	" AND pg_catalog.strpos(request OPERATOR(pg_catalog.->>) 'path'::pg_catalog.text, $1) OPERATOR(pg_catalog.=) 0"
+	" LIMIT 1",
+	2, {TEXTOID, TEXTOID}
+};
+
+/* $4: the token that was seen */
+static OwnerStatement lock_call = {
+	CALL_COLUMNS WHERE_KEY
+	" AND token OPERATOR(pg_catalog.=) $4"
+	" AND (" OUTCOME_IS("unknown") " OR " OUTCOME_IS("in_progress") ")"
+	" FOR UPDATE SKIP LOCKED",
+	4, {TEXTOID, TEXTOID, TEXTOID, INT8OID}
+};
+
+static OwnerStatement settle_call = {
+	"UPDATE idempotency.stripe_idempotency_keys SET"
+	" outcome = $5::idempotency.outcome, recorded_at = $6, http_status = NULL,"
+	" resource_id = $7, resource_type = $8, livemode = COALESCE($9, livemode),"
+	" request_id = COALESCE($10, request_id), response = $11, error = $12,"
+	" lease = NULL, lease_expires_at = NULL,"
+	" evidence = COALESCE(evidence, '[]'::pg_catalog.jsonb) OPERATOR(pg_catalog.||) $13"
+	WHERE_KEY
+	" AND token OPERATOR(pg_catalog.=) $4"
+	" AND (" OUTCOME_IS("unknown") " OR " OUTCOME_IS("in_progress") ")",
+	13, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TEXTOID, TIMESTAMPTZOID, TEXTOID,
+	TEXTOID, BOOLOID, TEXTOID, JSONBOID, JSONBOID, JSONBOID}
+};
+
+/* $1: a key, $2 and $3: an object and its account, or NULL */
+static OwnerStatement find_kept_events = {
+	"SELECT pg_catalog.array_agg(k.payload_snapshot ORDER BY k.received_at) FROM ("
+	" (SELECT payload_snapshot, received_at FROM idempotency.stripe_webhook_events"
+	" WHERE pending_key OPERATOR(pg_catalog.=) $1 AND payload_snapshot IS NOT NULL"
+	" LIMIT 20)"
+	" UNION ALL"
+	" (SELECT payload_snapshot, received_at FROM idempotency.stripe_webhook_events"
+	" WHERE object_id OPERATOR(pg_catalog.=) $2 AND account OPERATOR(pg_catalog.=) $3"
+	" AND payload_snapshot IS NOT NULL"
+	" LIMIT 20)) k",
+	3, {TEXTOID, TEXTOID, TEXTOID}
+};
+
+/* $1: the pending key before it */
+static OwnerStatement next_kept_event = {
+	"SELECT account, stripe_event_id, consumer, pending_key, payload_snapshot"
+	" FROM idempotency.stripe_webhook_events"
+	" WHERE pending_key OPERATOR(pg_catalog.>) $1"
+	" ORDER BY pending_key LIMIT 1 FOR UPDATE SKIP LOCKED",
+	1, {TEXTOID}
+};
+
+static OwnerStatement forget_pending_key = {
+	"UPDATE idempotency.stripe_webhook_events SET pending_key = NULL"
+	" WHERE account OPERATOR(pg_catalog.=) $1"
+	" AND stripe_event_id OPERATOR(pg_catalog.=) $2"
+	" AND consumer OPERATOR(pg_catalog.=) $3",
+	3, {TEXTOID, TEXTOID, TEXTOID}
+};
+
+/* ---------- what an event says about a call ---------- */
+
+/* How an event was found to be about a call. */
+typedef enum FoundBy
+{
+	BY_KEY,						/* its request caused the event */
+	BY_METADATA,
+	BY_OBJECT
+} FoundBy;
+
+static const char *const found_by_names[] = {"idempotency_key", "metadata", "object"};
+
+/* What was done to the object that a call is about. */
+typedef enum CallKind
+{
+	CALL_OTHER,					/* it is about another object */
+	CALL_CREATES,
+	CALL_CHANGES
+} CallKind;
+
+static bool
+ends_with(const char *string, const char *end)
+{
+	size_t		len = strlen(string);
+	size_t		endlen = strlen(end);
+
+	return len >= endlen && strcmp(string + len - endlen, end) == 0;
+}
+
+/*
+ * The collection of an object type in a path: payment_intent is found at
+ * payment_intents, checkout.session at checkout/sessions.
+ */
+static char *
+collection_of_type(const char *type)
+{
+	char	   *collection = psprintf("%s%s", type, "ies");
+	size_t		len = strlen(type);
+	char	   *p;
+
+	if (len > 0 && type[len - 1] == 'y')
+		strcpy(collection + len - 1, "ies");
+	else
+		strcpy(collection + len, "s");
+	for (p = collection; *p != '\0'; p++)
+	{
+		if (*p == '.')
+			*p = '/';
+	}
+	return collection;
+}
+
+/*
+ * Is the object the one that this path makes or changes?  *verb is what is done
+ * to one that is changed, "" for an update, and belongs to the path.
+ *
+ * Three forms: /v1/COLLECTION; /v1/COLLECTION/ID, and a verb after it; and
+ * /v1/COLLECTION/ID/COLLECTION, where the inner one is the type's own
+ * (charges/ID/refunds) or named after both (transfers/ID/reversals:
+ * transfer_reversal).
+ */
+static CallKind
+call_kind(const char *path, const char *type, const char *id, const char **verb)
+{
+	char	   *collection = collection_of_type(type);
+	size_t		len = strlen(collection);
+	char	   *copy;
+	char	   *outer;
+	char	   *inner;
+
+	*verb = "";
+	if (strncmp(path, "/v1/", 4) == 0)
+		path += 4;
+	else if (strncmp(path, "/v2/", 4) == 0 && strncmp(collection, "v2/", 3) == 0)
+		path += 1;
+	else if (strncmp(path, "/v2/", 4) == 0)
+		path += 4;
+	else
+		return CALL_OTHER;
+
+	if (strcmp(path, collection) == 0)
+		return CALL_CREATES;
+
+	if (strncmp(path, collection, len) == 0 && path[len] == '/' &&
+		strncmp(path + len + 1, id, strlen(id)) == 0)
+	{
+		const char *rest = path + len + 1 + strlen(id);
+
+		if (*rest == '\0')
+			return CALL_CHANGES;
+		if (*rest == '/' && strchr(rest + 1, '/') == NULL && !ends_with(rest, "s"))
+		{
+			*verb = rest + 1;
+			return CALL_CHANGES;
+		}
+		return CALL_OTHER;
+	}
+
+	/* outer/ID/inner */
+	copy = pstrdup(path);
+	outer = copy;
+	inner = strrchr(copy, '/');
+	if (inner == NULL)
+		return CALL_OTHER;
+	*inner++ = '\0';
+	if (strrchr(outer, '/') == NULL)
+		return CALL_OTHER;
+	*strrchr(outer, '/') = '\0';
+	if (strcmp(inner, collection) == 0)
+		return CALL_CREATES;
+	if (ends_with(outer, "s") && len > strlen(outer))
+	{
+		size_t		n = strlen(outer) - 1;
+
+		if (strncmp(collection, outer, n) == 0 && collection[n] == '_' &&
+			strcmp(collection + n + 1, inner) == 0)
+			return CALL_CREATES;
+	}
+	if (strcmp(type, "fee_refund") == 0 && strcmp(outer, "application_fees") == 0 &&
+		strcmp(inner, "refunds") == 0)
+		return CALL_CREATES;
+	return CALL_OTHER;
+}
+
+/* Is a parameter of a request true?  Under either name that params go by. */
+static bool
+param_is_true(JsonbContainer *request, const char *name)
+{
+	static const char *const members[] = {"params", "body"};
+	int			i;
+
+	for (i = 0; i < lengthof(members); i++)
+	{
+		JsonbContainer *params = json_object_member(request, members[i]);
+		char	   *text = json_string_member(params, name);
+		bool		value = false;
+
+		if ((json_bool_member(params, name, &value) && value) ||
+			(text != NULL && strcmp(text, "true") == 0))
+			return true;
+	}
+	return false;
+}
+
+/*
+ * What an event says about a call: its outcome, or NULL where it says nothing.
+ *
+ * A call that tries to move money at once can be answered 402 although its
+ * object exists, so for such a call the object's existence, or an update of
+ * it, tells nothing.  Elsewhere it is all there is to know.
+ */
+static const char *
+outcome_of_event(const WebhookEvent *event, FoundBy found_by, Jsonb *request_jsonb)
+{
+	JsonbContainer *request = request_jsonb != NULL ? &request_jsonb->root : NULL;
+	char	   *path = json_string_member(request, "path");
+	char	   *method = json_string_member(request, "method");
+	const char *verb;
+	CallKind	kind;
+	bool		tries;
+	bool		failure;
+
+	if (path == NULL || event->object_id == NULL || event->object_type == NULL ||
+		(method != NULL && pg_strcasecmp(method, "POST") != 0))
+		return NULL;
+
+	path[strcspn(path, "?")] = '\0';
+	kind = call_kind(path, event->object_type, event->object_id, &verb);
+	if (kind == CALL_OTHER || (kind == CALL_CHANGES && found_by == BY_OBJECT))
+		return NULL;
+
+	if (kind == CALL_CREATES)
+		tries = strcmp(event->object_type, "charge") == 0 || param_is_true(request, "confirm");
+	else
+		tries = strcmp(verb, "confirm") == 0 || strcmp(verb, "pay") == 0 ||
+			strcmp(verb, "capture") == 0 || strcmp(verb, "increment_authorization") == 0;
+	failure = ends_with(event->type, ".payment_failed") ||
+		ends_with(event->type, ".setup_failed") || strcmp(event->type, "charge.failed") == 0;
+
+	if (!tries)
+		return failure && found_by == BY_KEY ? NULL : "completed";
+	if (failure)
+		return found_by == BY_KEY ? "failed" : NULL;
+	if (ends_with(event->type, ".created") || ends_with(event->type, ".updated"))
+		return NULL;
+	return kind == CALL_CREATES || found_by == BY_KEY ? "completed" : NULL;
+}
+
+/* ---------- settling ---------- */
+
+/*
+ * Tell who listens that a call is settled, at commit.
+ */
+void
+settle_notify(const char *account, const char *operation_type, const char *operation_id,
+			  const char *outcome, const char *resource_id)
+{
+	const char *const members[][2] = {
+		{"account", account}, {"operation_type", operation_type},
+		{"operation_id", operation_id}, {"outcome", outcome}, {"resource_id", resource_id}
+	};
+	StringInfoData payload;
+	int			i;
+
+	initStringInfo(&payload);
+	for (i = 0; i < lengthof(members); i++)
+	{
+		appendStringInfoString(&payload, i == 0 ? "{" : ", ");
+		escape_json(&payload, members[i][0]);
+		appendStringInfoString(&payload, ": ");
+		if (members[i][1] == NULL)
+			appendStringInfoString(&payload, "null");
+		else
+			escape_json(&payload, members[i][1]);
+	}
+	appendStringInfoChar(&payload, '}');
+	Async_Notify("idempotency_settled", payload.data);
+}
+
+/* What is kept of an event as the reason for an outcome: a jsonb array of one. */
+static Datum
+evidence_of_event(const WebhookEvent *event, FoundBy found_by, TimestampTz now)
+{
+	const char *const members[][2] = {
+		{"settled_by", "event"}, {"stripe_event_id", event->id}, {"event_type", event->type},
+		{"found_by", found_by_names[found_by]}, {"settled_at", timestamptz_to_str(now)}
+	};
+	StringInfoData json;
+	int			i;
+
+	initStringInfo(&json);
+	for (i = 0; i < lengthof(members); i++)
+	{
+		appendStringInfoString(&json, i == 0 ? "[{" : ", ");
+		escape_json(&json, members[i][0]);
+		appendStringInfoString(&json, ": ");
+		escape_json(&json, members[i][1]);
+	}
+	appendStringInfoString(&json, "}]");
+	return DirectFunctionCall1(jsonb_in, CStringGetDatum(json.data));
+}
+
+static void
+set_text(Datum *values, char *nulls, int i, const char *text)
+{
+	nulls[i] = text == NULL ? 'n' : ' ';
+	values[i] = text == NULL ? (Datum) 0 : CStringGetTextDatum(text);
+}
+
+static void
+set_jsonb(Datum *values, char *nulls, int i, Jsonb *json)
+{
+	nulls[i] = json == NULL ? 'n' : ' ';
+	values[i] = PointerGetDatum(json);
+}
+
+static bool
+outcome_is(const Call *call, const char *outcome)
+{
+	return strcmp(TextDatumGetCString(call->values[CALL_OUTCOME]), outcome) == 0;
+}
+
+/* Is nobody at a call whose outcome isn't known? */
+static bool
+call_is_open(const Call *call, int64 claimed_token, TimestampTz now)
+{
+	if (outcome_is(call, "unknown"))
+		return true;
+	return outcome_is(call, "in_progress") &&
+		(DatumGetInt64(call->values[CALL_TOKEN]) == claimed_token ||
+		 call->isnull[CALL_LEASE_EXPIRES_AT] ||
+		 DatumGetTimestampTz(call->values[CALL_LEASE_EXPIRES_AT]) <= now);
+}
+
+typedef enum Settled
+{
+	SETTLED,					/* by this event */
+	SETTLED_NOT,				/* the event has nothing to add */
+	SETTLED_LATER				/* somebody has the row now */
+} Settled;
+
+/*
+ * Settle a call by an event that was found to be about it.  "claimed_token" is
+ * the token of a claim that this transaction has just made, or 0.
+ */
+static Settled
+settle(Relation rel, Call *call, const WebhookEvent *event, FoundBy found_by,
+	   int64 claimed_token)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	const char *outcome;
+	Jsonb	   *error = NULL;
+	Datum		values[13];
+	char		nulls[] = "             ";
+
+	if (!outcome_is(call, "unknown") && !outcome_is(call, "in_progress"))
+		return SETTLED_NOT;
+	outcome = outcome_of_event(event, found_by, call->isnull[CALL_REQUEST] ? NULL :
+							   DatumGetJsonbP(call->values[CALL_REQUEST]));
+	if (outcome == NULL)
+		return SETTLED_NOT;
+	if (!call_is_open(call, claimed_token, now))
+		return SETTLED_LATER;
+
+	memcpy(values, call->values, 4 * sizeof(Datum));
+	if (ledger_execute(rel, &lock_call, values, NULL, call->values, call->isnull,
+					   CALL_NCOLUMNS) == 0 ||
+		!call_is_open(call, claimed_token, now))
+		return SETTLED_LATER;
+
+	if (strcmp(outcome, "failed") == 0)
+	{
+		error = json_member_copy(event->object, "last_payment_error");
+		if (error == NULL)
+			error = json_member_copy(event->object, "last_setup_error");
+	}
+	set_text(values, nulls, 4, outcome);
+	values[5] = TimestampTzGetDatum(now);
+	set_text(values, nulls, 6, event->object_id);
+	set_text(values, nulls, 7, event->object_type);
+	values[8] = BoolGetDatum(event->livemode);
+	nulls[8] = event->livemode_known ? ' ' : 'n';
+	set_text(values, nulls, 9, found_by == BY_KEY ? event->request_id : NULL);
+	set_jsonb(values, nulls, 10, error == NULL && event->object != NULL ?
+			  json_member_copy(json_object_member(&event->json->root, "data"), "object") : NULL);
+	set_jsonb(values, nulls, 11, error);
+	values[12] = evidence_of_event(event, found_by, now);
+	if (ledger_execute(rel, &settle_call, values, nulls, NULL, NULL, 0) == 0)
+		return SETTLED_LATER;
+
+	settle_notify(TextDatumGetCString(values[0]), TextDatumGetCString(values[1]),
+				  TextDatumGetCString(values[2]), outcome, event->object_id);
+	return SETTLED;
+}
+
+/*
+ * The call that has this key, which belongs to an account or to one's own.
+ * Returns false if it can't be seen; *other tells that there is one with
+ * this operation and another key, of another generation.
+ */
+static bool
+call_with_key(Relation rel, const char *account, const char *key, Call *call, bool *other)
+{
+	const char *accounts[2];
+	const char *uuid = key + strlen(key) - STRIPE_KEY_UUID_LEN - 1;
+	const char *colon;
+	int			i;
+
+	accounts[0] = account;
+	accounts[1] = account[0] == '\0' ? NULL : "";
+	*other = false;
+
+	/* type and id may have colons themselves */
+	for (colon = strchr(key, ':'); colon != NULL && colon < uuid; colon = strchr(colon + 1, ':'))
+	{
+		if (colon == key || colon + 1 == uuid)
+			continue;
+		for (i = 0; i < lengthof(accounts) && accounts[i] != NULL; i++)
+		{
+			Datum		values[3];
+
+			values[0] = CStringGetTextDatum(accounts[i]);
+			values[1] = PointerGetDatum(cstring_to_text_with_len(key, colon - key));
+			values[2] = PointerGetDatum(cstring_to_text_with_len(colon + 1, uuid - colon - 1));
+			if (ledger_execute(rel, &find_call, values, NULL, call->values, call->isnull,
+							   CALL_NCOLUMNS) == 0)
+				continue;
+			if (strcmp(TextDatumGetCString(call->values[CALL_KEY]), key) == 0)
+				return true;
+			*other = true;
+		}
+	}
+	return false;
+}
+
+/*
+ * Settle what an event that has come in can settle.
+ *
+ * Returns a key of ours by which it may do so later, palloc'd, or NULL.
+ */
+char *
+settle_by_event(const WebhookEvent *event)
+{
+	const char *keys[2];
+	static const FoundBy found_by[2] = {BY_KEY, BY_METADATA};
+	const char *pending = NULL;
+	Relation	rel = NULL;
+	Call		call;
+	int			i;
+
+	keys[0] = event->idempotency_key != NULL && is_stripe_key(event->idempotency_key) ?
+		event->idempotency_key : NULL;
+	keys[1] = event->metadata_key != NULL &&
+		(keys[0] == NULL || strcmp(keys[0], event->metadata_key) != 0) ?
+		event->metadata_key : NULL;
+
+	for (i = 0; i < lengthof(keys); i++)
+	{
+		bool		other;
+		Settled		settled;
+
+		if (keys[i] == NULL)
+			continue;
+		if (rel == NULL)
+			rel = stripe_calls_open(RowExclusiveLock);
+
+		if (call_with_key(rel, event->account, keys[i], &call, &other))
+			settled = settle(rel, &call, event, found_by[i], 0);
+		else
+			settled = other ? SETTLED_NOT : SETTLED_LATER;
+		if (settled == SETTLED_LATER && pending == NULL)
+			pending = keys[i];
+	}
+
+	/* a thin event doesn't show its object, so its id alone says nothing new */
+	if (event->object != NULL && event->object_id != NULL && pending == NULL)
+	{
+		Datum		values[2];
+
+		if (rel == NULL)
+			rel = stripe_calls_open(RowExclusiveLock);
+		values[0] = CStringGetTextDatum(event->object_id);
+		values[1] = CStringGetTextDatum(event->account);
+		if (ledger_execute(rel, &find_call_by_object, values, NULL, call.values, call.isnull,
+						   CALL_NCOLUMNS) > 0)
+			(void) settle(rel, &call, event, BY_OBJECT, 0);
+	}
+
+	if (rel != NULL)
+		ledger_close(rel);
+	return pending == NULL ? NULL : pstrdup(pending);
+}
+
+/* How is a kept event about a call?  Returns false if it isn't. */
+static bool
+event_is_about(const WebhookEvent *event, const Call *call, FoundBy *found_by)
+{
+	const char *key = TextDatumGetCString(call->values[CALL_KEY]);
+
+	if (event->idempotency_key != NULL && strcmp(event->idempotency_key, key) == 0)
+		*found_by = BY_KEY;
+	else if (event->metadata_key != NULL && strcmp(event->metadata_key, key) == 0)
+		*found_by = BY_METADATA;
+	else if (event->object != NULL && event->object_id != NULL &&
+			 !call->isnull[CALL_RESOURCE_ID] &&
+			 strcmp(event->object_id, TextDatumGetCString(call->values[CALL_RESOURCE_ID])) == 0)
+		*found_by = BY_OBJECT;
+	else
+		return false;
+	return true;
+}
+
+/*
+ * Settle a call by events that came in before it could be: account, operation
+ * type and operation id are its key.  Returns true if it is settled now.
+ *
+ * "claimed_token" is the token of a claim that this transaction has just made,
+ * or 0: the claimant hasn't sent anything yet and needn't any more.
+ */
+bool
+settle_by_kept_events(const Datum *key, int64 claimed_token)
+{
+	Relation	rel = stripe_calls_open(RowExclusiveLock);
+	Relation	events_rel = webhook_events_open(AccessShareLock);
+	Call		call;
+	bool		settled = false;
+
+	if (ledger_execute(rel, &find_call, (Datum *) key, NULL, call.values, call.isnull,
+					   CALL_NCOLUMNS) > 0 &&
+		(outcome_is(&call, "unknown") || outcome_is(&call, "in_progress")))
+	{
+		Datum		values[3];
+		char		nulls[] = "   ";
+		Datum		events;
+		bool		isnull;
+
+		values[0] = call.values[CALL_KEY];
+		values[1] = call.values[CALL_RESOURCE_ID];
+		nulls[1] = call.isnull[CALL_RESOURCE_ID] ? 'n' : ' ';
+		values[2] = key[0];
+		(void) ledger_execute(events_rel, &find_kept_events, values, nulls, &events, &isnull, 1);
+		if (!isnull)
+		{
+			Datum	   *payloads;
+			int			n;
+			int			i;
+
+			deconstruct_array(DatumGetArrayTypeP(events), JSONBOID, -1, false, TYPALIGN_INT,
+							  &payloads, NULL, &n);
+			for (i = 0; i < n && !settled; i++)
+			{
+				WebhookEvent event;
+				FoundBy		found_by;
+
+				if (webhook_event_read(DatumGetJsonbP(payloads[i]), &event) &&
+					event_is_about(&event, &call, &found_by))
+					settled = settle(rel, &call, &event, found_by, claimed_token) == SETTLED;
+			}
+		}
+	}
+
+	ledger_close(events_rel);
+	ledger_close(rel);
+	return settled;
+}
+
+/*
+ * Look at up to max_events events that wait to settle a call, in the background:
+ * their calls may have become visible, or lapsed.  Goes on where the last
+ * call of this process has stopped, and returns how many were looked at: fewer
+ * than max_events when it has come to the end.
+ */
+int
+settle_kept_events(int max_events)
+{
+	static char last_key[STRIPE_KEY_MAX + 1] = "";
+	Relation	events_rel = webhook_events_open(RowExclusiveLock);
+	int			n;
+
+	for (n = 0; n < max_events; n++)
+	{
+		Datum		start = CStringGetTextDatum(last_key);
+		Datum		values[5];
+		bool		isnull[5];
+		WebhookEvent event;
+
+		CHECK_FOR_INTERRUPTS();
+
+		if (ledger_execute(events_rel, &next_kept_event, &start, NULL, values, isnull, 5) == 0)
+		{
+			last_key[0] = '\0';
+			break;
+		}
+		strlcpy(last_key, TextDatumGetCString(values[3]), sizeof(last_key));
+		if (isnull[4] || !webhook_event_read(DatumGetJsonbP(values[4]), &event) ||
+			settle_by_event(&event) == NULL)
+			(void) ledger_execute(events_rel, &forget_pending_key, values, NULL, NULL, NULL, 0);
+	}
+
+	ledger_close(events_rel);
+	return n;
+}

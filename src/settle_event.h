@@ -1,0 +1,24 @@
+/*-------------------------------------------------------------------------
+ *
+ * settle_event.h
+ *	  What events of Stripe's say about calls that were sent to it.
+ *
+ * src/settle_event.h
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef IDEMPOTENCY_SETTLE_EVENT_H
+#define IDEMPOTENCY_SETTLE_EVENT_H
+
+#include "postgres.h"
+
+#include "webhook_event.h"
+
+extern char *settle_by_event(const WebhookEvent *event);
+extern bool settle_by_kept_events(const Datum *key, int64 claimed_token);
+extern int	settle_kept_events(int max_events);
+extern void settle_notify(const char *account, const char *operation_type,
+						  const char *operation_id, const char *outcome,
+						  const char *resource_id);
+
+#endif							/* IDEMPOTENCY_SETTLE_EVENT_H */

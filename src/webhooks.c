@@ -1,0 +1,965 @@
+/*-------------------------------------------------------------------------
+ *
+ * webhooks.c
+ *	  SQL functions for the events that Stripe sends.
+ *
+ * One row of stripe_webhook_events is one event of one account, for one
+ * consumer: whoever else has to hear of it uses another name and gets a row
+ * of its own.  Its state is in its columns:
+ *
+ *	success true			processed: replayed until it expires
+ *	success false			failed: free to be claimed again
+ *	claimed_at set			claimed, by its transaction or until
+ *							lease_expires_at; lapsed afterwards
+ *	none of them			received
+ *
+ * token is the fencing token of the last claim.  A row that was only received
+ * has one, too, which nobody knows.
+ *
+ * Nothing is stored, and nothing parsed, before the signature was found to be
+ * good.  An event's row and what it settles among the calls that were sent
+ * (settle_event.c) are written by the caller's transaction, along with
+ * whatever the application makes of it.
+ *
+ * Stripe delivers at least once, in no order, and may have made two events of
+ * one fact.  The first is what the ledger is for.  About the other two it can
+ * only tell, when an event is claimed, what is in the table at that moment:
+ * superseded_by is an event about the same object that Stripe made in a later
+ * second and that has been processed; twin_of is one of the same type, object,
+ * request and data that has been processed.  The order of events within a second
+ * isn't known to anybody, so nothing is said about it.
+ *
+ * src/webhooks.c
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "catalog/pg_type_d.h"
+#include "fmgr.h"
+#include "funcapi.h"
+#include "miscadmin.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/jsonb.h"
+#include "utils/uuid.h"
+
+#include "arguments.h"
+#include "compat.h"
+#include "errors.h"
+#include "json_member.h"
+#include "ledger.h"
+#include "open_claims.h"
+#include "result.h"
+#include "settings.h"
+#include "settle_event.h"
+#include "webhook_event.h"
+#include "webhook_secret.h"
+#include "webhook_signature.h"
+#include "webhooks.h"
+
+PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_verify);
+PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_is_valid);
+PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_claim);
+PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_record);
+PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_receive);
+PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_next);
+PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_reclaim);
+
+/* Columns of stripe_webhook_events. */
+enum
+{
+	E_TOKEN, E_RECEIVED_AT, E_CLAIMED_AT, E_LEASE_EXPIRES_AT, E_PROCESSED_AT,
+	E_CREATED, E_LEASE, E_ATTEMPTS, E_SUCCESS, E_LIVEMODE, E_ORDER_ID,
+	E_CORRELATION_ID, E_ACCOUNT, E_STRIPE_EVENT_ID, E_CONSUMER, E_EVENT_TYPE,
+	E_API_VERSION, E_OBJECT_TYPE, E_OBJECT_ID, E_REQUEST_ID, E_IDEMPOTENCY_KEY,
+	E_REFERENCE, E_CHECKOUT_SESSION_ID, E_ERROR_MESSAGE, E_PENDING_KEY,
+	E_PAYLOAD_SNAPSHOT, E_PAYLOAD, E_NCOLUMNS
+};
+
+static const char *const event_columns[E_NCOLUMNS] = {
+	"token", "received_at", "claimed_at", "lease_expires_at", "processed_at",
+	"created", "lease", "attempts", "success", "livemode", "order_id",
+	"correlation_id", "account", "stripe_event_id", "consumer", "event_type",
+	"api_version", "object_type", "object_id", "request_id", "idempotency_key",
+	"reference", "checkout_session_id", "error_message", "pending_key",
+	"payload_snapshot", "payload"
+};
+
+#define EVENT_COLUMNS \
+	"SELECT token, received_at, claimed_at, lease_expires_at, processed_at," \
+	" created, lease, attempts, success, livemode, order_id," \
+	" correlation_id, account, stripe_event_id, consumer, event_type," \
+	" api_version, object_type, object_id, request_id, idempotency_key," \
+	" reference, checkout_session_id, error_message, pending_key," \
+	" payload_snapshot, payload" \
+	" FROM idempotency.stripe_webhook_events"
+
+/* Columns of webhook_claim_result. */
+enum
+{
+	C_VERDICT, C_STRIPE_EVENT_ID, C_EVENT_TYPE, C_EVENT, C_TOKEN, C_ATTEMPT,
+	C_ACCOUNT, C_LIVEMODE, C_CREATED, C_OBJECT_TYPE, C_OBJECT_ID,
+	C_SUPERSEDED_BY, C_TWIN_OF, C_LAST_ERROR, C_RETRY_AFTER, C_NCOLUMNS
+};
+
+/* Columns of webhook_receipt. */
+enum
+{
+	R_STORED, R_STRIPE_EVENT_ID, R_EVENT_TYPE, R_ACCOUNT, R_NCOLUMNS
+};
+
+/* The whole key; in every statement $1 to $3. */
+#define WHERE_KEY \
+	" WHERE account OPERATOR(pg_catalog.=) $1" \
+	" AND stripe_event_id OPERATOR(pg_catalog.=) $2" \
+	" AND consumer OPERATOR(pg_catalog.=) $3"
+
+static Ledger webhook_events = {
+	"stripe_webhook_events", event_columns, E_NCOLUMNS,
+	3, {E_ACCOUNT + 1, E_STRIPE_EVENT_ID + 1, E_CONSUMER + 1},
+	{EVENT_COLUMNS WHERE_KEY, 3, {TEXTOID, TEXTOID, TEXTOID}}
+};
+
+static OwnerStatement insert_event = {
+	"INSERT INTO idempotency.stripe_webhook_events"
+	" (account, stripe_event_id, consumer, token, received_at, claimed_at,"
+	" lease_expires_at, lease, attempts, pending_key, payload_snapshot, payload,"
+	" created, livemode, order_id, correlation_id, event_type, api_version,"
+	" object_type, object_id, request_id, idempotency_key, reference, checkout_session_id)"
+	" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15,"
+	" $16, $17, $18, $19, $20, $21, $22, $23, $24)"
+	" ON CONFLICT (account, stripe_event_id, consumer) DO NOTHING",
+	24, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TIMESTAMPTZOID,
+	TIMESTAMPTZOID, INTERVALOID, INT4OID, TEXTOID, JSONBOID, BYTEAOID,
+	TIMESTAMPTZOID, BOOLOID, UUIDOID, UUIDOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID,
+	TEXTOID, TEXTOID, TEXTOID, TEXTOID}
+};
+
+/* $11: the token that is taken over; $5 is the clock, too */
+static OwnerStatement take_event = {
+	"UPDATE idempotency.stripe_webhook_events SET token = $4, claimed_at = $5,"
+	" lease_expires_at = $6, lease = $7, attempts = attempts OPERATOR(pg_catalog.+) 1,"
+	" success = NULL, processed_at = NULL, pending_key = $8,"
+	" payload_snapshot = COALESCE(payload_snapshot, $9), payload = COALESCE(payload, $10)"
+	WHERE_KEY
+	" AND token OPERATOR(pg_catalog.=) $11 AND success IS NOT TRUE"
+	" AND (lease_expires_at IS NULL OR lease_expires_at OPERATOR(pg_catalog.<=) $5)"
+	" RETURNING attempts",
+	11, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TIMESTAMPTZOID,
+	INTERVALOID, TEXTOID, JSONBOID, BYTEAOID, INT8OID}
+};
+
+static OwnerStatement renew_claim = {
+	"UPDATE idempotency.stripe_webhook_events SET claimed_at = $5, lease_expires_at = $6"
+	WHERE_KEY " AND token OPERATOR(pg_catalog.=) $4",
+	6, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TIMESTAMPTZOID}
+};
+
+/* $11: is the payload to be forgotten?  Not where it may settle a call yet. */
+static OwnerStatement record_event = {
+	"UPDATE idempotency.stripe_webhook_events SET processed_at = $5, success = $6,"
+	" error_message = $7, reference = COALESCE($8, reference),"
+	" order_id = COALESCE($9, order_id), correlation_id = COALESCE($10, correlation_id),"
+	" payload_snapshot = CASE WHEN $11 AND pending_key IS NULL THEN NULL ELSE payload_snapshot END,"
+	" payload = CASE WHEN $11 AND pending_key IS NULL THEN NULL ELSE payload END,"
+	" lease = NULL, lease_expires_at = NULL"
+	WHERE_KEY
+	" AND token OPERATOR(pg_catalog.=) $4 AND claimed_at IS NOT NULL AND success IS NULL",
+	11, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, BOOLOID, TEXTOID,
+	TEXTOID, UUIDOID, UUIDOID, BOOLOID}
+};
+
+/*
+ * The event that waits longest: since it was received, has failed, or has
+ * lapsed, so that one that fails again and again lets the others pass.  $2
+ * is the clock, $3 are tokens of claims that this transaction holds.
+ */
+static OwnerStatement find_next = {
+	EVENT_COLUMNS
+	" WHERE consumer OPERATOR(pg_catalog.=) $1 AND success IS NOT TRUE"
+	" AND COALESCE(lease_expires_at, processed_at, received_at) OPERATOR(pg_catalog.<=) $2"
+	" AND token OPERATOR(pg_catalog.<>) ALL ($3)"
+	" ORDER BY COALESCE(lease_expires_at, processed_at, received_at)"
+	" LIMIT 1 FOR UPDATE SKIP LOCKED",
+	3, {TEXTOID, TIMESTAMPTZOID, INT8ARRAYOID}
+};
+
+/* $3: object, $4: created, $5: type, $6: the event itself, $7: request, $8: data */
+static OwnerStatement find_relatives = {
+	"SELECT (SELECT e.stripe_event_id FROM idempotency.stripe_webhook_events e"
+	" WHERE e.account OPERATOR(pg_catalog.=) $1 AND e.consumer OPERATOR(pg_catalog.=) $2"
+	" AND e.object_id OPERATOR(pg_catalog.=) $3 AND e.success"
+	" AND e.created OPERATOR(pg_catalog.>) $4"
+	" ORDER BY e.created DESC LIMIT 1),"
+	" (SELECT e.stripe_event_id FROM idempotency.stripe_webhook_events e"
+	" WHERE e.account OPERATOR(pg_catalog.=) $1 AND e.consumer OPERATOR(pg_catalog.=) $2"
+	" AND e.object_id OPERATOR(pg_catalog.=) $3 AND e.success"
+	" AND e.event_type OPERATOR(pg_catalog.=) $5"
+	" AND e.stripe_event_id OPERATOR(pg_catalog.<>) $6"
+	" AND COALESCE(e.request_id, '') OPERATOR(pg_catalog.=) COALESCE($7, '')"
+	" AND e.payload_snapshot OPERATOR(pg_catalog.->) 'data'::pg_catalog.text OPERATOR(pg_catalog.=) $8"
+	" ORDER BY e.processed_at LIMIT 1)",
+	8, {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TEXTOID, TEXTOID, TEXTOID, JSONBOID}
+};
+
+/* The ledger's table, for whoever looks at its rows by other ways. */
+Relation
+webhook_events_open(LOCKMODE lockmode)
+{
+	return ledger_open(&webhook_events, lockmode, false);
+}
+
+/* ---------- arguments and messages ---------- */
+
+/* An event id, an account or a consumer. */
+static text *
+argument_label(FunctionCallInfo fcinfo, int argno, bool may_be_empty, const char *name)
+{
+	text	   *value = argument_text(fcinfo, argno, name);
+
+	check_label(VARDATA_ANY(value), VARSIZE_ANY_EXHDR(value), may_be_empty, name);
+	return value;
+}
+
+/* "evt_1" of account "acct_1" for consumer "mails", for messages */
+static char *
+describe_event(const Datum *key)
+{
+	char	   *account = TextDatumGetCString(key[0]);
+	char	   *consumer = TextDatumGetCString(key[2]);
+	StringInfoData name;
+
+	initStringInfo(&name);
+	appendStringInfo(&name, "\"%s\"", TextDatumGetCString(key[1]));
+	if (account[0] != '\0')
+		appendStringInfo(&name, " of account \"%s\"", account);
+	if (consumer[0] != '\0')
+		appendStringInfo(&name, " for consumer \"%s\"", consumer);
+	return name.data;
+}
+
+static void
+set_text(Datum *values, char *nulls, int i, const char *text)
+{
+	nulls[i] = text == NULL ? 'n' : ' ';
+	values[i] = text == NULL ? (Datum) 0 : CStringGetTextDatum(text);
+}
+
+/* A parameter passed by reference, which may be missing. */
+static void
+set_pointer(Datum *values, char *nulls, int i, const void *pointer)
+{
+	nulls[i] = pointer == NULL ? 'n' : ' ';
+	values[i] = PointerGetDatum(pointer);
+}
+
+/* ---------- the signature ---------- */
+
+/* Arguments payload, signature, secrets, tolerance, from the first on. */
+static WebhookVerdict
+verify(FunctionCallInfo fcinfo, bytea **payload)
+{
+	text	   *header = PG_ARGISNULL(1) ? NULL : PG_GETARG_TEXT_PP(1);
+	Duration	tolerance = argument_duration(fcinfo, 3, "tolerance");
+	WebhookSecret *secrets;
+	int			nsecrets;
+	TimestampTz now;
+
+	if (PG_ARGISNULL(0))
+		ereport(ERROR,
+				(errcode(ERRCODE_BAD_ARGUMENT),
+				 errmsg("%s must not be null", "payload")));
+	*payload = PG_GETARG_BYTEA_PP(0);
+	nsecrets = webhook_secrets(fcinfo, 2, &secrets);
+	now = GetCurrentTimestamp();
+
+	return webhook_verify(VARDATA_ANY(*payload), VARSIZE_ANY_EXHDR(*payload),
+						  header == NULL ? NULL : VARDATA_ANY(header),
+						  header == NULL ? 0 : VARSIZE_ANY_EXHDR(header),
+						  secrets, nsecrets,
+						  now / USECS_PER_SEC +
+						  ((int64) POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * SECS_PER_DAY,
+						  tolerance.given ? tolerance.usecs :
+						  (int64) webhook_tolerance * USECS_PER_SEC);
+}
+
+/*
+ * stripe_webhook_verify(payload, signature, secrets, tolerance)
+ */
+Datum
+idempotency_stripe_webhook_verify(PG_FUNCTION_ARGS)
+{
+	bytea	   *payload;
+
+	PG_RETURN_TEXT_P(cstring_to_text(webhook_verdict_word(verify(fcinfo, &payload))));
+}
+
+/*
+ * stripe_webhook_is_valid(payload, signature, secrets, tolerance)
+ */
+Datum
+idempotency_stripe_webhook_is_valid(PG_FUNCTION_ARGS)
+{
+	bytea	   *payload;
+
+	PG_RETURN_BOOL(verify(fcinfo, &payload) == WEBHOOK_VALID);
+}
+
+static const char *
+signature_hint(WebhookVerdict verdict)
+{
+	switch (verdict)
+	{
+		case WEBHOOK_NO_SIGNATURE:
+		case WEBHOOK_MALFORMED_HEADER:
+			return _("Pass the header Stripe-Signature as it came.");
+		case WEBHOOK_NO_MATCHING_SIGNATURE:
+			return _("Pass the body's bytes as they came, not parsed and written again; and the secret of the endpoint that they came to.");
+		case WEBHOOK_TOO_OLD:
+			return _("Stripe signs each delivery anew. Compare the clocks, and see idempotency.webhook_tolerance.");
+		case WEBHOOK_NO_SECRET:
+			return _("Set idempotency.webhook_secret_file, or pass the endpoint's secret.");
+		case WEBHOOK_VALID:
+			break;
+	}
+	return "";
+}
+
+static void
+refuse_body(const char *word, const char *message)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_WEBHOOK_REFUSED),
+			 errmsg("%s", message),
+			 errdetail_internal("%s", word)));
+}
+
+/*
+ * Verify and parse what has come in; raises IK004 for whatever isn't an event
+ * signed by Stripe.
+ */
+static bytea *
+take_in(FunctionCallInfo fcinfo, WebhookEvent *event)
+{
+	bytea	   *payload;
+	WebhookVerdict verdict = verify(fcinfo, &payload);
+
+	if (verdict != WEBHOOK_VALID)
+		ereport(ERROR,
+				(errcode(ERRCODE_WEBHOOK_REFUSED),
+				 errmsg("webhook is not signed by Stripe, as far as this can be told"),
+				 errdetail_internal("%s", webhook_verdict_word(verdict)),
+				 errhint("%s", signature_hint(verdict))));
+
+	switch (webhook_body_parse(VARDATA_ANY(payload), VARSIZE_ANY_EXHDR(payload), event))
+	{
+		case WEBHOOK_BODY_EVENT:
+			break;
+		case WEBHOOK_BODY_NOT_JSON:
+			refuse_body("not_json", _("webhook body is not JSON in UTF-8 that jsonb can hold"));
+			break;
+		case WEBHOOK_BODY_DUPLICATE_KEY:
+			refuse_body("duplicate_key", _("webhook body has a JSON object in which a key stands twice"));
+			break;
+		case WEBHOOK_BODY_NOT_AN_EVENT:
+			refuse_body("not_an_event", _("webhook body is not an event"));
+			break;
+	}
+
+	if (webhook_livemode != WEBHOOK_LIVEMODE_ANY &&
+		(!event->livemode_known ||
+		 event->livemode != (webhook_livemode == WEBHOOK_LIVEMODE_LIVE)))
+		refuse_body("wrong_livemode",
+					webhook_livemode == WEBHOOK_LIVEMODE_LIVE ?
+					_("webhook is an event of Stripe's test mode, and live ones are expected") :
+					_("webhook is an event of Stripe's live mode, and test ones are expected"));
+
+	return payload;
+}
+
+/* ---------- claim ---------- */
+
+typedef struct EventClaim
+{
+	LedgerClaim base;
+	bool		receive;		/* keep the event only, don't claim it */
+	const WebhookEvent *event;	/* NULL: as stored */
+	bytea	   *payload;
+	const char *pending_key;	/* how it may settle a call later */
+	Duration	lease;
+	int64		token;
+	bool		claimed;
+	ResultRow	result;
+} EventClaim;
+
+static void
+answer_copy(EventClaim *claim, int column, LedgerRow *row, int source)
+{
+	result_copy(&claim->result, column, row->values[source], row->isnull[source]);
+}
+
+/* What the row says about the event itself. */
+static void
+answer_event(EventClaim *claim, LedgerRow *row)
+{
+	answer_copy(claim, C_STRIPE_EVENT_ID, row, E_STRIPE_EVENT_ID);
+	answer_copy(claim, C_EVENT_TYPE, row, E_EVENT_TYPE);
+	if (claim->event == NULL)
+		answer_copy(claim, C_EVENT, row, E_PAYLOAD_SNAPSHOT);
+	answer_copy(claim, C_ATTEMPT, row, E_ATTEMPTS);
+	answer_copy(claim, C_ACCOUNT, row, E_ACCOUNT);
+	answer_copy(claim, C_LIVEMODE, row, E_LIVEMODE);
+	answer_copy(claim, C_CREATED, row, E_CREATED);
+	answer_copy(claim, C_OBJECT_TYPE, row, E_OBJECT_TYPE);
+	answer_copy(claim, C_OBJECT_ID, row, E_OBJECT_ID);
+	answer_copy(claim, C_LAST_ERROR, row, E_ERROR_MESSAGE);
+}
+
+static void
+answer_in_progress(EventClaim *claim, int retry_after)
+{
+	result_set_enum(&claim->result, C_VERDICT, "in_progress");
+	result_set(&claim->result, C_RETRY_AFTER, Int32GetDatum(retry_after));
+}
+
+/*
+ * An event that is only to be kept can't be said to be kept while it may still
+ * vanish with another's transaction: Stripe wouldn't send it again.
+ */
+static void
+busy(LedgerClaim *base)
+{
+	EventClaim *claim = (EventClaim *) base;
+
+	if (claim->receive)
+		ereport(ERROR,
+				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+				 errmsg("event %s is being processed by another transaction",
+						describe_event(base->key)),
+				 errhint("Answer with an error, so that Stripe delivers it again.")));
+
+	answer_in_progress(claim, 1);
+	result_set(&claim->result, C_STRIPE_EVENT_ID, base->key[1]);
+	result_set(&claim->result, C_ACCOUNT, base->key[0]);
+}
+
+static bool
+is_processed(LedgerRow *row)
+{
+	return !row->isnull[E_SUCCESS] && DatumGetBool(row->values[E_SUCCESS]);
+}
+
+static LedgerDecision
+decide(LedgerClaim *base, LedgerRow *row, TimestampTz now)
+{
+	EventClaim *claim = (EventClaim *) base;
+
+	if (claim->receive)
+	{
+		result_set(&claim->result, R_STORED, BoolGetDatum(false));
+		return LEDGER_ANSWER;
+	}
+
+	result_reset(&claim->result);
+	answer_event(claim, row);
+
+	if (is_processed(row))
+	{
+		result_set_enum(&claim->result, C_VERDICT, "replay");
+		return LEDGER_ANSWER;
+	}
+
+	if (!row->isnull[E_LEASE_EXPIRES_AT] &&
+		DatumGetTimestampTz(row->values[E_LEASE_EXPIRES_AT]) > now)
+	{
+		answer_in_progress(claim,
+						   ledger_retry_after(DatumGetTimestampTz(row->values[E_LEASE_EXPIRES_AT]), now));
+		return LEDGER_ANSWER;
+	}
+
+	/* claimed by this transaction, and not recorded */
+	if (row->own && !row->isnull[E_CLAIMED_AT] && row->isnull[E_SUCCESS])
+	{
+		answer_in_progress(claim, 1);
+		return LEDGER_ANSWER;
+	}
+
+	return LEDGER_TAKE;
+}
+
+/* The key and the new token; nulls has room for all parameters. */
+static void
+claim_parameters(EventClaim *claim, Datum *values, char *nulls)
+{
+	claim->token = ledger_new_token();
+
+	memset(nulls, ' ', OWNER_STATEMENT_MAX_ARGS);
+	memcpy(values, claim->base.key, sizeof(claim->base.key));
+	values[3] = Int64GetDatum(claim->token);
+}
+
+static void
+set_lease(EventClaim *claim, TimestampTz now, Datum *values, char *nulls, int i)
+{
+	if (claim->lease.given)
+	{
+		values[i] = TimestampTzGetDatum(now + claim->lease.usecs);
+		values[i + 1] = interval_datum(claim->lease.usecs);
+	}
+	else
+		nulls[i] = nulls[i + 1] = 'n';
+}
+
+/* What of the body is kept: i is payload_snapshot, i + 1 payload. */
+static void
+set_payload(EventClaim *claim, Datum *values, char *nulls, int i)
+{
+	set_pointer(values, nulls, i, claim->event == NULL ? NULL : claim->event->json);
+	set_pointer(values, nulls, i + 1,
+				webhook_payload == WEBHOOK_PAYLOAD_ALL ? claim->payload : NULL);
+}
+
+/*
+ * Which processed events should the claimant of this one know of?
+ */
+static void
+answer_relatives(EventClaim *claim, Relation rel, const WebhookEvent *event)
+{
+	Jsonb	   *data = json_member_copy(&event->json->root, "data");
+	Datum		values[8];
+	char		nulls[] = "        ";
+	Datum		out[2];
+	bool		outnull[2];
+
+	if (event->object_id == NULL)
+		return;
+
+	values[0] = claim->base.key[0];
+	values[1] = claim->base.key[2];
+	values[2] = CStringGetTextDatum(event->object_id);
+	values[3] = TimestampTzGetDatum(event->created);
+	nulls[3] = event->created_known ? ' ' : 'n';
+	values[4] = CStringGetTextDatum(event->type);
+	values[5] = claim->base.key[1];
+	set_text(values, nulls, 6, event->request_id);
+	set_pointer(values, nulls, 7, data);
+	(void) ledger_execute(rel, &find_relatives, values, nulls, out, outnull, 2);
+	result_copy(&claim->result, C_SUPERSEDED_BY, out[0], outnull[0]);
+	result_copy(&claim->result, C_TWIN_OF, out[1], outnull[1]);
+}
+
+static void
+answer_claimed(EventClaim *claim, Relation rel, const WebhookEvent *event, int attempt)
+{
+	claim->claimed = true;
+	result_set_enum(&claim->result, C_VERDICT, "claimed");
+	result_set(&claim->result, C_TOKEN, Int64GetDatum(claim->token));
+	result_set(&claim->result, C_ATTEMPT, Int32GetDatum(attempt));
+	if (event != NULL)
+		answer_relatives(claim, rel, event);
+}
+
+static bool
+insert(LedgerClaim *base, Relation rel, TimestampTz now)
+{
+	EventClaim *claim = (EventClaim *) base;
+	const WebhookEvent *event = claim->event;
+	Datum		values[24];
+	char		nulls[OWNER_STATEMENT_MAX_ARGS];
+
+	if (event == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_BAD_ARGUMENT),
+				 errmsg("event %s is not known", describe_event(base->key)),
+				 errdetail("It was never received, or has expired.")));
+
+	claim_parameters(claim, values, nulls);
+	values[4] = TimestampTzGetDatum(now);
+	values[5] = TimestampTzGetDatum(now);
+	if (claim->receive)
+		nulls[5] = nulls[6] = nulls[7] = 'n';
+	else
+		set_lease(claim, now, values, nulls, 6);
+	values[8] = Int32GetDatum(claim->receive ? 0 : 1);
+	set_text(values, nulls, 9, claim->pending_key);
+	set_payload(claim, values, nulls, 10);
+	values[12] = TimestampTzGetDatum(event->created);
+	nulls[12] = event->created_known ? ' ' : 'n';
+	values[13] = BoolGetDatum(event->livemode);
+	nulls[13] = event->livemode_known ? ' ' : 'n';
+	set_pointer(values, nulls, 14, event->order_id);
+	set_pointer(values, nulls, 15, event->correlation_id);
+	set_text(values, nulls, 16, event->type);
+	set_text(values, nulls, 17, event->api_version);
+	set_text(values, nulls, 18, event->object_type);
+	set_text(values, nulls, 19, event->object_id);
+	set_text(values, nulls, 20, event->request_id);
+	set_text(values, nulls, 21, event->idempotency_key);
+	set_text(values, nulls, 22, event->reference);
+	set_text(values, nulls, 23, event->checkout_session_id);
+	if (ledger_execute(rel, &insert_event, values, nulls, NULL, NULL, 0) == 0)
+		return false;
+
+	if (claim->receive)
+	{
+		result_set(&claim->result, R_STORED, BoolGetDatum(true));
+		return true;
+	}
+
+	result_reset(&claim->result);
+	result_set(&claim->result, C_STRIPE_EVENT_ID, base->key[1]);
+	result_set(&claim->result, C_ACCOUNT, base->key[0]);
+	result_set_text(&claim->result, C_EVENT_TYPE, event->type);
+	if (event->livemode_known)
+		result_set(&claim->result, C_LIVEMODE, BoolGetDatum(event->livemode));
+	if (event->created_known)
+		result_set(&claim->result, C_CREATED, TimestampTzGetDatum(event->created));
+	result_set_text(&claim->result, C_OBJECT_TYPE, event->object_type);
+	result_set_text(&claim->result, C_OBJECT_ID, event->object_id);
+	answer_claimed(claim, rel, event, 1);
+	return true;
+}
+
+static bool
+take(LedgerClaim *base, Relation rel, LedgerRow *row, TimestampTz now)
+{
+	EventClaim *claim = (EventClaim *) base;
+	const WebhookEvent *event = claim->event;
+	const char *pending_key = claim->pending_key;
+	WebhookEvent stored;
+	Datum		values[11];
+	char		nulls[OWNER_STATEMENT_MAX_ARGS];
+	Datum		attempt;
+	bool		isnull;
+
+	if (event == NULL)
+	{
+		pending_key = row->isnull[E_PENDING_KEY] ? NULL :
+			TextDatumGetCString(row->values[E_PENDING_KEY]);
+		if (!row->isnull[E_PAYLOAD_SNAPSHOT] &&
+			webhook_event_read(DatumGetJsonbP(row->values[E_PAYLOAD_SNAPSHOT]), &stored))
+		{
+			event = &stored;
+			if (pending_key != NULL)
+				pending_key = settle_by_event(event);
+		}
+	}
+
+	claim_parameters(claim, values, nulls);
+	values[4] = TimestampTzGetDatum(now);
+	set_lease(claim, now, values, nulls, 5);
+	set_text(values, nulls, 7, pending_key);
+	set_payload(claim, values, nulls, 8);
+	values[10] = row->values[E_TOKEN];
+	if (ledger_execute(rel, &take_event, values, nulls, &attempt, &isnull, 1) == 0)
+		return false;
+
+	answer_claimed(claim, rel, event, DatumGetInt32(attempt));
+	return true;
+}
+
+/* The claim waited while it was written: its lease starts when it answers. */
+static void
+renew(LedgerClaim *base, Relation rel, TimestampTz now)
+{
+	EventClaim *claim = (EventClaim *) base;
+	Datum		values[6];
+
+	if (claim->receive || !claim->lease.given)
+		return;
+
+	memcpy(values, claim->base.key, sizeof(claim->base.key));
+	values[3] = Int64GetDatum(claim->token);
+	values[4] = TimestampTzGetDatum(now);
+	values[5] = TimestampTzGetDatum(now + claim->lease.usecs);
+	if (ledger_execute(rel, &renew_claim, values, NULL, NULL, NULL, 0) != 1)
+		elog(ERROR, "lost a claim of this transaction");
+}
+
+static void
+begin_claim(EventClaim *claim, Datum account, Datum id, Datum consumer)
+{
+	claim->base.key[0] = account;
+	claim->base.key[1] = id;
+	claim->base.key[2] = consumer;
+	claim->base.decide = decide;
+	claim->base.insert = insert;
+	claim->base.take = take;
+	claim->base.renew = renew;
+	claim->base.busy = busy;
+}
+
+/* A claim without a lease belongs to its transaction. */
+static void
+end_claim(EventClaim *claim)
+{
+	if (claim->claimed && !claim->lease.given)
+		open_claims_add(claim->token, "Stripe event", describe_event(claim->base.key));
+}
+
+/*
+ * stripe_webhook_claim(payload, signature, secrets, tolerance, lease, wait,
+ *						consumer)
+ */
+Datum
+idempotency_stripe_webhook_claim(PG_FUNCTION_ARGS)
+{
+	EventClaim	claim;
+	WebhookEvent event;
+	text	   *consumer;
+	Relation	rel;
+
+	PreventCommandDuringRecovery("idempotency.stripe_webhook_claim()");
+
+	memset(&claim, 0, sizeof(claim));
+	claim.lease = argument_duration(fcinfo, 4, "lease");
+	claim.base.wait = argument_bool(fcinfo, 5, "wait");
+	consumer = argument_label(fcinfo, 6, true, "consumer");
+	claim.payload = take_in(fcinfo, &event);
+	claim.event = &event;
+	begin_claim(&claim, CStringGetTextDatum(event.account),
+				CStringGetTextDatum(event.id), PointerGetDatum(consumer));
+	result_begin(&claim.result, fcinfo, C_NCOLUMNS);
+
+	rel = ledger_open(&webhook_events, RowExclusiveLock, !claim.base.wait);
+	claim.pending_key = settle_by_event(&event);
+	ledger_claim(&webhook_events, rel, &claim.base);
+	ledger_close(rel);
+	end_claim(&claim);
+
+	result_set(&claim.result, C_EVENT, JsonbPGetDatum(event.json));
+	PG_RETURN_DATUM(result_end(&claim.result));
+}
+
+/*
+ * stripe_webhook_receive(payload, signature, secrets, tolerance, consumer)
+ */
+Datum
+idempotency_stripe_webhook_receive(PG_FUNCTION_ARGS)
+{
+	EventClaim	claim;
+	WebhookEvent event;
+	text	   *consumer;
+	Relation	rel;
+
+	PreventCommandDuringRecovery("idempotency.stripe_webhook_receive()");
+
+	memset(&claim, 0, sizeof(claim));
+	claim.receive = true;
+	claim.base.wait = true;
+	consumer = argument_label(fcinfo, 4, true, "consumer");
+	claim.payload = take_in(fcinfo, &event);
+	claim.event = &event;
+	begin_claim(&claim, CStringGetTextDatum(event.account),
+				CStringGetTextDatum(event.id), PointerGetDatum(consumer));
+	result_begin(&claim.result, fcinfo, R_NCOLUMNS);
+
+	rel = ledger_open(&webhook_events, RowExclusiveLock, false);
+	claim.pending_key = settle_by_event(&event);
+	ledger_claim(&webhook_events, rel, &claim.base);
+	ledger_close(rel);
+
+	result_set(&claim.result, R_STRIPE_EVENT_ID, claim.base.key[1]);
+	result_set_text(&claim.result, R_EVENT_TYPE, event.type);
+	result_set(&claim.result, R_ACCOUNT, claim.base.key[0]);
+	PG_RETURN_DATUM(result_end(&claim.result));
+}
+
+/*
+ * stripe_webhook_reclaim(stripe_event_id, account, lease, consumer)
+ */
+Datum
+idempotency_stripe_webhook_reclaim(PG_FUNCTION_ARGS)
+{
+	EventClaim	claim;
+	text	   *id = argument_label(fcinfo, 0, false, "stripe_event_id");
+	text	   *account = argument_label(fcinfo, 1, true, "account");
+	text	   *consumer = argument_label(fcinfo, 3, true, "consumer");
+	Relation	rel;
+
+	PreventCommandDuringRecovery("idempotency.stripe_webhook_reclaim()");
+
+	memset(&claim, 0, sizeof(claim));
+	claim.base.wait = true;
+	claim.lease = argument_duration(fcinfo, 2, "lease");
+	begin_claim(&claim, PointerGetDatum(account), PointerGetDatum(id),
+				PointerGetDatum(consumer));
+	result_begin(&claim.result, fcinfo, C_NCOLUMNS);
+
+	rel = ledger_open(&webhook_events, RowExclusiveLock, false);
+	ledger_claim(&webhook_events, rel, &claim.base);
+	ledger_close(rel);
+	end_claim(&claim);
+
+	PG_RETURN_DATUM(result_end(&claim.result));
+}
+
+/* Tokens of claims that belong to this transaction, as an array. */
+static Datum
+own_tokens(void)
+{
+	int			n;
+	int64	   *tokens = open_claims_tokens(&n);
+	Datum	   *elements = palloc(Max(n, 1) * sizeof(Datum));
+	int			i;
+
+	for (i = 0; i < n; i++)
+		elements[i] = Int64GetDatum(tokens[i]);
+	return PointerGetDatum(construct_array(elements, n, INT8OID, sizeof(int64),
+										   FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+}
+
+/*
+ * stripe_webhook_next(lease, consumer)
+ */
+Datum
+idempotency_stripe_webhook_next(PG_FUNCTION_ARGS)
+{
+	FuncCallContext *context;
+	EventClaim	claim;
+	text	   *consumer;
+	Datum		tokens;
+	Relation	rel;
+	int			races = 0;
+
+	if (!SRF_IS_FIRSTCALL())
+	{
+		context = SRF_PERCALL_SETUP();
+		SRF_RETURN_DONE(context);
+	}
+
+	PreventCommandDuringRecovery("idempotency.stripe_webhook_next()");
+
+	memset(&claim, 0, sizeof(claim));
+	claim.lease = argument_duration(fcinfo, 0, "lease");
+	consumer = argument_label(fcinfo, 1, true, "consumer");
+	tokens = own_tokens();
+	context = SRF_FIRSTCALL_INIT();
+	result_begin(&claim.result, fcinfo, C_NCOLUMNS);
+
+	rel = ledger_open(&webhook_events, RowExclusiveLock, false);
+	for (;;)
+	{
+		LedgerRow	row;
+		TimestampTz now = GetCurrentTimestamp();
+		Datum		values[3];
+
+		values[0] = PointerGetDatum(consumer);
+		values[1] = TimestampTzGetDatum(now);
+		values[2] = tokens;
+		if (ledger_execute(rel, &find_next, values, NULL, row.values, row.isnull,
+						   E_NCOLUMNS) == 0)
+			break;
+
+		/* the row is locked, so that nobody else can take it */
+		begin_claim(&claim, row.values[E_ACCOUNT], row.values[E_STRIPE_EVENT_ID],
+					PointerGetDatum(consumer));
+		answer_event(&claim, &row);
+		if (take(&claim.base, rel, &row, now))
+			break;
+		ledger_lost_race(&webhook_events, &races);
+	}
+	ledger_close(rel);
+	end_claim(&claim);
+
+	if (!claim.claimed)
+	{
+		ReleaseTupleDesc(claim.result.desc);
+		SRF_RETURN_DONE(context);
+	}
+	SRF_RETURN_NEXT(context, result_end(&claim.result));
+}
+
+/* ---------- record ---------- */
+
+static bool
+same_text(bool isnull, Datum value, const char *other)
+{
+	if (isnull || other == NULL)
+		return isnull && other == NULL;
+	return strcmp(TextDatumGetCString(value), other) == 0;
+}
+
+/*
+ * Recording found no claimed row of this token.  Returns true where it should
+ * be tried again, false where the same was recorded before; otherwise raises
+ * the reason.
+ */
+static bool
+explain_refusal(Relation rel, const Datum *key, int64 token, bool success, const char *message)
+{
+	LedgerRow	row;
+
+	ledger_look(&webhook_events, rel, key, &row);
+
+	if (row.found != FOUND_ROW || DatumGetInt64(row.values[E_TOKEN]) != token ||
+		row.isnull[E_CLAIMED_AT])
+		ereport(ERROR,
+				(errcode(ERRCODE_STALE_TOKEN),
+				 errmsg("event %s is not held with this token", describe_event(key)),
+				 row.found == FOUND_ROW && !row.isnull[E_CLAIMED_AT] ?
+				 errdetail("It was claimed again after that claim's lease had lapsed or it had failed.") :
+				 errdetail("It is not claimed: it has expired, or its claim was rolled back."),
+				 errhint("Roll back: whoever has claimed it since processes it.")));
+
+	if (row.isnull[E_SUCCESS])
+		return true;
+
+	if (DatumGetBool(row.values[E_SUCCESS]) != success ||
+		!same_text(row.isnull[E_ERROR_MESSAGE], row.values[E_ERROR_MESSAGE], message))
+		ereport(ERROR,
+				(errcode(ERRCODE_CONTRADICTS_RECORD),
+				 errmsg("another result of event %s is recorded already", describe_event(key)),
+				 errdetail("It is recorded as %s.",
+						   DatumGetBool(row.values[E_SUCCESS]) ? "processed" : "failed")));
+	return false;
+}
+
+/*
+ * stripe_webhook_record(stripe_event_id, token, success, error_message,
+ *						 reference, order_id, correlation_id, account, consumer)
+ */
+Datum
+idempotency_stripe_webhook_record(PG_FUNCTION_ARGS)
+{
+	int64		token = argument_token(fcinfo, 1);
+	char	   *message = PG_ARGISNULL(3) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(3));
+	bool		success = PG_ARGISNULL(2) ? message == NULL : PG_GETARG_BOOL(2);
+	Datum		values[11];
+	char		nulls[] = "           ";
+	Relation	rel;
+	int			races = 0;
+	int			i;
+
+	PreventCommandDuringRecovery("idempotency.stripe_webhook_record()");
+
+	values[0] = PointerGetDatum(argument_label(fcinfo, 7, true, "account"));
+	values[1] = PointerGetDatum(argument_label(fcinfo, 0, false, "stripe_event_id"));
+	values[2] = PointerGetDatum(argument_label(fcinfo, 8, true, "consumer"));
+	values[3] = Int64GetDatum(token);
+	values[5] = BoolGetDatum(success);
+	set_text(values, nulls, 6, message);
+	for (i = 4; i <= 6; i++)
+	{
+		values[i + 3] = PG_GETARG_DATUM(i);
+		nulls[i + 3] = PG_ARGISNULL(i) ? 'n' : ' ';
+	}
+	values[10] = BoolGetDatum(success && webhook_payload == WEBHOOK_PAYLOAD_NONE);
+
+	rel = ledger_open(&webhook_events, RowExclusiveLock, false);
+	for (;;)
+	{
+		values[4] = TimestampTzGetDatum(GetCurrentTimestamp());
+		if (ledger_execute(rel, &record_event, values, nulls, NULL, NULL, 0) > 0)
+			break;
+		if (!explain_refusal(rel, values, token, success, message))
+			break;
+		ledger_lost_race(&webhook_events, &races);
+	}
+	ledger_close(rel);
+	open_claims_remove(token);
+
+	PG_RETURN_VOID();
+}
