@@ -42,6 +42,7 @@ ORDER BY 1;
 SELECT a.attrelid::regclass AS relation, a.attname, a.attcollation::regcollation
 FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey)
 WHERE i.indisprimary AND i.indrelid IN ('idempotency.idempotency_keys'::regclass,
+	'idempotency.stripe_webhook_events'::regclass,
 	'idempotency.stripe_idempotency_keys'::regclass)
 ORDER BY 1, a.attnum;
 
