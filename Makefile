@@ -63,8 +63,8 @@ all install uninstall installcheck check clean:
 endif
 
 # Set up a private server in a temporary directory, as test/run says.
-.PHONY: test demo bench fake-stripe
-test demo bench:
+.PHONY: test demo bench fuzz fake-stripe
+test demo bench fuzz:
 	@test/run $@
 
 # a fake Stripe to try things on, until Ctrl-C; FAKE_STRIPE holds its options
