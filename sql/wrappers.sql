@@ -246,6 +246,146 @@ SELECT rest.orders('{"sku": "date", "quantity": 2}');
 RESET SESSION AUTHORIZATION;
 
 --
+-- PostgREST: an event of Stripe's, the body as json, which keeps its text
+--
+CREATE FUNCTION api.handle_event(e idempotency.webhook_claim_result)
+RETURNS void
+LANGUAGE sql
+AS $$
+    UPDATE public.orders
+       SET payment = e.object_id
+     WHERE e.event_type = 'payment_intent.succeeded'
+       AND id = (e.event #>> '{data,object,metadata,order_id}')::uuid;
+$$;
+
+CREATE FUNCTION rest.stripe_webhook(json)
+RETURNS void
+LANGUAGE plpgsql
+AS $$
+DECLARE
+    e idempotency.webhook_claim_result;
+BEGIN
+    SELECT * INTO e FROM idempotency.stripe_webhook_claim(
+        convert_to($1::text, 'UTF8'),
+        NULLIF(current_setting('request.headers', true), '')::json ->> 'stripe-signature');
+
+    IF e.verdict = 'in_progress' THEN
+        PERFORM set_config('response.status', '409', true);
+    ELSIF e.verdict = 'claimed' THEN
+        -- what fails is undone and recorded; Stripe delivers the event again
+        BEGIN
+            PERFORM api.handle_event(e);
+            PERFORM idempotency.stripe_webhook_record(e.stripe_event_id, e.token, account => e.account);
+        EXCEPTION WHEN OTHERS THEN
+            PERFORM idempotency.stripe_webhook_record(e.stripe_event_id, e.token, account => e.account,
+                error_message => SQLERRM);
+            PERFORM set_config('response.status', '500', true);
+        END;
+    END IF;
+END
+$$;
+
+GRANT UPDATE ON orders TO regress_web_user;
+SELECT idempotency.grant_role('regress_web_user', 'webhook');
+GRANT EXECUTE ON FUNCTION rest.stripe_webhook(json), api.handle_event(idempotency.webhook_claim_result) TO regress_web_user;
+
+-- a header for this body, now
+CREATE FUNCTION api.sign(body text) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+	key bytea := 'whsec_test' || decode(repeat('00', 54), 'hex');
+	t text := floor(extract(epoch FROM clock_timestamp()))::text;
+	inner_pad bytea := '';
+	outer_pad bytea := '';
+BEGIN
+	FOR i IN 0 .. 63 LOOP
+		inner_pad := inner_pad || set_byte('\x00', 0, get_byte(key, i) # 54);
+		outer_pad := outer_pad || set_byte('\x00', 0, get_byte(key, i) # 92);
+	END LOOP;
+	RETURN format('t=%s,v1=%s', t,
+		encode(sha256(outer_pad || sha256(inner_pad || convert_to(t || '.' || body, 'UTF8'))), 'hex'));
+END $$;
+
+-- the file with the secret
+COPY (SELECT 'whsec_test') TO PROGRAM 'umask 077; cat > regress_webhook_secret';
+SELECT set_config('idempotency.webhook_secret_file', current_setting('data_directory') || '/regress_webhook_secret', false)
+	IS NOT NULL AS set;
+
+-- spacing as odd as JSON allows
+SELECT id AS order_id FROM orders ORDER BY id LIMIT 1 \gset
+SELECT E'\t{"id"  :"evt_1" ,\r\n "object": "event","type":"payment_intent.succeeded"  , "data":{ "object" :{"id":"pi_\\u00fc\u00fc","object":"payment_intent", "metadata": {"order_id": "' || :'order_id' || E'"}}}\n\n}\n ' AS body \gset
+SELECT api.sign(:'body') AS signature \gset
+SELECT json_build_object('stripe-signature', :'signature', 'accept', '*/*') AS headers \gset
+
+BEGIN;
+SET LOCAL ROLE regress_web_user;
+SELECT set_config('request.headers', :'headers', true) IS NOT NULL AS set;
+SELECT rest.stripe_webhook(:'body');
+SELECT current_setting('response.status', true) AS status;
+COMMIT;
+SELECT payment = U&'pi_\00fc\00fc' AS paid FROM orders WHERE id = :'order_id';
+SELECT stripe_event_id, success, payload = convert_to(:'body', 'UTF8') AS same_bytes, object_id = U&'pi_\00fc\00fc' AS object
+FROM idempotency.stripe_webhook_events;
+
+-- delivered again
+BEGIN;
+SET LOCAL ROLE regress_web_user;
+SELECT set_config('request.headers', :'headers', true) IS NOT NULL AS set;
+SELECT rest.stripe_webhook(:'body');
+COMMIT;
+SELECT attempts, success FROM idempotency.stripe_webhook_events;
+
+-- keys that repeat: the signature is good, the body isn't
+SELECT '{"id": "evt_2", "object":  "event", "type": "a", "id": "evt_2"}' AS twice \gset
+SELECT api.sign(:'twice') AS signature \gset
+SELECT json_build_object('stripe-signature', :'signature') AS headers \gset
+SELECT idempotency.stripe_webhook_verify(convert_to((:'twice'::json)::text, 'UTF8'), :'signature', '{whsec_test}') AS json,
+	idempotency.stripe_webhook_verify(convert_to((:'twice'::jsonb)::text, 'UTF8'), :'signature', '{whsec_test}') AS jsonb;
+\set VERBOSITY default
+\set SHOW_CONTEXT never
+BEGIN;
+SET LOCAL ROLE regress_web_user;
+SELECT set_config('request.headers', :'headers', true) IS NOT NULL AS set;
+SELECT rest.stripe_webhook(:'twice');
+ROLLBACK;
+-- no header, or none at all
+BEGIN;
+SET LOCAL ROLE regress_web_user;
+SELECT set_config('request.headers', '{"accept": "*/*"}', true) IS NOT NULL AS set;
+SELECT rest.stripe_webhook(:'body');
+ROLLBACK;
+BEGIN;
+SET LOCAL ROLE regress_web_user;
+SELECT set_config('request.headers', '', true) IS NOT NULL AS set;
+SELECT rest.stripe_webhook(:'body');
+ROLLBACK;
+\set VERBOSITY terse
+
+-- what fails is recorded, and 500 makes Stripe deliver it again
+SELECT '{"id": "evt_3", "object": "event", "type": "payment_intent.succeeded", "data": {"object": {"metadata": {"order_id": "17"}}}}' AS body \gset
+SELECT json_build_object('stripe-signature', api.sign(:'body')) AS headers \gset
+BEGIN;
+SET LOCAL ROLE regress_web_user;
+SELECT set_config('request.headers', :'headers', true) IS NOT NULL AS set;
+SELECT rest.stripe_webhook(:'body');
+SELECT current_setting('response.status', true) AS status;
+COMMIT;
+SELECT stripe_event_id, attempts, success, error_message FROM idempotency.stripe_webhook_events ORDER BY stripe_event_id;
+
+-- somebody else is at it
+SELECT verdict FROM idempotency.stripe_webhook_reclaim('evt_3', lease => '1 hour');
+BEGIN;
+SET LOCAL ROLE regress_web_user;
+SELECT set_config('request.headers', :'headers', true) IS NOT NULL AS set;
+SELECT rest.stripe_webhook(:'body');
+SELECT current_setting('response.status', true) AS status;
+COMMIT;
+
+-- clean up
+RESET idempotency.webhook_secret_file;
+COPY (SELECT 1) TO PROGRAM 'cat > /dev/null; rm -f regress_webhook_secret';
+DELETE FROM idempotency.stripe_webhook_events;
+
+--
 -- A table of the application's own with the key of the operation
 --
 CREATE TABLE wallet_entries (

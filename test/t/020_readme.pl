@@ -127,7 +127,7 @@ sub brief
 
 	$text =~ s/timestamp with time zone/timestamptz/g;
 	$text =~ s/\bidempotency\.//g;
-	$text =~ s/ DEFAULT NULL::\w+/ = NULL/g;
+	$text =~ s/ DEFAULT NULL::\w+(?:\[\])?/ = NULL/g;
 	$text =~ s/ DEFAULT ('[^']*')::\w+/ = $1/g;
 	$text =~ s/ DEFAULT / = /g;
 	return $text;

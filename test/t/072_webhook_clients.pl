@@ -1,0 +1,244 @@
+
+# Real clients: the README's programs in Node and Python as they stand there, and
+# Stripe's own library for Node, whose headers must be good and whose verdicts
+# must be ours.  Skips what isn't installed, or can't be fetched.
+
+use strict;
+use warnings;
+
+use Digest::SHA qw(hmac_sha256_hex);
+use FindBin;
+use lib "$FindBin::RealBin/../perl";
+
+use IdempotencyTest;
+use IO::Socket::INET;
+use IPC::Run;
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+my $top = "$FindBin::RealBin/../..";
+my $readme = slurp_file("$top/README.md");
+my $dir = PostgreSQL::Test::Utils::tempdir();
+my $order = '018c2b5e-0000-7000-8000-00000000000';
+my @servers;
+
+my $node = new_node('main');
+append_to_file("$dir/secrets", "whsec_test_clients\n");
+chmod 0600, "$dir/secrets";
+sql($node, qq{
+	ALTER DATABASE postgres SET idempotency.webhook_secret_file = '$dir/secrets';
+	CREATE TABLE orders (id uuid PRIMARY KEY, payment text, times int NOT NULL DEFAULT 0);
+	CREATE FUNCTION count_times() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.times := OLD.times + 1; RETURN NEW; END';
+	CREATE TRIGGER count_times BEFORE UPDATE ON orders FOR EACH ROW EXECUTE FUNCTION count_times();
+	INSERT INTO orders (id) SELECT ('$order' || i)::uuid FROM generate_series(1, 9) i;
+});
+$ENV{PGHOST} = $node->host;
+$ENV{PGPORT} = $node->port;
+$ENV{PGDATABASE} = 'postgres';
+$ENV{PGUSER} = sql($node, 'SELECT current_user');
+
+END
+{
+	my $status = $?;
+	$_->kill_kill foreach @servers;
+	$? = $status;
+}
+
+sub payment
+{
+	my ($id, $order_id) = @_;
+
+	return qq({"id": "$id", "object": "event", "type": "payment_intent.succeeded",)
+	  . qq( "data": {"object": {"id": "pi_$id", "object": "payment_intent", "metadata": {"order_id": "$order_id"}}}});
+}
+
+sub signature
+{
+	my ($body) = @_;
+	my $t = time;
+
+	return "t=$t,v1=" . hmac_sha256_hex("$t.$body", 'whsec_test_clients');
+}
+
+sub block_of_readme
+{
+	my ($language) = @_;
+
+	return $readme =~ /^```$language\n(.*?)^```$/ms ? $1 : die "README.md has no block of $language";
+}
+
+sub order
+{
+	my ($n) = @_;
+
+	return sql($node, "SELECT payment, times FROM orders WHERE id = '$order$n'");
+}
+
+# Run a program for at most a minute; its output, and whether it succeeded.
+sub run_program
+{
+	my (@command) = @_;
+	my ($stdout, $stderr) = ('', '');
+	my $ok = eval {
+		IPC::Run::run(\@command, '<', \undef, '>', \$stdout, '2>', \$stderr, IPC::Run::timeout(60));
+	};
+
+	return ($stdout . $stderr . ($@ // ''), $ok);
+}
+
+# What keeps Node from running: a reason, or undef.
+sub node_lacks
+{
+	foreach my $program ('node', 'npm')
+	{
+		return "$program is not installed" if system("command -v $program >/dev/null 2>&1") != 0;
+	}
+	my ($version) = `node --version` =~ /^v(\d+)/;
+	return 'node is older than 18' if ($version // 0) < 18;
+
+	my ($output, $ok) = run_program('npm', 'install', '--prefix', $dir, '--no-audit', '--no-fund', '--loglevel=error',
+		'--ignore-scripts', '--fetch-retries=0', '--fetch-timeout=15000', 'stripe@23', 'pg@8');
+	$output =~ s/\s+/ /g;
+	return $ok ? undef : 'npm cannot fetch stripe and pg: ' . substr($output, 0, 200);
+}
+
+SKIP:
+{
+	my $reason = node_lacks();
+	skip($reason, 1) if defined $reason;
+
+	# a port of its own, and a server that answers
+	append_to_file("$dir/webhook.mjs", block_of_readme('js'));
+	my $port = PostgreSQL::Test::Cluster::get_free_port();
+	my $log = '';
+	{
+		local $ENV{PORT} = $port;
+		push @servers, IPC::Run::start([ 'node', "$dir/webhook.mjs" ], '<', \undef, '>&', \$log);
+	}
+	my $tries = 10 * $PostgreSQL::Test::Utils::timeout_default;
+	until (IO::Socket::INET->new(PeerAddr => '127.0.0.1', PeerPort => $port))
+	{
+		die "webhook.mjs doesn't listen: $log" unless $tries-- > 0 && $servers[0]->pumpable;
+		select(undef, undef, undef, 0.1);
+	}
+
+	# the status of a delivery
+	my $deliver = sub {
+		my ($body, $signature) = @_;
+		my $socket = IO::Socket::INET->new(PeerAddr => '127.0.0.1', PeerPort => $port, Timeout => 60) or die "connect: $!";
+
+		print $socket "POST / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: " . length($body) . "\r\n"
+		  . (defined $signature ? "Stripe-Signature: $signature\r\n" : '') . "\r\n$body";
+		my ($status) = (<$socket> // '') =~ m{^HTTP/1.1 (\d+)};
+		return $status // 'none';
+	};
+
+	my $body = payment('evt_n1', "${order}1");
+	is($deliver->($body, signature($body)), '200', 'Node: an event');
+	is(order(1), 'pi_evt_n1|1', 'had its effect');
+	is($deliver->($body, signature($body)), '200', 'again');
+	is(order(1), 'pi_evt_n1|1', 'once');
+	is($deliver->("$body ", signature($body)), '400', 'another body');
+	is($deliver->($body), '400', 'no signature');
+	is($deliver->('{"id": "pi_1"}', signature('{"id": "pi_1"}')), '400', 'not an event');
+	my $broken = payment('evt_n2', '17');
+	is($deliver->($broken, signature($broken)), '500', 'what fails is rolled back');
+	is(sql($node, 'SELECT string_agg(stripe_event_id, chr(32)) FROM idempotency.stripe_webhook_events'), 'evt_n1', 'with its claim');
+	sql($node, q{INSERT INTO idempotency.stripe_webhook_events
+		SELECT (jsonb_populate_record(e, '{"stripe_event_id": "evt_n3", "success": null, "lease_expires_at": "2999-01-01"}')).*
+		FROM idempotency.stripe_webhook_events e});
+	my $held = payment('evt_n3', "${order}3");
+	is($deliver->($held, signature($held)), '409', 'what somebody else is at');
+
+	# ten deliveries at once
+	my $many = payment('evt_n4', "${order}4");
+	my @sockets = map { IO::Socket::INET->new(PeerAddr => '127.0.0.1', PeerPort => $port, Timeout => 60) // die "connect: $!" } 1 .. 10;
+	print $_ "POST / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nStripe-Signature: " . signature($many)
+	  . "\r\nContent-Length: " . length($many) . "\r\n\r\n$many"
+	  foreach @sockets;
+	is(join(' ', map { (<$_> // '') =~ m{^HTTP/1.1 (\d+)} ? $1 : 'none' } @sockets), join(' ', (200) x 10), 'ten at once');
+	is(order(4), 'pi_evt_n4|1', 'are one');
+	$servers[0]->kill_kill;
+
+	# Stripe's library: its headers are good, its verdicts are ours
+	system('cp', "$top/test/clients/verdicts.mjs", $dir) == 0 or die "cp: $!";
+	my $seed = $ENV{SEED} || 1 + int(rand(2**31));
+	my ($output, $ok) = run_program('node', "$dir/verdicts.mjs", 600, $seed);
+	ok($ok, "600 random bodies, SEED=$seed: its verdicts and ours are the same");
+	note($output);
+	diag($output) unless $ok;
+	foreach my $word (qw(valid no_signature malformed_header no_matching_signature too_old))
+	{
+		like($output, qr/"$word":\d/, "$word was among them");
+	}
+}
+
+SKIP:
+{
+	my ($output, $ok) = run_program('python3', '-c', 'import psycopg');
+	skip('python3 has no psycopg', 1) unless $ok;
+
+	append_to_file("$dir/stripe_events.py", block_of_readme('python'));
+	append_to_file("$dir/drive.py", <<'PY');
+import hashlib, hmac, json, sys, threading, time
+import psycopg
+from stripe_events import receive, work
+
+order = sys.argv[1]
+
+def event(id, order_id):
+    body = json.dumps({"id": id, "object": "event", "type": "payment_intent.succeeded", "data": {"object": {
+        "id": "pi_" + id, "object": "payment_intent", "metadata": {"order_id": order_id}, "name": "Zoë 😀"}}},
+        ensure_ascii=False, indent=1).encode()
+    t = str(int(time.time()))
+    return body, "t=" + t + ",v1=" + hmac.new(b"whsec_test_clients", t.encode() + b"." + body, hashlib.sha256).hexdigest()
+
+def paid(conn, e):
+    conn.execute("UPDATE orders SET payment = %s WHERE id = %s",
+        (e["object_id"], e["event"]["data"]["object"]["metadata"]["order_id"]))
+
+handlers = {"payment_intent.succeeded": paid}
+conn = psycopg.connect(autocommit=True)
+body, signature = event("evt_p1", order + "5")
+print("receive", receive(conn, body, signature), receive(conn, body, signature))
+print("refused", receive(conn, body + b" ", signature), receive(conn, body, None))
+print("work", work(conn, handlers), work(conn, handlers))
+print("receive", receive(conn, *event("evt_p2", "17")))
+print("failed", work(conn, handlers))
+# a handler that is mended
+print("again", work(conn, {"payment_intent.succeeded": lambda conn, e: None}), work(conn, handlers))
+
+for i in range(20):
+    receive(conn, *event("evt_w%d" % i, order + "6"))
+done = []
+def worker():
+    with psycopg.connect(autocommit=True) as own:
+        while work(own, handlers) is not None:
+            done.append(1)
+threads = [threading.Thread(target=worker) for _ in range(4)]
+for t in threads: t.start()
+for t in threads: t.join()
+print("workers", len(done))
+PY
+	($output, $ok) = run_program('python3', "$dir/drive.py", $order);
+	ok($ok, 'Python') or diag($output);
+	is($output, <<'OUT', 'Python: events are kept, and processed once');
+receive 200 200
+refused 400 400
+work True None
+receive 200
+failed False
+again True None
+workers 20
+OUT
+	is(order(5), 'pi_evt_p1|1', 'each with its effect');
+	is(sql($node, "SELECT times FROM orders WHERE id = '${order}6'"), '20', 'also with workers side by side');
+	is(sql($node, q{SELECT count(*), bool_and(success) FROM idempotency.stripe_webhook_events
+			WHERE stripe_event_id LIKE 'evt\_w%' OR stripe_event_id LIKE 'evt\_p%'}),
+		'22|t', 'and recorded');
+}
+
+$node->stop;
+
+done_testing();
