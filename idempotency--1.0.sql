@@ -226,7 +226,8 @@ CREATE INDEX stripe_webhook_events_due_idx
 	WHERE success IS NOT TRUE;
 -- superseded_by and twin_of, and what an operation's object went through
 CREATE INDEX stripe_webhook_events_object_idx
-	ON idempotency.stripe_webhook_events (object_id) WHERE object_id IS NOT NULL;
+	ON idempotency.stripe_webhook_events (object_id, account, consumer, created)
+	WHERE object_id IS NOT NULL;
 -- events that wait for the call that they are about
 CREATE INDEX stripe_webhook_events_pending_key_idx
 	ON idempotency.stripe_webhook_events (pending_key) WHERE pending_key IS NOT NULL;
@@ -593,7 +594,8 @@ COMMENT ON COLUMN idempotency.webhook_claim_result.superseded_by IS
 	'If claimed, the newest event about the same object that was made in a later second '
 	'and is processed already, or NULL';
 COMMENT ON COLUMN idempotency.webhook_claim_result.twin_of IS
-	'If claimed, another event of the same type, object, request and data that is processed already, or NULL';
+	'If claimed, another event of the same type, object, request and data that was made within an hour of it '
+	'and is processed already, or NULL';
 COMMENT ON COLUMN idempotency.webhook_claim_result.last_error IS
 	'What the last attempt recorded as error_message, or NULL';
 COMMENT ON COLUMN idempotency.webhook_claim_result.retry_after IS

@@ -339,6 +339,9 @@ SELECT process(event('evt_t2', 'payment_intent.succeeded', pi('succeeded'), at(2
 SELECT process(event('evt_t3', 'payment_intent.succeeded', pi('succeeded'), at(9, '{"request": {"id": "req_9"}}')), 'order') AS "another request";
 SELECT process(event('evt_t4', 'payment_intent.succeeded', pi('succeeded') || '{"amount": 1}', at(9)), 'order') AS "other data";
 SELECT process(event('evt_t5', 'payment_intent.created', pi('succeeded'), at(9)), 'order') AS "another type";
+SELECT process(event('evt_t8', 'payment_intent.succeeded', pi('succeeded'), at(3602)), 'order') AS "an hour later";
+SELECT process(event('evt_t9', 'payment_intent.succeeded', pi('succeeded'), at(7203)), 'order') AS "more than an hour later";
+SELECT process(event('evt_t10', 'payment_intent.succeeded', pi('succeeded'), '{"created": null}'), 'order') AS "no time";
 -- without an object there is nothing to compare
 SELECT process(event('evt_t6', 'balance.available', '{"object": "balance"}', at(1)), 'order') AS balance;
 SELECT process(event('evt_t7', 'balance.available', '{"object": "balance"}', at(1)), 'order') AS "same again";

@@ -26,8 +26,9 @@
  * only tell, when an event is claimed, what is in the table at that moment:
  * superseded_by is an event about the same object that Stripe made in a later
  * second and that has been processed; twin_of is one of the same type, object,
- * request and data that has been processed.  The order of events within a second
- * isn't known to anybody, so nothing is said about it.
+ * request and data, made within an hour of it, that has been processed.  The
+ * order of events within a second isn't known to anybody, so nothing is said
+ * about it.
  *
  * src/webhooks.c
  *
@@ -66,6 +67,9 @@ PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_record);
 PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_receive);
 PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_next);
 PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_reclaim);
+
+/* How far apart two events of one fact may be. */
+#define TWIN_USECS USECS_PER_HOUR
 
 /* Columns of stripe_webhook_events. */
 enum
@@ -186,7 +190,10 @@ static OwnerStatement find_next = {
 	3, {TEXTOID, TIMESTAMPTZOID, INT8ARRAYOID}
 };
 
-/* $3: object, $4: created, $5: type, $6: the event itself, $7: request, $8: data */
+/*
+ * $3: object, $4: created, $5: type, $6: the event itself, $7: request, $8: data,
+ * $9 and $10: when its twin may have been made
+ */
 static OwnerStatement find_relatives = {
 	"SELECT (SELECT e.stripe_event_id FROM idempotency.stripe_webhook_events e"
 	" WHERE e.account OPERATOR(pg_catalog.=) $1 AND e.consumer OPERATOR(pg_catalog.=) $2"
@@ -198,10 +205,12 @@ static OwnerStatement find_relatives = {
 	" AND e.object_id OPERATOR(pg_catalog.=) $3 AND e.success"
 	" AND e.event_type OPERATOR(pg_catalog.=) $5"
 	" AND e.stripe_event_id OPERATOR(pg_catalog.<>) $6"
+	" AND e.created OPERATOR(pg_catalog.>=) $9 AND e.created OPERATOR(pg_catalog.<=) $10"
 	" AND COALESCE(e.request_id, '') OPERATOR(pg_catalog.=) COALESCE($7, '')"
 	" AND e.payload_snapshot OPERATOR(pg_catalog.->) 'data'::pg_catalog.text OPERATOR(pg_catalog.=) $8"
 	" ORDER BY e.processed_at LIMIT 1)",
-	8, {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TEXTOID, TEXTOID, TEXTOID, JSONBOID}
+	10, {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TEXTOID, TEXTOID, TEXTOID, JSONBOID,
+	TIMESTAMPTZOID, TIMESTAMPTZOID}
 };
 
 /* The ledger's table, for whoever looks at its rows by other ways. */
@@ -528,23 +537,24 @@ static void
 answer_relatives(EventClaim *claim, Relation rel, const WebhookEvent *event)
 {
 	Jsonb	   *data = json_member_copy(&event->json->root, "data");
-	Datum		values[8];
-	char		nulls[] = "        ";
+	Datum		values[10];
+	char		nulls[] = "          ";
 	Datum		out[2];
 	bool		outnull[2];
 
-	if (event->object_id == NULL)
+	if (event->object_id == NULL || !event->created_known)
 		return;
 
 	values[0] = claim->base.key[0];
 	values[1] = claim->base.key[2];
 	values[2] = CStringGetTextDatum(event->object_id);
 	values[3] = TimestampTzGetDatum(event->created);
-	nulls[3] = event->created_known ? ' ' : 'n';
 	values[4] = CStringGetTextDatum(event->type);
 	values[5] = claim->base.key[1];
 	set_text(values, nulls, 6, event->request_id);
 	set_pointer(values, nulls, 7, data);
+	values[8] = TimestampTzGetDatum(event->created - TWIN_USECS);
+	values[9] = TimestampTzGetDatum(event->created + TWIN_USECS);
 	(void) ledger_execute(rel, &find_relatives, values, nulls, out, outnull, 2);
 	result_copy(&claim->result, C_SUPERSEDED_BY, out[0], outnull[0]);
 	result_copy(&claim->result, C_TWIN_OF, out[1], outnull[1]);
