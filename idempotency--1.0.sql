@@ -352,13 +352,13 @@ CREATE FUNCTION idempotency.stripe_webhook_verify(payload bytea, signature text,
 	secrets text[] DEFAULT NULL, tolerance interval DEFAULT NULL)
 RETURNS text
 AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_verify'
-LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL RESTRICTED;
+LANGUAGE C STABLE CALLED ON NULL INPUT PARALLEL RESTRICTED;
 
 CREATE FUNCTION idempotency.stripe_webhook_is_valid(payload bytea, signature text,
 	secrets text[] DEFAULT NULL, tolerance interval DEFAULT NULL)
 RETURNS boolean
 AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_is_valid'
-LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL RESTRICTED;
+LANGUAGE C STABLE CALLED ON NULL INPUT PARALLEL RESTRICTED;
 
 CREATE FUNCTION idempotency.stripe_webhook_claim(payload bytea, signature text,
 	secrets text[] DEFAULT NULL, tolerance interval DEFAULT NULL,

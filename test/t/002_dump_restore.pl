@@ -5,6 +5,7 @@
 use strict;
 use warnings;
 
+use Digest::SHA qw(hmac_sha256_hex);
 use FindBin;
 use lib "$FindBin::RealBin/../perl";
 
@@ -85,7 +86,29 @@ sql($node, <<'EOS', db => 'src');
 		FROM idempotency.stripe_claim('payment', 'order_4', '{"params": {"amount": 4000}}') c;
 EOS
 
-my @tables = qw(idempotency.idempotency_keys idempotency.stripe_idempotency_keys public.orders);
+# Events of Stripe's: processed, failed, held, and one that waits for its call
+sub receive
+{
+	my ($id, $more) = @_;
+	my $body = qq({"id": "$id", "object": "event",  "type": "a.b", "data": {"object": {"id": "o_$id"}}$more});
+	my $signature = 't=1795300000,v1=' . hmac_sha256_hex("1795300000.$body", 'whsec_test_dump');
+
+	return "SELECT FROM idempotency.stripe_webhook_receive('\\x" . unpack('H*', $body)
+	  . "', '$signature', '{whsec_test_dump}', '1000 years')";
+}
+sql($node, join(";\n",
+		receive('evt_1', ''),
+		receive('evt_2', ', "account": "acct_1", "livemode": true'),
+		receive('evt_3', ', "created": 1795300000, "name": "\u00e9 \\""'),
+		receive('evt_4', ', "request": {"id": "req_1", "idempotency_key": "t:1:018c2b5e-0000-8000-8000-000000000001"}'),
+		q{SELECT FROM idempotency.stripe_webhook_next() c, idempotency.stripe_webhook_record(
+			c.stripe_event_id, c.token, order_id => '018c2b5e-0000-7000-8000-000000000002')},
+		q{SELECT FROM idempotency.stripe_webhook_next() c, idempotency.stripe_webhook_record(
+			c.stripe_event_id, c.token, error_message => 'no', account => c.account)},
+		q{SELECT FROM idempotency.stripe_webhook_reclaim('evt_3', lease => '1 year')}), db => 'src');
+
+my @tables = qw(idempotency.idempotency_keys idempotency.stripe_idempotency_keys
+  idempotency.stripe_webhook_events public.orders);
 
 # Every row of a database, a digest a table.
 sub rows
@@ -130,6 +153,9 @@ sub behaviour
 			'{"params": {"amount": 1001}}');
 		SELECT verdict, generation FROM idempotency.stripe_claim('payment', 'order_2',
 			account => 'acct_1');
+		SELECT c.stripe_event_id, c.verdict, c.event FROM (VALUES ('evt_1'), ('evt_3')) v (id),
+			LATERAL idempotency.stripe_webhook_reclaim(v.id) c;
+		SELECT p::text FROM idempotency.stripe_webhook_pending p;
 	}, db => $db);
 }
 
@@ -144,10 +170,10 @@ sub privileges
 			LATERAL aclexplode(p.proacl) acl
 		WHERE d.classid = 'pg_proc'::regclass AND d.deptype = 'e'
 			AND d.refobjid = (SELECT oid FROM pg_extension WHERE extname = 'idempotency')
-		ORDER BY 1::text, 2::text;
+		ORDER BY d.objid::regprocedure::text, acl.grantee::regrole::text;
 		SELECT oid::regclass, relacl FROM pg_class
 			WHERE relnamespace = 'idempotency'::regnamespace AND relkind IN ('r', 'v')
-			ORDER BY 1::text;
+			ORDER BY oid::regclass::text;
 		SELECT typname, typacl FROM pg_type
 			WHERE typnamespace = 'idempotency'::regnamespace AND typacl IS NOT NULL ORDER BY 1;
 		SELECT nspacl FROM pg_namespace WHERE nspname = 'idempotency';
@@ -216,6 +242,11 @@ sub works_on
 	$answer = stripe_claim($node, 'payment', 'order_9', db => $db);
 	is("$answer->{verdict} $answer->{idempotency_key}", "claimed $key",
 		"$how: a new one gets the key it would have had");
+	is(sql($node, q{SELECT stripe_event_id, attempt, last_error FROM idempotency.stripe_webhook_next('1 hour')}, db => $db),
+		'evt_4|1|', "$how: the event that waits longest is next");
+	is(sql($node, q{SELECT verdict, attempt, last_error FROM idempotency.stripe_webhook_reclaim('evt_2', 'acct_1', '1 hour')},
+			db => $db),
+		'claimed|2|no', "$how: a failed event is claimed again");
 	return;
 }
 

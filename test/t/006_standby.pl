@@ -46,6 +46,9 @@ my $reading = q{
 		FROM (VALUES ('done'), ('failed'), ('held'), ('absent')) v (id),
 			LATERAL idempotency.stripe_lookup('payment', id) l;
 	SELECT key, lapsed, recovery_point, next_step FROM idempotency.open_claims ORDER BY 1;
+	SELECT idempotency.stripe_webhook_verify('{}', 't=1,v1=0', '{whsec_test}'),
+		idempotency.stripe_webhook_is_valid('{}', 't=1,v1=0', '{whsec_test}');
+	SELECT count(*) FROM idempotency.stripe_webhook_pending;
 };
 my $read = sql($primary, $reading);
 like($read, qr{^done\|\(test,done,completed,.*^absent\|\(,+\)$}ms, 'there is something to read');
@@ -67,6 +70,11 @@ my %call = (
 	stripe_extend => qq{('payment', 'held', $stripe->{token})},
 	stripe_reopen => q{('payment', 'failed')},
 	stripe_namespace => q{('new')},
+	stripe_webhook_claim => q{('{}', 't=1,v1=0')},
+	stripe_webhook_record => q{('evt_1', 1)},
+	stripe_webhook_receive => q{('{}', 't=1,v1=0')},
+	stripe_webhook_next => q{()},
+	stripe_webhook_reclaim => q{('evt_1')},
 	grant_role => q{('app', 'operator')});
 is(extension_functions($primary, q{provolatile = 'v'}),
 	join("\n", sort keys %call), 'these are all functions that write');
