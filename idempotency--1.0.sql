@@ -178,7 +178,7 @@ CREATE TABLE idempotency.stripe_idempotency_keys (
 	response jsonb,
 	error jsonb,
 	history jsonb,
-	evidence jsonb,
+	settled jsonb,
 	PRIMARY KEY (account, operation_type, operation_id)
 ) WITH (fillfactor = 80, vacuum_truncate = off, toast.vacuum_truncate = off);
 
@@ -677,8 +677,8 @@ COMMENT ON COLUMN idempotency.stripe_idempotency_keys.error IS 'The error object
 COMMENT ON COLUMN idempotency.stripe_idempotency_keys.history IS
 	'Earlier generations, oldest first, each as stripe_reopen() found it, or NULL';
 
-COMMENT ON COLUMN idempotency.stripe_idempotency_keys.evidence IS
-	'What settled the outcome where no answer did: an array of what was found, or NULL';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.settled IS
+	'Who or what settled it where no answer did, when, by which evidence, and what it was before; or NULL';
 
 COMMENT ON TABLE idempotency.stripe_webhook_events IS
 	'Events that Stripe has sent, one row an event and consumer; change it through the functions only';

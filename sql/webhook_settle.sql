@@ -71,7 +71,7 @@ SELECT state('1');
 SELECT verdict, outcome, resource_id, resource_type, http_status, response, error, livemode, attempt, generation
 FROM idempotency.stripe_claim('t', '1') \gx
 SELECT request_id, recorded_at IS NOT NULL AS recorded, lease_expires_at,
-	jsonb_pretty(jsonb_set(evidence, '{0,settled_at}', to_jsonb((evidence #>> '{0,settled_at}')::timestamptz <= now()))) AS evidence
+	jsonb_pretty(jsonb_set(settled, '{at}', to_jsonb((settled ->> 'at')::timestamptz = recorded_at))) AS settled
 FROM idempotency.stripe_idempotency_keys WHERE operation_id = '1' \gx
 -- what is recorded stays
 SELECT receive('evt_1d', 'payment_intent.payment_failed', obj('payment_intent', 'pi_1', '{"status": "requires_payment_method"}'), by(key('1')));
@@ -192,7 +192,7 @@ SELECT receive('evt_o1b', 'payment_intent.succeeded', obj('payment_intent', 'pi_
 SELECT receive('evt_o1c', 'payment_intent.payment_failed', obj('payment_intent', 'pi_o1'));
 SELECT state('o1');
 SELECT receive('evt_o1d', 'payment_intent.succeeded', obj('payment_intent', 'pi_o1', '{"status": "succeeded"}'));
-SELECT state('o1'), (SELECT evidence -> 0 ->> 'found_by' FROM idempotency.stripe_idempotency_keys WHERE operation_id = 'o1');
+SELECT state('o1'), (SELECT settled #>> '{evidence,found_by}' FROM idempotency.stripe_idempotency_keys WHERE operation_id = 'o1');
 -- an event about an object that the call was to change tells nothing
 CALL call('o2', '/v1/payment_intents/pi_o2/capture', unknown => false);
 SELECT FROM idempotency.stripe_idempotency_keys s, idempotency.stripe_record('t', 'o2', s.token, http_status => 500, resource_id => 'pi_o2')
@@ -225,11 +225,11 @@ SELECT receive('evt_gen', 'refund.created', obj('refund', 're_gen'), by(:'first_
 SELECT state('gen');
 SELECT pending_key FROM idempotency.stripe_webhook_events WHERE stripe_event_id = 'evt_gen';
 
--- evidence goes to the history with its generation
+-- what settled it goes to the history with its generation
 CALL call('ev', '/v1/charges');
 SELECT receive('evt_ev', 'charge.failed', obj('charge', 'ch_ev'), by(key('ev')));
 SELECT idempotency.stripe_reopen('t', 'ev') IS NOT NULL AS reopened;
-SELECT evidence, history #>> '{0,evidence,0,stripe_event_id}' AS history FROM idempotency.stripe_idempotency_keys WHERE operation_id = 'ev';
+SELECT settled, history #>> '{0,settled,evidence,stripe_event_id}' AS history FROM idempotency.stripe_idempotency_keys WHERE operation_id = 'ev';
 
 -- somebody else's keys, and what only looks like one
 SELECT receive('evt_f' || n, 'refund.created', obj('refund', 're_f'), by(k))
@@ -256,7 +256,7 @@ CALL call('w2', '/v1/payment_intents', '{"confirm": true}', unknown => false);
 SELECT receive('evt_w2', 'payment_intent.succeeded', obj('payment_intent', 'pi_w2'), by(key('w2')));
 SELECT r FROM idempotency.stripe_idempotency_keys s, idempotency.stripe_record('t', 'w2', s.token, http_status => 200,
 	response => '{"id": "pi_w2", "object": "payment_intent", "status": "succeeded"}') r WHERE s.operation_id = 'w2';
-SELECT state('w2'), evidence FROM idempotency.stripe_idempotency_keys WHERE operation_id = 'w2';
+SELECT state('w2'), settled FROM idempotency.stripe_idempotency_keys WHERE operation_id = 'w2';
 -- also where an event has settled it meanwhile
 CALL call('w3', '/v1/payment_intents', '{"confirm": true}', unknown => false);
 UPDATE idempotency.stripe_idempotency_keys SET lease_expires_at = clock_timestamp() WHERE operation_id = 'w3';

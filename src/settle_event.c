@@ -109,11 +109,13 @@ static OwnerStatement lock_call = {
 
 static OwnerStatement settle_call = {
 	"UPDATE idempotency.stripe_idempotency_keys SET"
-	" outcome = $5::idempotency.outcome, recorded_at = $6, http_status = NULL,"
+	" outcome = $5::idempotency.outcome, uncertain = false, recorded_at = $6,"
+	" http_status = NULL,"
 	" resource_id = $7, resource_type = $8, livemode = COALESCE($9, livemode),"
 	" request_id = COALESCE($10, request_id), response = $11, error = $12,"
 	" lease = NULL, lease_expires_at = NULL,"
-	" evidence = COALESCE(evidence, '[]'::pg_catalog.jsonb) OPERATOR(pg_catalog.||) $13"
+	" settled = pg_catalog.jsonb_build_object('was', outcome, 'by', 'event'::pg_catalog.text,"
+	" 'at', $6, 'note', NULL::pg_catalog.text, 'evidence', $13)"
 	WHERE_KEY
 	" AND token OPERATOR(pg_catalog.=) $4"
 	" AND (" OUTCOME_IS("unknown") " OR " OUTCOME_IS("in_progress") ")",
@@ -371,13 +373,13 @@ settle_notify(const char *account, const char *operation_type, const char *opera
 	Async_Notify("idempotency_settled", payload.data);
 }
 
-/* What is kept of an event as the reason for an outcome: a jsonb array of one. */
+/* What is kept of an event as the reason for an outcome. */
 static Datum
-evidence_of_event(const WebhookEvent *event, FoundBy found_by, TimestampTz now)
+evidence_of_event(const WebhookEvent *event, FoundBy found_by)
 {
 	const char *const members[][2] = {
-		{"settled_by", "event"}, {"stripe_event_id", event->id}, {"event_type", event->type},
-		{"found_by", found_by_names[found_by]}, {"settled_at", timestamptz_to_str(now)}
+		{"stripe_event_id", event->id}, {"event_type", event->type},
+		{"found_by", found_by_names[found_by]}
 	};
 	StringInfoData json;
 	int			i;
@@ -385,12 +387,12 @@ evidence_of_event(const WebhookEvent *event, FoundBy found_by, TimestampTz now)
 	initStringInfo(&json);
 	for (i = 0; i < lengthof(members); i++)
 	{
-		appendStringInfoString(&json, i == 0 ? "[{" : ", ");
+		appendStringInfoString(&json, i == 0 ? "{" : ", ");
 		escape_json(&json, members[i][0]);
 		appendStringInfoString(&json, ": ");
 		escape_json(&json, members[i][1]);
 	}
-	appendStringInfoString(&json, "}]");
+	appendStringInfoChar(&json, '}');
 	return DirectFunctionCall1(jsonb_in, CStringGetDatum(json.data));
 }
 
@@ -478,7 +480,7 @@ settle(Relation rel, Call *call, const WebhookEvent *event, FoundBy found_by,
 	set_jsonb(values, nulls, 10, error == NULL && event->object != NULL ?
 			  json_member_copy(json_object_member(&event->json->root, "data"), "object") : NULL);
 	set_jsonb(values, nulls, 11, error);
-	values[12] = evidence_of_event(event, found_by, now);
+	values[12] = evidence_of_event(event, found_by);
 	if (ledger_execute(rel, &settle_call, values, nulls, NULL, NULL, 0) == 0)
 		return SETTLED_LATER;
 

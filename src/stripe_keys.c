@@ -79,7 +79,7 @@ enum
 	S_UNCERTAIN, S_LIVEMODE, S_ACCOUNT, S_OPERATION_TYPE, S_OPERATION_ID,
 	S_IDEMPOTENCY_KEY, S_RESOURCE_ID, S_RESOURCE_TYPE, S_REQUEST_ID,
 	S_FINGERPRINT, S_PAST_TOKENS, S_REQUEST, S_RESPONSE, S_ERROR, S_HISTORY,
-	S_EVIDENCE, S_NCOLUMNS
+	S_SETTLED, S_NCOLUMNS
 };
 
 static const char *const stripe_columns[S_NCOLUMNS] = {
@@ -88,7 +88,7 @@ static const char *const stripe_columns[S_NCOLUMNS] = {
 	"uncertain", "livemode", "account", "operation_type", "operation_id",
 	"idempotency_key", "resource_id", "resource_type", "request_id",
 	"fingerprint", "past_tokens", "request", "response", "error", "history",
-	"evidence"
+	"settled"
 };
 
 /* Columns of stripe_claim_result. */
@@ -125,7 +125,7 @@ static Ledger stripe_calls = {
 		" recorded_at, lease, attempt, generation, http_status, outcome,"
 		" uncertain, livemode, account, operation_type, operation_id,"
 		" idempotency_key, resource_id, resource_type, request_id,"
-		" fingerprint, past_tokens, request, response, error, history, evidence"
+		" fingerprint, past_tokens, request, response, error, history, settled"
 		" FROM idempotency.stripe_idempotency_keys" WHERE_KEY,
 		3, {TEXTOID, TEXTOID, TEXTOID}
 	}
@@ -217,15 +217,14 @@ static OwnerStatement reopen = {
 	" 'idempotency_key', idempotency_key, 'attempts', attempt, 'outcome', outcome,"
 	" 'http_status', http_status, 'resource_id', resource_id,"
 	" 'resource_type', resource_type, 'request_id', request_id, 'error', error,"
-	" 'first_sent_at', first_sent_at, 'recorded_at', recorded_at,"
-	" 'evidence', evidence, 'reopened_at', $6,"
-	" 'reopened_by', $9, 'forced', $10),"
+	" 'first_sent_at', first_sent_at, 'recorded_at', recorded_at, 'reopened_at', $6,"
+	" 'reopened_by', $9, 'forced', $10, 'settled', settled),"
 	" token = $4, attempt = 0, generation = generation OPERATOR(pg_catalog.+) 1,"
 	" idempotency_key = $7, outcome = 'not_executed'::idempotency.outcome,"
 	" uncertain = false, past_tokens = NULL, lease = NULL, lease_expires_at = NULL,"
 	" first_sent_at = NULL, recorded_at = NULL, http_status = NULL, livemode = NULL,"
 	" resource_id = NULL, resource_type = NULL, request_id = NULL, fingerprint = NULL,"
-	" request = NULL, response = NULL, error = NULL, evidence = NULL"
+	" request = NULL, response = NULL, error = NULL, settled = NULL"
 	WHERE_KEY
 	" AND token OPERATOR(pg_catalog.=) $5"
 	" AND outcome OPERATOR(pg_catalog.=) $8::idempotency.outcome",
