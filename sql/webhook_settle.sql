@@ -286,6 +286,15 @@ UPDATE idempotency.stripe_idempotency_keys SET lease_expires_at = clock_timestam
 SELECT receive('evt_w6b', 'refund.updated', obj('refund', 're_w6'), by(key('w6')));
 SELECT state('w6');
 
+-- or by a worker that has nothing to do
+CALL call('w9', '/v1/refunds', unknown => false);
+SELECT receive('evt_w9', 'refund.created', obj('refund', 're_w9'), by(key('w9')));
+SELECT count(*) FROM idempotency.stripe_webhook_next(consumer => 'nobody');
+SELECT state('w9'), (SELECT pending_key IS NOT NULL AS kept FROM idempotency.stripe_webhook_events WHERE stripe_event_id = 'evt_w9');
+UPDATE idempotency.stripe_idempotency_keys SET lease_expires_at = clock_timestamp() WHERE operation_id = 'w9';
+SELECT count(*) FROM idempotency.stripe_webhook_next(consumer => 'nobody');
+SELECT state('w9'), (SELECT pending_key IS NOT NULL AS kept FROM idempotency.stripe_webhook_events WHERE stripe_event_id = 'evt_w9');
+
 -- an unknown row past Stripe's window, and one that Stripe would only repeat itself about
 CALL call('w7', '/v1/refunds', unknown => false);
 SELECT receive('evt_w7', 'refund.created', obj('refund', 're_w7'), by(key('w7')));

@@ -25,8 +25,8 @@
  * quick, and not a transaction that has an event row locked.  An event that
  * finds its row held, live, or not there (the caller hasn't committed yet, or
  * has rolled back) keeps the key in pending_key, and is looked at again when the
- * operation is claimed (settle_by_kept_events) and in the background
- * (settle_kept_events).
+ * operation is claimed (settle_by_kept_events), and by workers that have
+ * nothing else to do (settle_kept_events).
  *
  * The row of a call is found from its key alone, without an index on it:
  * "type:id:UUID" is the primary key, up to where the type ends.
@@ -661,10 +661,10 @@ settle_by_kept_events(const Datum *key, int64 claimed_token)
 }
 
 /*
- * Look at up to max_events events that wait to settle a call, in the background:
- * their calls may have become visible, or lapsed.  Goes on where the last
- * call of this process has stopped, and returns how many were looked at: fewer
- * than max_events when it has come to the end.
+ * Look at up to max_events events that wait to settle a call: their calls may
+ * have become visible, or lapsed.  Goes on where the last call of this process
+ * has stopped, and returns how many were looked at: fewer than max_events when
+ * it has come to the end.
  */
 int
 settle_kept_events(int max_events)

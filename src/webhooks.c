@@ -68,6 +68,9 @@ PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_receive);
 PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_next);
 PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_reclaim);
 
+/* Events that wait to settle a call, looked at where none is to be handed out. */
+#define IDLE_KEPT_EVENTS 20
+
 /* How far apart two events of one fact may be. */
 #define TWIN_USECS USECS_PER_HOUR
 
@@ -876,6 +879,8 @@ idempotency_stripe_webhook_next(PG_FUNCTION_ARGS)
 
 	if (!claim.claimed)
 	{
+		/* a worker with nothing to do is as good as one in the background */
+		(void) settle_kept_events(IDLE_KEPT_EVENTS);
 		ReleaseTupleDesc(claim.result.desc);
 		SRF_RETURN_DONE(context);
 	}
