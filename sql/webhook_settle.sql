@@ -148,6 +148,13 @@ END $$;
 SELECT path || CASE WHEN params <> '{}' THEN ' ' || params::text ELSE '' END AS call, type AS event, state('kind ' || n)
 FROM kinds ORDER BY n;
 
+-- thin events tell it, too
+CALL call('thin', '/v2/core/accounts');
+SELECT receive('evt_thin', 'v2.core.account.created', '{}', jsonb_build_object('object', 'v2.core.event',
+	'related_object', obj('x', 'acct_thin') || '{"type": "v2.core.account"}',
+	'reason', jsonb_build_object('type', 'request', 'request', jsonb_build_object('id', 'req_2', 'idempotency_key', key('thin')))));
+SELECT state('thin');
+
 -- a call that isn't a POST, or whose path nobody knows
 SELECT FROM idempotency.stripe_claim('t', 'get', '{"method": "GET", "path": "/v1/refunds"}') c, idempotency.stripe_record('t', 'get', c.token);
 SELECT FROM idempotency.stripe_claim('t', 'none') c, idempotency.stripe_record('t', 'none', c.token);
