@@ -99,7 +99,7 @@ split_lines(const char *text, const char *source, const char *what)
 List *
 secret_file_read(const char *path, const char *what)
 {
-	char		text[SECRET_FILE_MAX_BYTES + 1];
+	char		buffer[SECRET_FILE_MAX_BYTES + 1];
 	struct stat st;
 	ssize_t		nread = 0;
 	List	   *secrets;
@@ -139,7 +139,7 @@ secret_file_read(const char *path, const char *what)
 
 	while (nread < SECRET_FILE_MAX_BYTES)
 	{
-		ssize_t		n = read(fd, text + nread, SECRET_FILE_MAX_BYTES - nread);
+		ssize_t		n = read(fd, buffer + nread, SECRET_FILE_MAX_BYTES - nread);
 
 		if (n < 0 && errno == EINTR)
 			continue;
@@ -152,14 +152,14 @@ secret_file_read(const char *path, const char *what)
 		nread += n;
 	}
 	CloseTransientFile(fd);
-	text[nread] = '\0';
+	buffer[nread] = '\0';
 
-	if (strlen(text) != nread)
+	if (strlen(buffer) != nread)
 		ereport(ERROR,
 				(errcode(ERRCODE_CONFIG_FILE_ERROR),
 				 errmsg("%s \"%s\" has a zero byte in it", what, path)));
-	secrets = split_lines(text, psprintf("\"%s\"", path), what);
-	explicit_bzero(text, sizeof(text));
+	secrets = split_lines(buffer, psprintf("\"%s\"", path), what);
+	explicit_bzero(buffer, sizeof(buffer));
 	if (secrets == NIL)
 		ereport(ERROR,
 				(errcode(ERRCODE_CONFIG_FILE_ERROR),

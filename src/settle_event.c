@@ -288,11 +288,11 @@ param_is_true(JsonbContainer *request, const char *name)
 	for (i = 0; i < lengthof(members); i++)
 	{
 		JsonbContainer *params = json_object_member(request, members[i]);
-		char	   *text = json_string_member(params, name);
+		char	   *string = json_string_member(params, name);
 		bool		value = false;
 
 		if ((json_bool_member(params, name, &value) && value) ||
-			(text != NULL && strcmp(text, "true") == 0))
+			(string != NULL && strcmp(string, "true") == 0))
 			return true;
 	}
 	return false;

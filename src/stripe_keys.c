@@ -425,8 +425,8 @@ typedef struct StripeClaim
 	bool		request_isnull;
 	int64		lease;			/* microseconds */
 	int64		token;
-	bool		settleable;		/* claimed, or unknown: an event may have
-								 * told what came of it */
+	bool		settleable;		/* claimed, or unknown: an event may have told
+								 * what came of it */
 	ResultRow	result;
 } StripeClaim;
 
