@@ -220,6 +220,11 @@ CALL call('acct', '/v1/refunds', account => 'acct_1');
 CALL call('acct', '/v1/refunds');
 SELECT receive('evt_acct', 'refund.created', obj('refund', 're_acct'), by(key('acct', 'acct_1'), '{"account": "acct_1"}'));
 SELECT state('acct', 'acct_1'), state('acct') AS own;
+-- what comes from a connected account says nothing about a call of one's own
+SELECT receive('evt_acct3', 'refund.created', obj('refund', 're_acct3'), by(key('acct'), '{"account": "acct_2"}'));
+SELECT state('acct') AS own;
+CALL call('acct', '/v1/refunds');
+SELECT state('acct') AS own;
 -- an account that sees its own events under its name
 SELECT receive('evt_acct2', 'refund.created', obj('refund', 're_acct2'), by(key('acct'), '{"context": "acct_me"}'));
 SELECT state('acct') AS own;

@@ -490,20 +490,33 @@ settle(Relation rel, Call *call, const WebhookEvent *event, FoundBy found_by,
 }
 
 /*
- * The call that has this key, which belongs to an account or to one's own.
- * Returns false if it can't be seen; *other tells that there is one with
- * this operation and another key, of another generation.
+ * May an event be about a call of this account?
+ *
+ * One whose context is one's own account may be about a call that was made
+ * without naming it.  What comes from a connected account may not: its owner
+ * chooses metadata and keys.
  */
 static bool
-call_with_key(Relation rel, const char *account, const char *key, Call *call, bool *other)
+may_be_of_account(const WebhookEvent *event, const char *account)
+{
+	return strcmp(event->account, account) == 0 ||
+		(account[0] == '\0' && !event->connected);
+}
+
+/*
+ * The call that has this key.  Returns false if it can't be seen; *other tells
+ * that there is one with this operation and another key, of another generation.
+ */
+static bool
+call_with_key(Relation rel, const WebhookEvent *event, const char *key, Call *call, bool *other)
 {
 	const char *accounts[2];
 	const char *uuid = key + strlen(key) - STRIPE_KEY_UUID_LEN - 1;
 	const char *colon;
 	int			i;
 
-	accounts[0] = account;
-	accounts[1] = account[0] == '\0' ? NULL : "";
+	accounts[0] = event->account;
+	accounts[1] = may_be_of_account(event, "") && event->account[0] != '\0' ? "" : NULL;
 	*other = false;
 
 	/* type and id may have colons themselves */
@@ -560,7 +573,7 @@ settle_by_event(const WebhookEvent *event)
 		if (rel == NULL)
 			rel = stripe_calls_open(RowExclusiveLock);
 
-		if (call_with_key(rel, event->account, keys[i], &call, &other))
+		if (call_with_key(rel, event, keys[i], &call, &other))
 			settled = settle(rel, &call, event, found_by[i], 0);
 		else
 			settled = other ? SETTLED_NOT : SETTLED_LATER;
@@ -592,6 +605,9 @@ static bool
 event_is_about(const WebhookEvent *event, const Call *call, FoundBy *found_by)
 {
 	const char *key = TextDatumGetCString(call->values[CALL_KEY]);
+
+	if (!may_be_of_account(event, TextDatumGetCString(call->values[CALL_ACCOUNT])))
+		return false;
 
 	if (event->idempotency_key != NULL && strcmp(event->idempotency_key, key) == 0)
 		*found_by = BY_KEY;

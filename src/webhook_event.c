@@ -286,8 +286,12 @@ webhook_event_read(Jsonb *json, WebhookEvent *event)
 	if (!thin && strcmp(kind, "event") != 0)
 		return false;
 
-	/* a thin event has the account as its context only */
+	/*
+	 * A thin event has the account as its context only; and that may be one's
+	 * own.
+	 */
 	event->account = json_string_member(root, "account");
+	event->connected = event->account != NULL;
 	if (event->account == NULL)
 		event->account = json_string_member(root, "context");
 	if (event->account == NULL)
