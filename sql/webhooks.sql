@@ -256,10 +256,7 @@ FROM (VALUES
 	(6, 'a surrogate in UTF-8', convert_to('{"id": "evt_r', 'UTF8') || '\xeda080'::bytea || convert_to('", "object": "event", "type": "a"}', 'UTF8')),
 	(7, 'half a surrogate', convert_to('{"id": "evt_r", "object": "event", "type": "\ud800"}', 'UTF8')),
 	(8, 'zero byte', event('evt_r') || '\x00'::bytea),
-	(9, 'escaped zero byte', convert_to('{"id": "evt_r", "object": "event", "type": "a", "name": "\u0000"}', 'UTF8')),
 	(10, 'byte order mark', '\xefbbbf'::bytea || event('evt_r')),
-	(11, 'key twice', convert_to('{"id": "evt_r", "object": "event", "type": "a", "id": "evt_r"}', 'UTF8')),
-	(12, 'key twice, deep down', convert_to('{"id": "evt_r", "object": "event", "type": "a", "data": [{"b": {"c": 1, "\u0063": 2}}]}', 'UTF8')),
 	(13, 'number', convert_to('1', 'UTF8')),
 	(14, 'null', convert_to('null', 'UTF8')),
 	(15, 'array', convert_to('[{"id": "evt_r", "object": "event", "type": "a"}]', 'UTF8')),
@@ -273,6 +270,16 @@ FROM (VALUES
 	(23, 'no type', convert_to('{"id": "evt_r", "object": "event"}', 'UTF8')),
 	(24, 'long account', convert_to(format('{"id": "evt_r", "object": "event", "type": "a", "account": "%s"}', repeat('x', 256)), 'UTF8'))
 ) v (n, label, body) ORDER BY n;
+-- and what jsonb can't hold is no reason to refuse what Stripe has signed
+BEGIN;
+CREATE TEMP TABLE odd (n int, label text, body bytea) ON COMMIT DROP;
+INSERT INTO odd VALUES
+	(1, 'escaped zero byte', convert_to('{"id": "evt_o1", "object": "event", "type": "a", "name": "a\u0000\\u0000\\\u0000b"}', 'UTF8')),
+	(2, 'key twice', convert_to('{"id": "evt_o2", "object": "event", "type": "a", "name": 1, "name": 2}', 'UTF8'));
+SELECT n, c.verdict, c.event ->> 'name' AS name FROM odd, LATERAL claim(body, '1 h') c ORDER BY n;
+SELECT label, e.payload = body AS bytes_kept
+FROM odd JOIN idempotency.stripe_webhook_events e ON e.stripe_event_id = 'evt_o' || n ORDER BY n;
+ROLLBACK;
 SELECT refusal(event('evt_r'), header) FROM (VALUES (''), ('t=1'), ('t=1,v1=' || repeat('0', 64)), ('hello')) v (header);
 SELECT refusal(event('evt_r'), signature(event('evt_r'), age => '301 s')) AS old;
 SELECT FROM idempotency.stripe_webhook_receive(event('evt_r'), signature(event('evt_r'), 'whsec_other'), '{whsec_test}');

@@ -334,7 +334,7 @@ SELECT rest.stripe_webhook(:'body');
 COMMIT;
 SELECT attempts, success FROM idempotency.stripe_webhook_events;
 
--- keys that repeat: the signature is good, the body isn't
+-- keys that repeat: json keeps them, and so the signature
 SELECT '{"id": "evt_2", "object":  "event", "type": "a", "id": "evt_2"}' AS twice \gset
 SELECT api.sign(:'twice') AS signature \gset
 SELECT json_build_object('stripe-signature', :'signature') AS headers \gset

@@ -48,15 +48,6 @@
 	table_beginscan(rel, snapshot, 0, NULL)
 #endif
 
-/* 16: what is done at a part of a JSON text can stop its parser */
-#if PG_VERSION_NUM >= 160000
-#define JsonActionResult JsonParseErrorType
-#define JSON_ACTION_DONE return JSON_SUCCESS
-#else
-#define JsonActionResult void
-#define JSON_ACTION_DONE return
-#endif
-
 /* 17: the lexer may be the caller's */
 #if PG_VERSION_NUM >= 170000
 #define make_json_lexer_compat(json, len, encoding, need_escapes) \

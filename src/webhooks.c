@@ -372,9 +372,6 @@ take_in(FunctionCallInfo fcinfo, WebhookEvent *event)
 		case WEBHOOK_BODY_NOT_JSON:
 			refuse_body("not_json", _("webhook body is not JSON in UTF-8 that jsonb can hold"));
 			break;
-		case WEBHOOK_BODY_DUPLICATE_KEY:
-			refuse_body("duplicate_key", _("webhook body has a JSON object in which a key stands twice"));
-			break;
 		case WEBHOOK_BODY_NOT_AN_EVENT:
 			refuse_body("not_an_event", _("webhook body is not an event"));
 			break;
