@@ -53,7 +53,7 @@ SELECT count(*) AS vectors FROM vectors;
 SELECT v.id, v.suggested_verdict AS suggested, s.signature, s.taken_in
 FROM vectors v, verdict(v) s ORDER BY v.id;
 
--- all are taken in as suggested
+-- all are taken in as suggested but one: a tolerance of zero is no tolerance
 SELECT v.id, v.suggested_verdict FROM vectors v
 WHERE (v.suggested_verdict = 'accept') <>
 	EXISTS (SELECT FROM idempotency.stripe_webhook_events e WHERE e.consumer = v.id)
