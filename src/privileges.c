@@ -78,7 +78,15 @@ static const struct
 	{"EXECUTE ON FUNCTION idempotency.stripe_reopen", KIND_STRIPE_CALLER | KIND_OPERATOR},
 	{"EXECUTE ON FUNCTION idempotency.stripe_lookup", KIND_STRIPE_CALLER | KIND_OPERATOR},
 	{"EXECUTE ON FUNCTION idempotency.stripe_namespace", KIND_OPERATOR},
-	{"SELECT ON idempotency.open_claims", KIND_OBSERVER | KIND_OPERATOR}
+	{"EXECUTE ON FUNCTION idempotency.stripe_settle", KIND_OPERATOR},
+	{"EXECUTE ON FUNCTION idempotency.stripe_acknowledge", KIND_OPERATOR},
+
+	/* a view's functions are called with the rights of its reader */
+	{"EXECUTE ON FUNCTION idempotency.stripe_caller_is_gone", KIND_OBSERVER | KIND_OPERATOR},
+	{"EXECUTE ON FUNCTION idempotency.stripe_callers_fate", KIND_OBSERVER | KIND_OPERATOR},
+	{"SELECT ON idempotency.open_claims", KIND_OBSERVER | KIND_OPERATOR},
+	{"SELECT ON idempotency.stripe_unknown", KIND_OBSERVER | KIND_OPERATOR},
+	{"SELECT ON idempotency.stripe_orphans", KIND_OBSERVER | KIND_OPERATOR}
 };
 
 /*

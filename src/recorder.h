@@ -143,6 +143,19 @@ extern PGDLLEXPORT const char *recorder_record(const StripeCallResult *result);
 /* The claimed call ends without a result.  Doesn't wait, raises nothing. */
 extern PGDLLEXPORT void recorder_gave_up(void);
 
+/* ---------- for the core's own functions ---------- */
+
+struct Operation;
+struct StripeClaim;
+
+/* Is there shared memory, so that a recorder can run at all? */
+extern PGDLLEXPORT bool recorder_can_run(void);
+
+extern void recorder_run_claim(struct StripeClaim *claim);
+extern char *recorder_run_reopen(struct Operation *op, bool force, int from_generation,
+								 const char *user);
+extern void recorder_init(void);
+
 /* A verdict's label in the SQL type idempotency.verdict */
 extern PGDLLEXPORT const char *stripe_verdict_name(StripeVerdict verdict);
 
