@@ -25,6 +25,6 @@ typedef struct Settlement
 } Settlement;
 
 extern PGDLLEXPORT bool settle_operation(Operation *op, const Settlement *settlement);
-extern int	settle_note_fates(int max_rows, BlockNumber *position);
+extern PGDLLEXPORT int settle_note_fates(int max_rows, BlockNumber *position);
 
 #endif							/* IDEMPOTENCY_SETTLE_H */

@@ -20,11 +20,14 @@
 #include "compat.h"
 #include "debug_point.h"
 #include "recorder.h"
+#include "settle.h"
 
 PG_MODULE_MAGIC;
 
 PGDLLEXPORT Datum test_stripe_call(PG_FUNCTION_ARGS);
+PGDLLEXPORT Datum test_note_fates(PG_FUNCTION_ARGS);
 PG_FUNCTION_INFO_V1(test_stripe_call);
+PG_FUNCTION_INFO_V1(test_note_fates);
 
 static void
 send_request(const StripeCallClaim *claim)
@@ -113,4 +116,24 @@ test_stripe_call(PG_FUNCTION_ARGS)
 
 	claim.resource_id = unconstify(char *, result.resource_id);
 	PG_RETURN_TEXT_P(cstring_to_text(describe(&claim, recorder_record(&result))));
+}
+
+/*
+ * test_note_fates(max_rows): how many rows settle_note_fates() looks at until
+ * it is through.
+ */
+Datum
+test_note_fates(PG_FUNCTION_ARGS)
+{
+	BlockNumber position = 0;
+	int			max_rows = PG_GETARG_INT32(0);
+	int			total = 0;
+	int			n;
+
+	do
+	{
+		n = settle_note_fates(max_rows, &position);
+		total += n;
+	} while (position != 0 || (n == max_rows && total < 1000));
+	PG_RETURN_INT32(total);
 }

@@ -91,7 +91,9 @@ sub create_test_caller
 		CREATE FUNCTION test_stripe_call(type text, id text, body text DEFAULT 'amount=1',
 			status int DEFAULT 200, resource_id text DEFAULT 'pi_1', room int DEFAULT 65536,
 			resend boolean DEFAULT false)
-		RETURNS text AS 'idempotency_test_caller' LANGUAGE C});
+		RETURNS text AS 'idempotency_test_caller' LANGUAGE C;
+		CREATE FUNCTION test_note_fates(max_rows int) RETURNS int
+		AS 'idempotency_test_caller' LANGUAGE C});
 	return;
 }
 
