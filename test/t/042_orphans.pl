@@ -130,6 +130,35 @@ sql($node, q{SELECT idempotency.stripe_settle('call', 'settled', 'completed', 'p
 is(orphans(), 'settled:completed:rolled_back', 'a settled orphan is one');
 sql($node, q{SELECT idempotency.stripe_acknowledge('call', 'settled', 'refunded')});
 
+# who waits for it is told
+my $listener = $node->background_psql('postgres', on_error_stop => 0);
+$listener->query_safe('LISTEN idempotency_settled');
+sub told
+{
+	my ($test_name, @expected) = @_;
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+
+	my @told = $listener->query('SELECT 1') =~ /payload "(\{.*\})" received/g;
+	return is_deeply(\@told, \@expected, $test_name);
+}
+sql($node, q{SELECT test_stripe_call('call', id, status => 0) FROM unnest('{told,told 2,told 3,"told \"4\\\\"}'::text[]) id;
+	SELECT idempotency.stripe_settle('call', 'told', 'not_executed');
+	BEGIN; SELECT idempotency.stripe_settle('call', 'told 2', 'failed'); ROLLBACK;
+	SELECT idempotency.stripe_settle('call', 'told "4\\', 'completed', 're_"1')});
+told('settled by a person',
+	'{"account": "", "operation_type": "call", "operation_id": "told", "outcome": "not_executed", "resource_id": null}',
+	'{"account": "", "operation_type": "call", "operation_id": "told \"4\\\\", "outcome": "completed", "resource_id": "re_\"1"}');
+sql($node, q{SELECT test_stripe_call('call', 'told 2'); SELECT test_stripe_call('call', 'told 5')});
+told('by an answer that came at last',
+	'{"account": "", "operation_type": "call", "operation_id": "told 2", "outcome": "completed", "resource_id": "pi_1"}');
+sql($node, q{
+	SELECT token AS t FROM idempotency.stripe_claim('call', 'told 6') \gset
+	SELECT idempotency.stripe_record('call', 'told 6', :t);
+	SELECT idempotency.stripe_record('call', 'told 6', :t, 're_6')});
+told('or by one that is recorded late',
+	'{"account": "", "operation_type": "call", "operation_id": "told 6", "outcome": "completed", "resource_id": "re_6"}');
+$listener->quit;
+
 # a crash loses what the recorder had in mind
 $session->query_safe(q{BEGIN; SELECT test_stripe_call('call', 'crash open')});
 $other->query_safe(q{BEGIN; SELECT test_stripe_call('call', 'crash committed'); INSERT INTO orders VALUES (1); COMMIT});
