@@ -714,7 +714,11 @@ run_batch(void)
 		}
 		run_notes(ORDER_BATCH - nbatch);
 
-		if (nbatch > 0)
+		/* nobody waits for notes, and what is lost of them is found again */
+		if (nbatch == 0)
+			(void) set_config_option("synchronous_commit", "off", PGC_SUSET, PGC_S_OVERRIDE,
+									 GUC_ACTION_LOCAL, true, 0, false);
+		else
 			DEBUG_POINT("recorder-before-commit");
 		CommitTransactionCommand();
 		if (nbatch > 0)

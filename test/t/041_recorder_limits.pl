@@ -239,6 +239,22 @@ isnt(recorder_pid(), $recorder, 'another recorder is at it');
 disarm($node, 'recorder-before-commit');
 like(end($_), qr/^claimed completed/, 'a caller is answered') foreach $s1, $s2;
 
+# one order whose commit fails doesn't take the others along
+sql($node, q{
+	CREATE FUNCTION poison() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION $$poisoned$$ USING ERRCODE = $$22000$$; END';
+	CREATE CONSTRAINT TRIGGER poison AFTER INSERT ON idempotency.stripe_idempotency_keys DEFERRABLE INITIALLY DEFERRED
+		FOR EACH ROW WHEN (NEW.operation_id = 'poison') EXECUTE FUNCTION poison()});
+arm($node, 'recorder-taken', 'wait');
+begin($s3, q{SELECT test_stripe_call('call', 'first')});
+wait_for_point($node, 'recorder-taken');
+begin($s1, q{SELECT test_stripe_call('call', 'poison')});
+begin($s2, q{SELECT test_stripe_call('call', 'in company')});
+waits_for($_, 'Lock transactionid', 'queued') foreach $pid1, $pid2;
+disarm($node, 'recorder-taken');
+is(end($s1), '22000', 'an error at commit goes to the caller whose it is');
+like(end($_), qr/^claimed completed/, 'the others go on') foreach $s2, $s3;
+sql($node, 'DROP FUNCTION poison CASCADE');
+
 # a savepoint catches the error, the transaction goes on
 arm($node, 'call-sent', 'error');
 like($s1->query(q{
