@@ -75,7 +75,7 @@
 #endif
 
 /* 19: a worker may be terminated for DROP DATABASE and the like */
-#ifndef BGWORKER_INTERRUPTIBLE
+#if PG_VERSION_NUM < 190000
 #define BGWORKER_INTERRUPTIBLE 0
 #endif
 
