@@ -21,6 +21,7 @@ my $node = new_node('main', debug => 1, conf => q{
 restart_after_crash = on
 synchronous_commit = off
 wal_writer_delay = 10s
+idempotency.stripe_record_timeout = 60s
 });
 
 sub op

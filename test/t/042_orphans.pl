@@ -16,7 +16,8 @@ use Test::More;
 
 needs_debug_points();
 
-my $node = new_node('main', debug => 1, init => { allows_streaming => 1 });
+my $node = new_node('main', debug => 1, init => { allows_streaming => 1 },
+	conf => "idempotency.stripe_record_timeout = 60s\n");
 sql($node, 'CREATE TABLE orders (id text)');
 
 sub orphans
@@ -182,7 +183,7 @@ $node->command_ok([ 'pg_dump', '-f', $dump, $node->connstr('postgres') ], 'dumpe
 $session->quit;
 is(orphans(), 'crash open:completed:rolled_back dumped:completed:rolled_back', 'rolled back here');
 
-my $elsewhere = new_node('elsewhere', debug => 1, extension => 0, conf => "autovacuum = off\n");
+my $elsewhere = new_node('elsewhere', debug => 1, extension => 0, conf => "autovacuum = off\nidempotency.stripe_record_timeout = 60s\n");
 sql($elsewhere, 'DROP FUNCTION test_stripe_call, test_note_fates');
 $elsewhere->command_ok([ 'psql', '-Xq', '-v', 'ON_ERROR_STOP=1', '-f', $dump, $elsewhere->connstr('postgres') ],
 	'restored into another system');
