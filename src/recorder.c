@@ -1016,7 +1016,7 @@ dismiss_recorder(Oid database)
 		bool		running;
 
 		LWLockAcquire(queue_lock, LW_EXCLUSIVE);
-		slot = queue_slot(database, false);
+		slot = queue_slot(database, true);
 		running = slot != NULL && slot->procno >= 0;
 		if (slot != NULL)
 		{

@@ -693,7 +693,7 @@ run_batch(void)
 		/* before anything that might wait */
 		take_batch(GetTopTransactionId());
 		if (nbatch > 0)
-			snprintf(activity, sizeof(activity), "recording %d Stripe operations", nbatch);
+			snprintf(activity, sizeof(activity), "recording Stripe operations: %d", nbatch);
 		else
 			strlcpy(activity, "noting how callers of Stripe have ended", sizeof(activity));
 		pgstat_report_activity(STATE_RUNNING, activity);
@@ -716,7 +716,7 @@ run_batch(void)
 
 		/* nobody waits for notes, and what is lost of them is found again */
 		if (nbatch == 0)
-			(void) set_config_option("synchronous_commit", "off", PGC_SUSET, PGC_S_OVERRIDE,
+			(void) set_config_option("synchronous_commit", "off", PGC_SUSET, PGC_S_SESSION,
 									 GUC_ACTION_LOCAL, true, 0, false);
 		else
 			DEBUG_POINT("recorder-before-commit");

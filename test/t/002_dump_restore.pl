@@ -144,10 +144,10 @@ sub privileges
 			LATERAL aclexplode(p.proacl) acl
 		WHERE d.classid = 'pg_proc'::regclass AND d.deptype = 'e'
 			AND d.refobjid = (SELECT oid FROM pg_extension WHERE extname = 'idempotency')
-		ORDER BY 1::text, 2::text;
+		ORDER BY d.objid::regprocedure::text, acl.grantee::regrole::text;
 		SELECT oid::regclass, relacl FROM pg_class
 			WHERE relnamespace = 'idempotency'::regnamespace AND relkind IN ('r', 'v')
-			ORDER BY 1::text;
+			ORDER BY oid::regclass::text;
 		SELECT typname, typacl FROM pg_type
 			WHERE typnamespace = 'idempotency'::regnamespace AND typacl IS NOT NULL ORDER BY 1;
 		SELECT nspacl FROM pg_namespace WHERE nspname = 'idempotency';

@@ -194,6 +194,8 @@ arm($node, 'recorder-taken', 'wait');
 begin($s1, q{SELECT test_stripe_call('call', 'cancelled')});
 $pid1 = sql($node, q{SELECT pid FROM pg_stat_activity WHERE query LIKE '%''cancelled''%' AND pid <> pg_backend_pid()});
 wait_for_point($node, 'recorder-taken');
+is(sql($node, 'SELECT query FROM pg_stat_activity WHERE pid = ' . recorder_pid()),
+	'recording Stripe operations: 1', 'pg_stat_activity shows what the recorder does');
 waits_for($pid1, 'Lock transactionid', 'a caller waits for the recorder\'s transaction');
 begin($s2, q{SELECT test_stripe_call('call', 'queued')});
 waits_for($pid2, 'Lock transactionid', 'and so does one whose order isn\'t taken yet');
