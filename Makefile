@@ -8,23 +8,31 @@ MODULE_big = idempotency
 OBJS = \
 	$(WIN32RES) \
 	src/arguments.o \
+	src/caller.o \
+	src/debug_point.o \
 	src/fingerprint.o \
 	src/idempotency.o \
 	src/json_member.o \
 	src/ledger.o \
+	src/lock_limit.o \
 	src/mac.o \
 	src/namespace.o \
 	src/open_claims.o \
 	src/owner_spi.o \
 	src/privileges.o \
+	src/recorder.o \
+	src/recorder_queue.o \
+	src/recorder_worker.o \
 	src/request_print.o \
 	src/requests.o \
 	src/result.o \
 	src/secret_file.o \
+	src/settle.o \
 	src/settle_event.o \
 	src/shmem.o \
 	src/stripe_key.o \
 	src/stripe_keys.o \
+	src/stripe_ledger.o \
 	src/stripe_outcome.o \
 	src/webhook_event.o \
 	src/webhook_secret.o \

@@ -93,7 +93,12 @@ CREATE TYPE idempotency.stripe_key_info AS (
 	first_sent_at timestamptz,
 	resend_until timestamptz,
 	recorded_at timestamptz,
-	history jsonb
+	history jsonb,
+	method text,
+	path text,
+	api_version text,
+	settled jsonb,
+	acknowledged jsonb
 );
 
 CREATE TYPE idempotency.webhook_claim_result AS (
@@ -125,7 +130,7 @@ CREATE TYPE idempotency.webhook_receipt AS (
 -- Tables
 --
 -- Fixed-width columns come first, so that a row is short.  The C code knows
--- the columns by number (src/requests.c, src/stripe_keys.c, src/webhooks.c): a
+-- the columns by number (src/requests.c, src/stripe_ledger.h, src/webhooks.c): a
 -- later version adds columns at the end.  No index on idempotency_keys but the
 -- primary key: every claim would pay for it.
 --
@@ -178,7 +183,16 @@ CREATE TABLE idempotency.stripe_idempotency_keys (
 	response jsonb,
 	error jsonb,
 	history jsonb,
+	method text,
+	path text,
+	api_version text,
+	body bytea,
+	caller_life bigint,
+	caller_vxid text,
+	callers xid8[],
+	callers_system bigint,
 	settled jsonb,
+	acknowledged jsonb,
 	PRIMARY KEY (account, operation_type, operation_id)
 ) WITH (fillfactor = 80, vacuum_truncate = off, toast.vacuum_truncate = off);
 
@@ -339,6 +353,29 @@ RETURNS idempotency.stripe_key_info
 AS 'MODULE_PATHNAME', 'idempotency_stripe_lookup'
 LANGUAGE C STABLE CALLED ON NULL INPUT PARALLEL RESTRICTED;
 
+CREATE FUNCTION idempotency.stripe_settle(operation_type text, operation_id text,
+	outcome idempotency.outcome, resource_id text DEFAULT NULL, note text DEFAULT NULL,
+	account text DEFAULT '')
+RETURNS void
+AS 'MODULE_PATHNAME', 'idempotency_stripe_settle'
+LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
+
+CREATE FUNCTION idempotency.stripe_acknowledge(operation_type text, operation_id text,
+	note text, account text DEFAULT '')
+RETURNS void
+AS 'MODULE_PATHNAME', 'idempotency_stripe_acknowledge'
+LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
+
+CREATE FUNCTION idempotency.stripe_caller_is_gone(server_life bigint, virtual_xid text)
+RETURNS boolean
+AS 'MODULE_PATHNAME', 'idempotency_stripe_caller_is_gone'
+LANGUAGE C STABLE CALLED ON NULL INPUT PARALLEL RESTRICTED;
+
+CREATE FUNCTION idempotency.stripe_callers_fate(callers xid8[], system_identifier bigint)
+RETURNS text
+AS 'MODULE_PATHNAME', 'idempotency_stripe_callers_fate'
+LANGUAGE C STABLE CALLED ON NULL INPUT PARALLEL RESTRICTED;
+
 CREATE FUNCTION idempotency.stripe_namespace(choice text)
 RETURNS void
 AS 'MODULE_PATHNAME', 'idempotency_stripe_namespace'
@@ -424,8 +461,11 @@ FROM (
 		pg_catalog.format('SELECT * FROM idempotency.stripe_lookup(%L, %L, %L);',
 			s.operation_type, s.operation_id, s.account)
 	FROM idempotency.stripe_idempotency_keys s,
-		LATERAL (SELECT s.lease_expires_at IS NULL
-			OR s.lease_expires_at OPERATOR(pg_catalog.<=) pg_catalog.clock_timestamp() AS lapsed) l
+		LATERAL (SELECT CASE WHEN s.caller_life IS NOT NULL
+			THEN idempotency.stripe_caller_is_gone(s.caller_life, s.caller_vxid)
+			ELSE s.lease_expires_at IS NULL
+				OR s.lease_expires_at OPERATOR(pg_catalog.<=) pg_catalog.clock_timestamp()
+			END AS lapsed) l
 	WHERE s.outcome OPERATOR(pg_catalog.=) 'in_progress'::idempotency.outcome
 ) c
 ORDER BY c.lapsed DESC, c.lease_expires_at;
@@ -450,6 +490,61 @@ FROM idempotency.stripe_webhook_events e,
 			ELSE 'lapsed' END AS state) s
 WHERE e.success IS NOT TRUE
 ORDER BY COALESCE(e.lease_expires_at, e.processed_at, e.received_at);
+
+CREATE VIEW idempotency.stripe_unknown AS
+SELECT u.account, u.operation_type, u.operation_id, u.reason, u.idempotency_key,
+	u.generation, u.attempt, u.http_status, u.resource_id, u.request_id, u.livemode,
+	u.first_sent_at, u.claimed_at, u.recorded_at,
+	pg_catalog.format('SELECT idempotency.stripe_settle(%L, %L, outcome => %L, '
+		'resource_id => %L, note => %L, account => %L);', u.operation_type, u.operation_id,
+		'<completed, failed or not_executed>', '<id at Stripe, or leave it out>',
+		'<how you know>', u.account) AS next_step
+FROM (
+	SELECT s.*,
+		CASE WHEN s.outcome OPERATOR(pg_catalog.=) 'unknown'::idempotency.outcome
+				THEN 'no definitive answer'
+			WHEN s.outcome OPERATOR(pg_catalog.=) 'mismatch'::idempotency.outcome
+				THEN 'Stripe knows the key from another request'
+			WHEN s.outcome OPERATOR(pg_catalog.<>) 'in_progress'::idempotency.outcome
+				THEN NULL
+			WHEN s.caller_life IS NOT NULL
+				THEN CASE WHEN idempotency.stripe_caller_is_gone(s.caller_life, s.caller_vxid)
+					THEN 'caller is gone' END
+			WHEN s.lease_expires_at IS NULL
+				OR s.lease_expires_at OPERATOR(pg_catalog.<=) pg_catalog.clock_timestamp()
+				THEN 'lease has lapsed'
+		END AS reason
+	FROM idempotency.stripe_idempotency_keys s
+) u
+WHERE u.reason IS NOT NULL
+ORDER BY u.first_sent_at;
+
+CREATE VIEW idempotency.stripe_orphans AS
+SELECT o.account, o.operation_type, o.operation_id, o.outcome, o.fate, o.resource_id,
+	o.resource_type, o.livemode, o.claimed_at, o.recorded_at,
+	pg_catalog.format('SELECT idempotency.stripe_acknowledge(%L, %L, note => %L, account => %L);',
+		o.operation_type, o.operation_id, '<what was done about it>', o.account) AS next_step
+FROM (
+	SELECT s.account, s.operation_type, s.operation_id, s.resource_id, s.resource_type,
+		s.livemode, s.claimed_at, s.recorded_at,
+		idempotency.stripe_callers_fate(s.callers, s.callers_system) AS fate,
+		CASE WHEN s.outcome OPERATOR(pg_catalog.<>) 'in_progress'::idempotency.outcome
+				THEN s.outcome
+			WHEN CASE WHEN s.caller_life IS NOT NULL
+				THEN idempotency.stripe_caller_is_gone(s.caller_life, s.caller_vxid)
+				ELSE s.lease_expires_at IS NULL
+					OR s.lease_expires_at OPERATOR(pg_catalog.<=) pg_catalog.clock_timestamp()
+				END
+				THEN 'unknown'::idempotency.outcome
+			ELSE s.outcome
+		END AS outcome
+	FROM idempotency.stripe_idempotency_keys s
+	WHERE s.callers IS NOT NULL AND s.acknowledged IS NULL
+) o
+WHERE (o.fate OPERATOR(pg_catalog.=) 'rolled back' OR o.fate OPERATOR(pg_catalog.=) 'not known')
+	AND (o.outcome OPERATOR(pg_catalog.=) 'completed'::idempotency.outcome
+		OR o.outcome OPERATOR(pg_catalog.=) 'unknown'::idempotency.outcome)
+ORDER BY o.claimed_at;
 
 -- the first namespace of this database
 SELECT idempotency.stripe_namespace('new');
@@ -575,6 +670,14 @@ COMMENT ON COLUMN idempotency.stripe_key_info.resend_until IS
 COMMENT ON COLUMN idempotency.stripe_key_info.recorded_at IS 'When the outcome was recorded, or NULL';
 COMMENT ON COLUMN idempotency.stripe_key_info.history IS
 	'Earlier generations, oldest first, each as stripe_reopen() found it, or NULL';
+COMMENT ON COLUMN idempotency.stripe_key_info.method IS 'Method of the call, where the database has sent it';
+COMMENT ON COLUMN idempotency.stripe_key_info.path IS 'Its path, where the database has sent it';
+COMMENT ON COLUMN idempotency.stripe_key_info.api_version IS
+	'Its Stripe-Version, where the database has sent it';
+COMMENT ON COLUMN idempotency.stripe_key_info.settled IS
+	'Who settled it, when, by which note or evidence, and what it was before; or NULL';
+COMMENT ON COLUMN idempotency.stripe_key_info.acknowledged IS
+	'Who acknowledged an orphan, when and with which note, or NULL';
 
 COMMENT ON TYPE idempotency.webhook_claim_result IS
 	'Answer of stripe_webhook_claim(), stripe_webhook_next() and stripe_webhook_reclaim()';
@@ -676,9 +779,25 @@ COMMENT ON COLUMN idempotency.stripe_idempotency_keys.response IS 'Stripe''s las
 COMMENT ON COLUMN idempotency.stripe_idempotency_keys.error IS 'The error object of that answer, or NULL';
 COMMENT ON COLUMN idempotency.stripe_idempotency_keys.history IS
 	'Earlier generations, oldest first, each as stripe_reopen() found it, or NULL';
-
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.method IS
+	'Method of a call that the database sends, as first sent; NULL where an application sends';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.path IS 'Its path with the query string, likewise';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.api_version IS 'Its Stripe-Version, likewise';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.body IS
+	'Its exact bytes, for whoever has to send them again, likewise';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.caller_life IS
+	'Of a call in flight: the server''s life in which it is made, otherwise NULL';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.caller_vxid IS
+	'Of a call in flight: the virtual transaction that makes it, otherwise NULL';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.callers IS
+	'Transactions that called it or were given its result, of which none is known to have committed; '
+	'empty: all have rolled back; NULL: one has committed, or has written the row itself';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.callers_system IS
+	'Database system that those transaction ids belong to';
 COMMENT ON COLUMN idempotency.stripe_idempotency_keys.settled IS
-	'Who or what settled it where no answer did, when, by which evidence, and what it was before; or NULL';
+	'Who settled it, when, by which note or evidence, and what it was before; or NULL';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.acknowledged IS
+	'Who acknowledged an orphan, when and with which note, or NULL';
 
 COMMENT ON TABLE idempotency.stripe_webhook_events IS
 	'Events that Stripe has sent, one row an event and consumer; change it through the functions only';
@@ -766,6 +885,43 @@ COMMENT ON COLUMN idempotency.stripe_webhook_pending.lease_expires_at IS 'Until 
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.last_error IS 'What the last attempt recorded, or NULL';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.next_step IS 'The statement to type';
 
+COMMENT ON VIEW idempotency.stripe_unknown IS
+	'Calls to Stripe of which it isn''t known whether Stripe has executed them, oldest first, without any bodies';
+COMMENT ON COLUMN idempotency.stripe_unknown.account IS 'Stripe account, '''' for one''s own';
+COMMENT ON COLUMN idempotency.stripe_unknown.operation_type IS 'What the call does, such as payment';
+COMMENT ON COLUMN idempotency.stripe_unknown.operation_id IS 'Id of the operation within its type';
+COMMENT ON COLUMN idempotency.stripe_unknown.reason IS
+	'no definitive answer, Stripe knows the key from another request, caller is gone, or lease has lapsed';
+COMMENT ON COLUMN idempotency.stripe_unknown.idempotency_key IS 'Idempotency-Key of the current generation';
+COMMENT ON COLUMN idempotency.stripe_unknown.generation IS '1, and one more for each stripe_reopen()';
+COMMENT ON COLUMN idempotency.stripe_unknown.attempt IS 'How often this generation was claimed';
+COMMENT ON COLUMN idempotency.stripe_unknown.http_status IS 'Status of Stripe''s last recorded answer, or NULL';
+COMMENT ON COLUMN idempotency.stripe_unknown.resource_id IS 'Stripe''s id of what was made, or NULL';
+COMMENT ON COLUMN idempotency.stripe_unknown.request_id IS 'Stripe''s Request-Id, or NULL';
+COMMENT ON COLUMN idempotency.stripe_unknown.livemode IS 'Stripe''s livemode, or NULL';
+COMMENT ON COLUMN idempotency.stripe_unknown.first_sent_at IS 'When this generation may have been sent first';
+COMMENT ON COLUMN idempotency.stripe_unknown.claimed_at IS 'When it was claimed last';
+COMMENT ON COLUMN idempotency.stripe_unknown.recorded_at IS 'When an outcome was recorded last, or NULL';
+COMMENT ON COLUMN idempotency.stripe_unknown.next_step IS
+	'The statement to type, once you know what Stripe did';
+
+COMMENT ON VIEW idempotency.stripe_orphans IS
+	'What Stripe has done, or may have, for transactions that never committed, oldest first';
+COMMENT ON COLUMN idempotency.stripe_orphans.account IS 'Stripe account, '''' for one''s own';
+COMMENT ON COLUMN idempotency.stripe_orphans.operation_type IS 'What the call does, such as payment';
+COMMENT ON COLUMN idempotency.stripe_orphans.operation_id IS 'Id of the operation within its type';
+COMMENT ON COLUMN idempotency.stripe_orphans.outcome IS 'completed or unknown';
+COMMENT ON COLUMN idempotency.stripe_orphans.fate IS
+	'Of the transactions that called it or were given its result: rolled back, '
+	'or not known, after a restore elsewhere';
+COMMENT ON COLUMN idempotency.stripe_orphans.resource_id IS 'Stripe''s id of what was made, or NULL';
+COMMENT ON COLUMN idempotency.stripe_orphans.resource_type IS 'Its type, such as payment_intent, or NULL';
+COMMENT ON COLUMN idempotency.stripe_orphans.livemode IS 'Stripe''s livemode, or NULL';
+COMMENT ON COLUMN idempotency.stripe_orphans.claimed_at IS 'When it was claimed last';
+COMMENT ON COLUMN idempotency.stripe_orphans.recorded_at IS 'When its outcome was recorded, or NULL';
+COMMENT ON COLUMN idempotency.stripe_orphans.next_step IS
+	'The statement to type, once somebody has seen to it';
+
 COMMENT ON FUNCTION idempotency.claim(text, text, jsonb, interval, interval, boolean) IS
 	'Claims a key: says whether the caller runs the operation, or what came of it. '
 	'Call it in FROM; (claim(...)).* would claim once a column. '
@@ -808,10 +964,11 @@ COMMENT ON FUNCTION idempotency.stripe_idempotency_key(text, text, text) IS
 	'Raises IK003 for a bad argument, IK009 in a copied database that hasn''t decided on its namespace';
 COMMENT ON FUNCTION idempotency.stripe_claim(text, text, jsonb, text, interval) IS
 	'Claims a call to Stripe: says whether the caller sends it, with which key and request, or what came of it. '
-	'Call it in FROM, as a statement of its own. '
+	'Call it in FROM. '
 	'request: what is sent, compared without idempotency.stripe_compare_ignore, NULL: not compared; '
 	'account: default ''''; lease: how long the caller holds it (default idempotency.stripe_lease, 5 min). '
-	'Raises IK003, IK006 inside a transaction block unless idempotency.stripe_ledger is transaction, '
+	'Raises IK003, IK006 where this transaction has written the row, and inside a transaction block '
+	'without preloaded library unless idempotency.stripe_ledger is transaction, IK008 without a recorder, '
 	'IK007 over idempotency.max_response_size, IK009';
 COMMENT ON FUNCTION idempotency.stripe_record(text, text, bigint, text, jsonb, integer, text, text) IS
 	'Records Stripe''s answer and returns the outcome. '
@@ -832,11 +989,26 @@ COMMENT ON FUNCTION idempotency.stripe_reopen(text, text, text, boolean, integer
 	'account: default ''''; force (default false): also where the outcome isn''t known, '
 	'which may charge a second time; from_generation: does nothing where that one is reopened already. '
 	'Raises IK002 for an operation completed, in progress or, without force, unknown; '
-	'IK003, also for one never claimed; IK006 inside a transaction block unless '
-	'idempotency.stripe_ledger is transaction; IK009';
+	'IK003, also for one never claimed; IK006 and IK008 as stripe_claim(); IK009';
 COMMENT ON FUNCTION idempotency.stripe_lookup(text, text, text) IS
 	'Shows an operation as the query''s snapshot sees it, NULL where it was never claimed. '
 	'account: default ''''. For display: only stripe_claim() decides. Raises IK003, IK009';
+COMMENT ON FUNCTION idempotency.stripe_settle(text, text, idempotency.outcome, text, text, text) IS
+	'Settles an operation whose outcome isn''t known, by somebody who has found out; keeps who, when and note, '
+	'and sends NOTIFY idempotency_settled. '
+	'outcome: completed, failed or not_executed; resource_id: what Stripe has made; note: how you know; '
+	'account: default ''''. Raises IK002 where another outcome is recorded or it is in progress, '
+	'IK003, also for one never claimed, IK009';
+COMMENT ON FUNCTION idempotency.stripe_acknowledge(text, text, text, text) IS
+	'Takes an operation off the list stripe_orphans; keeps who, when and note. '
+	'note: what was done about it; account: default ''''. '
+	'Raises IK002 for one that is no orphan, IK003, also for one never claimed, IK009';
+COMMENT ON FUNCTION idempotency.stripe_caller_is_gone(bigint, text) IS
+	'Is the transaction that makes a call to Stripe over?  For the views. '
+	'server_life and virtual_xid: as in stripe_idempotency_keys; NULL if either is';
+COMMENT ON FUNCTION idempotency.stripe_callers_fate(xid8[], bigint) IS
+	'What became of the transactions behind a call to Stripe: committed, open, rolled back or not known. '
+	'For the views. callers and system_identifier: as in stripe_idempotency_keys';
 COMMENT ON FUNCTION idempotency.stripe_namespace(text) IS
 	'Decides once in a copied database. choice: keep, where the copy replaces its original, '
 	'or new, where both live on. Raises IK003, IK009 where it is decided already';

@@ -64,6 +64,30 @@
 #define RelationGetPrimaryKeyIndexCompat(rel) RelationGetPrimaryKeyIndex(rel)
 #endif
 
+/*
+ * 17: processes are known by their number everywhere; also in virtual
+ * transaction ids
+ */
+#if PG_VERSION_NUM >= 170000
+#define MY_PROC_NUMBER MyProcNumber
+#define VXID_PROC(vxid) ((vxid).procNumber)
+#else
+#define MY_PROC_NUMBER (MyProc->pgprocno)
+#define VXID_PROC(vxid) ((vxid).backendId)
+#endif
+
+/* 17: wait events of extensions have names */
+#if PG_VERSION_NUM >= 170000
+#define WAIT_EVENT_NEW(name) WaitEventExtensionNew(name)
+#else
+#define WAIT_EVENT_NEW(name) PG_WAIT_EXTENSION
+#endif
+
+/* 19: a worker may be terminated for DROP DATABASE and the like */
+#if PG_VERSION_NUM < 190000
+#define BGWORKER_INTERRUPTIBLE 0
+#endif
+
 /* 17: intervals may be infinite */
 #ifdef INTERVAL_NOT_FINITE
 #define interval_is_infinite(span) INTERVAL_NOT_FINITE(span)

@@ -21,6 +21,7 @@
 
 #include "compat.h"
 #include "open_claims.h"
+#include "recorder.h"
 #include "secret_file.h"
 #include "settings.h"
 #include "shmem.h"
@@ -36,6 +37,7 @@ int			stripe_resend_margin = 60 * 60;
 int			max_response_size = 1024;
 int			open_claim_at_commit = OPEN_CLAIM_ERROR;
 int			stripe_ledger = STRIPE_LEDGER_RECORDER;
+int			stripe_record_timeout = 2 * 1000;
 char	   *stripe_compare_ignore = NULL;
 int			webhook_tolerance = 300;
 int			webhook_retention = 35 * 24 * 60 * 60;
@@ -142,6 +144,14 @@ define_settings(void)
 							 PGC_USERSET, 0,
 							 NULL, NULL, NULL);
 
+	DefineCustomIntVariable("idempotency.stripe_record_timeout",
+							"How long a caller waits for the recorder of Stripe operations.",
+							"Before anything is sent it fails after that; afterwards it goes on with a warning, and so does the recorder.",
+							&stripe_record_timeout,
+							2 * 1000, 10, INT_MAX,
+							PGC_USERSET, GUC_UNIT_MS,
+							NULL, NULL, NULL);
+
 	DefineCustomStringVariable("idempotency.stripe_compare_ignore",
 							   "Parameters that may differ between two attempts of a Stripe operation.",
 							   "Names separated by commas.",
@@ -201,5 +211,8 @@ _PG_init(void)
 
 	/* pg_upgrade's server runs nothing of ours */
 	if (process_shared_preload_libraries_in_progress && !IsBinaryUpgrade)
+	{
 		shmem_request_at_preload();
+		recorder_init();
+	}
 }

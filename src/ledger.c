@@ -36,10 +36,14 @@
  * A waiting claim's INSERT needs no subtransaction, which would cost every
  * fresh claim: it can block only on such a late twin, and then for
  * wait_timeout at most (an error, 55P03).  A takeover can also meet a row lock,
- * which the look doesn't see, and has one.
+ * which the look doesn't see, and has one.  The recorder claims for
+ * others in subtransactions of its own, under a lock_timeout of its own: it waits
+ * for nobody and just writes ("bounded").
  *
  * Locks: ROW EXCLUSIVE on the table and ACCESS SHARE on its primary key, kept
- * to the end of the transaction, as every statement does.
+ * to the end of the transaction, as every statement does.  A look at what is
+ * committed now gives the key's lock back at once: it is taken by callers of the
+ * recorder, whom the recorder should not have to wait for.
  *
  * src/ledger.c
  *
@@ -71,6 +75,7 @@
 #include "compat.h"
 #include "errors.h"
 #include "ledger.h"
+#include "lock_limit.h"
 #include "open_claims.h"
 #include "settings.h"
 
@@ -259,18 +264,30 @@ ledger_execute(Relation rel, OwnerStatement *statement, Datum *values,
 }
 
 /*
+ * The same for what must not depend on the age of the transaction's snapshot.
+ */
+uint64
+ledger_execute_latest(Relation rel, OwnerStatement *statement, Datum *values,
+					  const char *nulls, Datum *out, bool *outnull, int nout)
+{
+	return owner_execute_latest(statement, rel->rd_rel->relowner, values, nulls,
+								out, outnull, nout);
+}
+
+/*
  * The look where the planner has to be asked: committed rows and our own.
  */
 static void
-look_by_select(Ledger *ledger, Relation rel, const Datum *key, LedgerRow *row)
+look_by_select(Ledger *ledger, Relation rel, const Datum *key, LedgerRow *row, bool latest)
 {
 	row->found = FOUND_NOTHING;
 	row->own = false;
 	row->busy = InvalidTransactionId;
 	row->speculative = 0;
 
-	if (ledger_execute(rel, &ledger->select, (Datum *) key, NULL,
-					   row->values, row->isnull, ledger->ncolumns) > 0)
+	if ((latest ? ledger_execute_latest : ledger_execute)
+		(rel, &ledger->select, (Datum *) key, NULL,
+		 row->values, row->isnull, ledger->ncolumns) > 0)
 	{
 		row->found = FOUND_ROW;
 		row->own = open_claims_contain(DatumGetInt64(row->values[0]));
@@ -283,11 +300,11 @@ look_by_select(Ledger *ledger, Relation rel, const Datum *key, LedgerRow *row)
  * On return row->values hold the committed version of the row, or our own
  * uncommitted one, copied into the current memory context (large values still
  * as TOAST pointers: the caller's active snapshot protects what they point
- * to).  Raises a serialization failure where the transaction's snapshot
- * doesn't see the version that is there now.
+ * to).  Unless "latest", raises a serialization failure where the
+ * transaction's snapshot doesn't see the version that is there now.
  */
-void
-ledger_look(Ledger *ledger, Relation rel, const Datum *key, LedgerRow *row)
+static void
+look(Ledger *ledger, Relation rel, const Datum *key, LedgerRow *row, bool latest)
 {
 	Oid			pkid;
 	Relation	pk;
@@ -301,7 +318,7 @@ ledger_look(Ledger *ledger, Relation rel, const Datum *key, LedgerRow *row)
 	pkid = ledger->direct ? RelationGetPrimaryKeyIndexCompat(rel) : InvalidOid;
 	if (!OidIsValid(pkid))
 	{
-		look_by_select(ledger, rel, key, row);
+		look_by_select(ledger, rel, key, row, latest);
 		return;
 	}
 
@@ -342,9 +359,9 @@ ledger_look(Ledger *ledger, Relation rel, const Datum *key, LedgerRow *row)
 			break;
 	}
 	index_endscan(scan);
-	index_close(pk, NoLock);
+	index_close(pk, latest ? AccessShareLock : NoLock);
 
-	if (tuple != NULL && !row->own && IsolationUsesXactSnapshot())
+	if (tuple != NULL && !row->own && !latest && IsolationUsesXactSnapshot())
 	{
 		/* takes the predicate lock that SERIALIZABLE wants, on this row only */
 		if (!table_tuple_fetch_row_version(rel, &tuple->t_self, GetTransactionSnapshot(), slot))
@@ -367,6 +384,24 @@ ledger_look(Ledger *ledger, Relation rel, const Datum *key, LedgerRow *row)
 }
 
 /*
+ * The look of a transaction that decides by what its snapshot sees.
+ */
+void
+ledger_look(Ledger *ledger, Relation rel, const Datum *key, LedgerRow *row)
+{
+	look(ledger, rel, key, row, false);
+}
+
+/*
+ * The look at what is committed now, at any isolation level.
+ */
+void
+ledger_look_latest(Ledger *ledger, Relation rel, const Datum *key, LedgerRow *row)
+{
+	look(ledger, rel, key, row, true);
+}
+
+/*
  * The row as the query's own snapshot sees it, for display; works on a
  * standby.  Returns false if there is none.
  */
@@ -381,58 +416,6 @@ ledger_lookup(Ledger *ledger, const Datum *key, LedgerRow *row)
 	ledger_close(rel);
 
 	return n > 0;
-}
-
-/*
- * Do something in an internal subtransaction under a lock_timeout of
- * timeout_ms (0: none).  Returns false, with nothing done, if that limit
- * struck; a limit that the user has set raises its error as ever.
- */
-static bool
-within_lock_timeout(int timeout_ms, void (*work) (void *), void *arg)
-{
-	MemoryContext context = CurrentMemoryContext;
-	ResourceOwner owner = CurrentResourceOwner;
-	int			users_timeout = LockTimeout;
-	bool		users_limit = users_timeout > 0 &&
-		(timeout_ms <= 0 || users_timeout <= timeout_ms);
-	volatile bool done = false;
-
-	BeginInternalSubTransaction(NULL);
-	MemoryContextSwitchTo(context);
-
-	PG_TRY();
-	{
-		if (!users_limit)
-			LockTimeout = timeout_ms;
-		work(arg);
-		LockTimeout = users_timeout;
-
-		ReleaseCurrentSubTransaction();
-		MemoryContextSwitchTo(context);
-		CurrentResourceOwner = owner;
-		done = true;
-	}
-	PG_CATCH();
-	{
-		ErrorData  *edata;
-
-		LockTimeout = users_timeout;
-		MemoryContextSwitchTo(context);
-		edata = CopyErrorData();
-		FlushErrorState();
-
-		RollbackAndReleaseCurrentSubTransaction();
-		MemoryContextSwitchTo(context);
-		CurrentResourceOwner = owner;
-
-		if (edata->sqlerrcode != ERRCODE_LOCK_NOT_AVAILABLE || users_limit)
-			ReThrowError(edata);
-		FreeErrorData(edata);
-	}
-	PG_END_TRY();
-
-	return done;
 }
 
 typedef struct WaitWork
@@ -537,7 +520,7 @@ ledger_claim(Ledger *ledger, Relation rel, LedgerClaim *claim)
 
 		CHECK_FOR_INTERRUPTS();
 
-		ledger_look(ledger, rel, claim->key, &row);
+		look(ledger, rel, claim->key, &row, claim->bounded);
 		now = GetCurrentTimestamp();
 
 		if (row.found == FOUND_ROW && claim->decide(claim, &row, now) == LEDGER_ANSWER)
@@ -550,10 +533,10 @@ ledger_claim(Ledger *ledger, Relation rel, LedgerClaim *claim)
 
 			if (waiting_since == 0)
 				waiting_since = now;
-			left = claim->wait ? wait_left(waiting_since) : -1;
+			left = claim->wait && !claim->bounded ? wait_left(waiting_since) : -1;
 			wait.rel = rel;
 			wait.row = &row;
-			if (left < 0 || !within_lock_timeout(left, do_wait, &wait))
+			if (left < 0 || !within_lock_timeout(left, true, do_wait, &wait))
 				break;
 			continue;
 		}
@@ -564,7 +547,9 @@ ledger_claim(Ledger *ledger, Relation rel, LedgerClaim *claim)
 		write.now = now;
 		write.written = false;
 
-		if (claim->wait && ledger->direct && write.row == NULL)
+		if (claim->bounded)
+			do_write(&write);
+		else if (claim->wait && ledger->direct && write.row == NULL)
 			write_bounded(&write);
 		else
 		{
@@ -576,7 +561,7 @@ ledger_claim(Ledger *ledger, Relation rel, LedgerClaim *claim)
 					waiting_since = now;
 				left = wait_left(waiting_since);
 			}
-			if (left < 0 || !within_lock_timeout(left, do_write, &write))
+			if (left < 0 || !within_lock_timeout(left, true, do_write, &write))
 				break;
 		}
 

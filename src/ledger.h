@@ -18,7 +18,7 @@
 #include "owner_spi.h"
 
 #define LEDGER_MAX_KEYS 3
-#define LEDGER_MAX_COLUMNS 32
+#define LEDGER_MAX_COLUMNS 40
 
 /*
  * A ledger: its table, and what this backend has found out about it.
@@ -74,6 +74,9 @@ typedef struct LedgerClaim
 {
 	Datum		key[LEDGER_MAX_KEYS];
 	bool		wait;			/* for another's uncommitted row? */
+	bool		bounded;		/* never, and the caller has a subtransaction
+								 * and a lock_timeout of its own for the write;
+								 * decides on the latest row at any isolation */
 	LedgerDecision (*decide) (struct LedgerClaim *claim, LedgerRow *row, TimestampTz now);
 	bool		(*insert) (struct LedgerClaim *claim, Relation rel, TimestampTz now);
 	bool		(*take) (struct LedgerClaim *claim, Relation rel, LedgerRow *row,
@@ -86,7 +89,10 @@ extern Relation ledger_open(Ledger *ledger, LOCKMODE lockmode, bool nowait);
 extern void ledger_close(Relation rel);
 extern uint64 ledger_execute(Relation rel, OwnerStatement *statement, Datum *values,
 							 const char *nulls, Datum *out, bool *outnull, int nout);
+extern uint64 ledger_execute_latest(Relation rel, OwnerStatement *statement, Datum *values,
+									const char *nulls, Datum *out, bool *outnull, int nout);
 extern void ledger_look(Ledger *ledger, Relation rel, const Datum *key, LedgerRow *row);
+extern void ledger_look_latest(Ledger *ledger, Relation rel, const Datum *key, LedgerRow *row);
 extern bool ledger_lookup(Ledger *ledger, const Datum *key, LedgerRow *row);
 extern void ledger_claim(Ledger *ledger, Relation rel, LedgerClaim *claim);
 extern bool ledger_has_waited(TimestampTz *clock);

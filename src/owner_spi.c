@@ -25,10 +25,12 @@
  */
 #include "postgres.h"
 
+#include "access/xact.h"
 #include "miscadmin.h"
 #include "nodes/plannodes.h"
 #include "utils/plancache.h"
 #include "utils/resowner.h"
+#include "utils/snapmgr.h"
 
 #include "owner_spi.h"
 
@@ -46,19 +48,9 @@ prepare(OwnerStatement *statement)
 	statement->plan = plan;
 }
 
-/*
- * Run a statement as "owner", in a new snapshot unless read_only, where the
- * active one is used.
- *
- * values and nulls (' ' or 'n', or NULL) are its parameters.  Where out is
- * given and a row comes back, its first nout columns are copied there, into
- * the caller's memory context.  Returns the number of rows; raises whatever
- * the statement raises.
- */
-uint64
-owner_execute(OwnerStatement *statement, Oid owner,
-			  Datum *values, const char *nulls, bool read_only,
-			  Datum *out, bool *outnull, int nout)
+static uint64
+execute(OwnerStatement *statement, Oid owner, Datum *values, const char *nulls,
+		bool read_only, Snapshot snapshot, Datum *out, bool *outnull, int nout)
 {
 	Oid			save_userid;
 	int			save_sec_context;
@@ -73,9 +65,10 @@ owner_execute(OwnerStatement *statement, Oid owner,
 	if (statement->plan == NULL)
 		prepare(statement);
 
-	rc = SPI_execute_plan(statement->plan, values, nulls, read_only, 0);
+	rc = SPI_execute_snapshot(statement->plan, values, nulls, snapshot, InvalidSnapshot,
+							  read_only, true, 0);
 	if (rc < 0)
-		elog(ERROR, "SPI_execute_plan returned %s for %s",
+		elog(ERROR, "SPI_execute_snapshot returned %s for %s",
 			 SPI_result_code_string(rc), statement->sql);
 	processed = SPI_processed;
 
@@ -97,6 +90,45 @@ owner_execute(OwnerStatement *statement, Oid owner,
 	SetUserIdAndSecContext(save_userid, save_sec_context);
 
 	return processed;
+}
+
+/*
+ * Run a statement as "owner", in a new snapshot unless read_only, where the
+ * active one is used.
+ *
+ * values and nulls (' ' or 'n', or NULL) are its parameters.  Where out is
+ * given and a row comes back, its first nout columns are copied there, into
+ * the caller's memory context.  Returns the number of rows; raises whatever
+ * the statement raises.
+ */
+uint64
+owner_execute(OwnerStatement *statement, Oid owner,
+			  Datum *values, const char *nulls, bool read_only,
+			  Datum *out, bool *outnull, int nout)
+{
+	return execute(statement, owner, values, nulls, read_only, InvalidSnapshot,
+				   out, outnull, nout);
+}
+
+/*
+ * The same in a snapshot taken now, also where the transaction has one that it
+ * keeps (REPEATABLE READ, SERIALIZABLE): the way referential integrity triggers
+ * see rows that were committed since.  What this transaction has done is seen,
+ * too.
+ */
+uint64
+owner_execute_latest(OwnerStatement *statement, Oid owner,
+					 Datum *values, const char *nulls,
+					 Datum *out, bool *outnull, int nout)
+{
+	Snapshot	snapshot = InvalidSnapshot;
+
+	if (IsolationUsesXactSnapshot())
+	{
+		CommandCounterIncrement();
+		snapshot = GetLatestSnapshot();
+	}
+	return execute(statement, owner, values, nulls, false, snapshot, out, outnull, nout);
 }
 
 /*

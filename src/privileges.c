@@ -80,6 +80,8 @@ static const struct
 	{"EXECUTE ON FUNCTION idempotency.stripe_reopen", KIND_STRIPE_CALLER | KIND_OPERATOR},
 	{"EXECUTE ON FUNCTION idempotency.stripe_lookup", KIND_STRIPE_CALLER | KIND_OPERATOR},
 	{"EXECUTE ON FUNCTION idempotency.stripe_namespace", KIND_OPERATOR},
+	{"EXECUTE ON FUNCTION idempotency.stripe_settle", KIND_OPERATOR},
+	{"EXECUTE ON FUNCTION idempotency.stripe_acknowledge", KIND_OPERATOR},
 	{"EXECUTE ON FUNCTION idempotency.stripe_webhook_verify", KIND_WEBHOOK | KIND_OPERATOR},
 	{"EXECUTE ON FUNCTION idempotency.stripe_webhook_is_valid", KIND_WEBHOOK | KIND_OPERATOR},
 	{"EXECUTE ON FUNCTION idempotency.stripe_webhook_claim", KIND_WEBHOOK},
@@ -87,8 +89,14 @@ static const struct
 	{"EXECUTE ON FUNCTION idempotency.stripe_webhook_receive", KIND_WEBHOOK},
 	{"EXECUTE ON FUNCTION idempotency.stripe_webhook_next", KIND_WEBHOOK},
 	{"EXECUTE ON FUNCTION idempotency.stripe_webhook_reclaim", KIND_WEBHOOK | KIND_OPERATOR},
-	{"SELECT ON idempotency.stripe_webhook_pending", KIND_OBSERVER | KIND_OPERATOR},
-	{"SELECT ON idempotency.open_claims", KIND_OBSERVER | KIND_OPERATOR}
+
+	/* a view's functions are called with the rights of its reader */
+	{"EXECUTE ON FUNCTION idempotency.stripe_caller_is_gone", KIND_OBSERVER | KIND_OPERATOR},
+	{"EXECUTE ON FUNCTION idempotency.stripe_callers_fate", KIND_OBSERVER | KIND_OPERATOR},
+	{"SELECT ON idempotency.open_claims", KIND_OBSERVER | KIND_OPERATOR},
+	{"SELECT ON idempotency.stripe_unknown", KIND_OBSERVER | KIND_OPERATOR},
+	{"SELECT ON idempotency.stripe_orphans", KIND_OBSERVER | KIND_OPERATOR},
+	{"SELECT ON idempotency.stripe_webhook_pending", KIND_OBSERVER | KIND_OPERATOR}
 };
 
 /*

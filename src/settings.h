@@ -49,6 +49,7 @@ extern int	stripe_resend_margin;	/* seconds */
 extern int	max_response_size;	/* kilobytes */
 extern int	open_claim_at_commit;	/* OpenClaimAction */
 extern int	stripe_ledger;		/* StripeLedgerMode */
+extern int	stripe_record_timeout;	/* milliseconds */
 extern char *stripe_compare_ignore; /* comma-separated list */
 extern int	webhook_tolerance;	/* seconds */
 extern int	webhook_retention;	/* seconds; -1 keeps for ever */

@@ -38,7 +38,6 @@
 #include "postgres.h"
 
 #include "catalog/pg_type_d.h"
-#include "commands/async.h"
 #include "miscadmin.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
@@ -46,12 +45,12 @@
 #include "utils/json.h"
 
 #include "arguments.h"
+#include "caller.h"
 #include "compat.h"
 #include "json_member.h"
 #include "ledger.h"
 #include "settle_event.h"
-#include "stripe_key.h"
-#include "stripe_keys.h"
+#include "stripe_ledger.h"
 #include "webhooks.h"
 
 /* As many events as may wait for one call and are looked at together. */
@@ -68,12 +67,13 @@
 typedef enum CallColumn
 {
 	CALL_ACCOUNT, CALL_TYPE, CALL_ID, CALL_TOKEN, CALL_OUTCOME, CALL_LEASE_EXPIRES_AT,
-	CALL_KEY, CALL_RESOURCE_ID, CALL_REQUEST, CALL_NCOLUMNS
+	CALL_KEY, CALL_RESOURCE_ID, CALL_REQUEST, CALL_CALLER_LIFE, CALL_CALLER_VXID,
+	CALL_NCOLUMNS
 } CallColumn;
 
 #define CALL_COLUMNS \
 	"SELECT account, operation_type, operation_id, token, outcome::pg_catalog.text," \
-	" lease_expires_at, idempotency_key, resource_id, request" \
+	" lease_expires_at, idempotency_key, resource_id, request, caller_life, caller_vxid" \
 	" FROM idempotency.stripe_idempotency_keys"
 
 typedef struct Call
@@ -113,7 +113,7 @@ static OwnerStatement settle_call = {
 	" http_status = NULL,"
 	" resource_id = $7, resource_type = $8, livemode = COALESCE($9, livemode),"
 	" request_id = COALESCE($10, request_id), response = $11, error = $12,"
-	" lease = NULL, lease_expires_at = NULL,"
+	" lease = NULL, lease_expires_at = NULL, caller_life = NULL, caller_vxid = NULL,"
 	" settled = pg_catalog.jsonb_build_object('was', outcome, 'by', 'event'::pg_catalog.text,"
 	" 'at', $6, 'note', NULL::pg_catalog.text, 'evidence', $13)"
 	WHERE_KEY
@@ -344,35 +344,6 @@ outcome_of_event(const WebhookEvent *event, FoundBy found_by, Jsonb *request_jso
 
 /* ---------- settling ---------- */
 
-/*
- * Tell who listens that a call is settled, at commit.
- */
-void
-settle_notify(const char *account, const char *operation_type, const char *operation_id,
-			  const char *outcome, const char *resource_id)
-{
-	const char *const members[][2] = {
-		{"account", account}, {"operation_type", operation_type},
-		{"operation_id", operation_id}, {"outcome", outcome}, {"resource_id", resource_id}
-	};
-	StringInfoData payload;
-	int			i;
-
-	initStringInfo(&payload);
-	for (i = 0; i < lengthof(members); i++)
-	{
-		appendStringInfoString(&payload, i == 0 ? "{" : ", ");
-		escape_json(&payload, members[i][0]);
-		appendStringInfoString(&payload, ": ");
-		if (members[i][1] == NULL)
-			appendStringInfoString(&payload, "null");
-		else
-			escape_json(&payload, members[i][1]);
-	}
-	appendStringInfoChar(&payload, '}');
-	Async_Notify("idempotency_settled", payload.data);
-}
-
 /* What is kept of an event as the reason for an outcome. */
 static Datum
 evidence_of_event(const WebhookEvent *event, FoundBy found_by)
@@ -422,10 +393,15 @@ call_is_open(const Call *call, int64 claimed_token, TimestampTz now)
 {
 	if (outcome_is(call, "unknown"))
 		return true;
-	return outcome_is(call, "in_progress") &&
-		(DatumGetInt64(call->values[CALL_TOKEN]) == claimed_token ||
-		 call->isnull[CALL_LEASE_EXPIRES_AT] ||
-		 DatumGetTimestampTz(call->values[CALL_LEASE_EXPIRES_AT]) <= now);
+	if (!outcome_is(call, "in_progress"))
+		return false;
+	if (DatumGetInt64(call->values[CALL_TOKEN]) == claimed_token)
+		return true;
+	if (!call->isnull[CALL_CALLER_LIFE])
+		return caller_is_gone(DatumGetInt64(call->values[CALL_CALLER_LIFE]),
+							  TextDatumGetCString(call->values[CALL_CALLER_VXID]));
+	return call->isnull[CALL_LEASE_EXPIRES_AT] ||
+		DatumGetTimestampTz(call->values[CALL_LEASE_EXPIRES_AT]) <= now;
 }
 
 typedef enum Settled
@@ -446,6 +422,7 @@ settle(Relation rel, Call *call, const WebhookEvent *event, FoundBy found_by,
 	TimestampTz now = GetCurrentTimestamp();
 	const char *outcome;
 	Jsonb	   *error = NULL;
+	Operation	op;
 	Datum		values[13];
 	char		nulls[] = "             ";
 
@@ -484,8 +461,10 @@ settle(Relation rel, Call *call, const WebhookEvent *event, FoundBy found_by,
 	if (ledger_execute(rel, &settle_call, values, nulls, NULL, NULL, 0) == 0)
 		return SETTLED_LATER;
 
-	settle_notify(TextDatumGetCString(values[0]), TextDatumGetCString(values[1]),
-				  TextDatumGetCString(values[2]), outcome, event->object_id);
+	op.account = TextDatumGetCString(values[0]);
+	op.type = TextDatumGetCString(values[1]);
+	op.id = TextDatumGetCString(values[2]);
+	stripe_notify_settled(&op, outcome, event->object_id);
 	return SETTLED;
 }
 
@@ -571,7 +550,7 @@ settle_by_event(const WebhookEvent *event)
 		if (keys[i] == NULL)
 			continue;
 		if (rel == NULL)
-			rel = stripe_calls_open(RowExclusiveLock);
+			rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
 
 		if (call_with_key(rel, event, keys[i], &call, &other))
 			settled = settle(rel, &call, event, found_by[i], 0);
@@ -587,7 +566,7 @@ settle_by_event(const WebhookEvent *event)
 		Datum		values[2];
 
 		if (rel == NULL)
-			rel = stripe_calls_open(RowExclusiveLock);
+			rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
 		values[0] = CStringGetTextDatum(event->object_id);
 		values[1] = CStringGetTextDatum(event->account);
 		if (ledger_execute(rel, &find_call_by_object, values, NULL, call.values, call.isnull,
@@ -632,7 +611,7 @@ event_is_about(const WebhookEvent *event, const Call *call, FoundBy *found_by)
 bool
 settle_by_kept_events(const Datum *key, int64 claimed_token)
 {
-	Relation	rel = stripe_calls_open(RowExclusiveLock);
+	Relation	rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
 	Relation	events_rel = webhook_events_open(AccessShareLock);
 	Call		call;
 	bool		settled = false;
@@ -674,6 +653,19 @@ settle_by_kept_events(const Datum *key, int64 claimed_token)
 	ledger_close(events_rel);
 	ledger_close(rel);
 	return settled;
+}
+
+/*
+ * Claim in this transaction, unless an event that has come in tells what came
+ * of the operation: then it is settled by that, and replays.
+ */
+void
+settle_or_claim(StripeClaim *claim, Relation rel)
+{
+	stripe_claim_run(claim, rel);
+	if ((claim->verdict == STRIPE_CLAIMED || claim->verdict == STRIPE_CANT_TELL) &&
+		settle_by_kept_events(claim->base.key, claim->token))
+		stripe_claim_run(claim, rel);
 }
 
 /*

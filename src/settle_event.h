@@ -12,13 +12,12 @@
 
 #include "postgres.h"
 
+#include "stripe_ledger.h"
 #include "webhook_event.h"
 
 extern char *settle_by_event(const WebhookEvent *event);
 extern bool settle_by_kept_events(const Datum *key, int64 claimed_token);
 extern int	settle_kept_events(int max_events);
-extern void settle_notify(const char *account, const char *operation_type,
-						  const char *operation_id, const char *outcome,
-						  const char *resource_id);
+extern void settle_or_claim(StripeClaim *claim, Relation rel);
 
 #endif							/* IDEMPOTENCY_SETTLE_EVENT_H */

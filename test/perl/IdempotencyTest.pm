@@ -23,10 +23,12 @@ use JSON::PP;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
+use Time::HiRes ();
 
 our @EXPORT = qw(
   literal new_node sql run_fails claim claim_text call_text stripe_claim
   lapse_lease lapse_stripe_lease wait_for_lock extension_functions
+  create_test_caller needs_debug_points arm disarm wait_for_point
 );
 
 my $json = JSON::PP->new->utf8->allow_nonref;
@@ -53,9 +55,11 @@ sub literal
 
 =pod
 
-=item new_node($name, conf => TEXT, init => {...}, extension => 0)
+=item new_node($name, conf => TEXT, init => {...}, extension => 0, preload => 1, debug => 1)
 
-A running server with the extension in database postgres.
+A running server with the extension in database postgres; with preload, in
+shared_preload_libraries, too; with debug, the build that has debug points,
+preloaded, and the function test_stripe_call().
 
 =cut
 
@@ -65,12 +69,88 @@ sub new_node
 	my $node = PostgreSQL::Test::Cluster->new($name);
 
 	$node->init(%{ $params{init} // {} });
-	$node->append_conf('postgresql.conf',
-		"max_prepared_transactions = 10\n" . ($params{conf} // ''));
+	$node->append_conf('postgresql.conf', "max_prepared_transactions = 10\n");
+	$node->append_conf('postgresql.conf', slurp_file($ENV{IDEMPOTENCY_DEBUG_CONF}))
+	  if $params{debug};
+	$node->append_conf('postgresql.conf', "shared_preload_libraries = 'idempotency'\n")
+	  if $params{preload} || $params{debug};
+	$node->append_conf('postgresql.conf', $params{conf}) if defined $params{conf};
+	mkdir $node->data_dir . '/debug_points' if $params{debug};
 	$node->start;
 	$node->safe_psql('postgres', 'CREATE EXTENSION idempotency')
 	  if $params{extension} // 1;
+	create_test_caller($node) if $params{debug};
 	return $node;
+}
+
+sub create_test_caller
+{
+	my ($node, %params) = @_;
+
+	$node->safe_psql($params{db} // 'postgres', q{
+		CREATE FUNCTION test_stripe_call(type text, id text, body text DEFAULT 'amount=1',
+			status int DEFAULT 200, resource_id text DEFAULT 'pi_1', room int DEFAULT 65536,
+			resend boolean DEFAULT false)
+		RETURNS text AS 'idempotency_test_caller' LANGUAGE C;
+		CREATE FUNCTION test_note_fates(max_rows int) RETURNS int
+		AS 'idempotency_test_caller' LANGUAGE C});
+	return;
+}
+
+=pod
+
+=item needs_debug_points()
+
+Skip the whole test where that build isn't there.
+
+=item arm($node, $point, $action), disarm($node, $point), wait_for_point($node, $point)
+
+Arm a debug point (src/debug_point.c), let go whoever waits there, wait until
+somebody has come there; the latter returns the process id.
+
+=cut
+
+sub needs_debug_points
+{
+	plan skip_all => 'test/run makes the build with debug points'
+	  unless $ENV{IDEMPOTENCY_DEBUG_CONF};
+	return;
+}
+
+sub arm
+{
+	my ($node, $point, $action) = @_;
+	my $file = $node->data_dir . "/debug_points/$point";
+
+	unlink "$file.reached";
+	append_to_file("$file.new", "$action\n");
+	rename "$file.new", $file or die "could not arm $point: $!";
+	return;
+}
+
+sub disarm
+{
+	my ($node, $point) = @_;
+
+	unlink $node->data_dir . "/debug_points/$point";
+	return;
+}
+
+sub wait_for_point
+{
+	my ($node, $point) = @_;
+	my $file = $node->data_dir . "/debug_points/$point.reached";
+
+	foreach (1 .. 1800)
+	{
+		if (-s $file)
+		{
+			chomp(my $pid = slurp_file($file));
+			return $pid;
+		}
+		Time::HiRes::usleep(100_000);
+	}
+	die "nobody has come to $point";
 }
 
 =pod

@@ -110,6 +110,8 @@ my %call = (
 	stripe_release => q{('payment', 'released', 1)},
 	stripe_extend => q{('payment', 'done', 1)},
 	stripe_reopen => q{('payment', 'released')},
+	stripe_settle => q{('payment', 'released', 'completed')},
+	stripe_acknowledge => q{('payment', 'done', 'note')},
 	stripe_lookup => q{('payment', 'done')});
 foreach my $function (sort keys %call)
 {
@@ -117,7 +119,7 @@ foreach my $function (sort keys %call)
 		'IK009', "undecided: $function is refused", db => 'undecided');
 }
 is(extension_functions($node,
-		q{proname LIKE 'stripe\_%' AND proname NOT IN ('stripe_namespace')
+		q{proname LIKE 'stripe\_%' AND proname NOT IN ('stripe_namespace', 'stripe_caller_is_gone', 'stripe_callers_fate')
 			AND proname NOT LIKE 'stripe\_webhook\_%'}, db => 'undecided'),
 	join("\n", sort keys %call),
 	'these are all functions that have to do with calls to Stripe');

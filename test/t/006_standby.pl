@@ -69,6 +69,8 @@ my %call = (
 	stripe_release => qq{('payment', 'held', $stripe->{token})},
 	stripe_extend => qq{('payment', 'held', $stripe->{token})},
 	stripe_reopen => q{('payment', 'failed')},
+	stripe_settle => q{('payment', 'held', 'completed')},
+	stripe_acknowledge => q{('payment', 'done', 'note')},
 	stripe_namespace => q{('new')},
 	stripe_webhook_claim => q{('{}', 't=1,v1=0')},
 	stripe_webhook_record => q{('evt_1', 1)},

@@ -1,0 +1,1076 @@
+/*-------------------------------------------------------------------------
+ *
+ * recorder.c
+ *	  Bookkeeping of calls to Stripe that doesn't depend on the caller's
+ *	  transaction: the callers' side.
+ *
+ * A caller first looks for itself, at what is committed now: most questions
+ * (a replay, somebody else's live claim) are answered by that, without the
+ * recorder.  Where something must be written it posts an order
+ * (recorder_queue.c) and waits until the recorder has committed it
+ * (recorder_worker.c), for idempotency.stripe_record_timeout at most.
+ *
+ * How to wait.  The recorder may itself wait for a lock that the caller holds,
+ * and a caller asleep on its latch would be a deadlock that PostgreSQL can't
+ * see.  So after the few milliseconds that a commit takes, the caller waits for
+ * the transaction id of the batch that the recorder is at, whether or not its
+ * own order is in it: the deadlock detector, cancel and lock_timeout work.
+ *
+ * Before the send a caller that doesn't get its answer takes its order back,
+ * or, where the recorder is at it already, leaves the order behind: what was
+ * claimed in vain is then released.  After the send it leaves the order behind,
+ * too, and the recorder goes on trying.  Both ways work without memory, locks
+ * or a transaction, so that an error, a cancelled statement and a terminated
+ * session are all alike: the end of the (sub)transaction or of the process
+ * comes here.  A killed process takes the server's shared memory with it; then
+ * the row, which names the server's life, says that nobody knows.
+ *
+ * A claim that the caller has picked up may be sent.  One that it hasn't, never
+ * was.
+ *
+ * src/recorder.c
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/table.h"
+#include "access/xact.h"
+#include "catalog/objectaccess.h"
+#include "catalog/pg_database.h"
+#include "catalog/pg_type_d.h"
+#include "miscadmin.h"
+#include "postmaster/bgworker.h"
+#include "storage/ipc.h"
+#include "storage/latch.h"
+#include "storage/lmgr.h"
+#include "storage/proc.h"
+#include "storage/procarray.h"
+#include "utils/builtins.h"
+#include "utils/memutils.h"
+#include "utils/xid8.h"
+#include "utils/wait_event.h"
+
+#include "caller.h"
+#include "compat.h"
+#include "debug_point.h"
+#include "errors.h"
+#include "lock_limit.h"
+#include "recorder.h"
+#include "recorder_queue.h"
+#include "settings.h"
+#include "settle_event.h"
+#include "shmem.h"
+#include "stripe_ledger.h"
+
+/* A commit is usually done within this time; then wait for its lock. */
+#define FIRST_WAIT_MS		10
+#define NEXT_WAIT_MS		100
+
+/* A recorder that was asked for and doesn't run after this is asked for again. */
+#define START_PATIENCE_MS	1000
+
+/* Of a database that is being dropped, no recorder is started for so long. */
+#define DROP_PATIENCE_MS	5000
+
+#define SEGMENT_MIN			(16 * 1024)
+
+/* What a record needs besides the bodies: ids of limited length. */
+#define ANSWER_OVERHEAD		(8 * 1024)
+
+#define MAX_LOOKS			10
+
+/* This backend's order, if it has one, and the mapping of its segment. */
+static Order *my_order = NULL;
+static dsm_segment *my_segment = NULL;
+
+/* The subtransaction that has posted it. */
+static SubTransactionId order_subid = InvalidSubTransactionId;
+
+/* The call that was claimed and has no result yet. */
+static struct
+{
+	bool		active;
+	bool		direct;			/* without the recorder */
+	bool		sending;
+	SubTransactionId subid;		/* in which it was claimed */
+	Operation	op;
+	int64		token;
+}			flight;
+
+typedef enum WaitResult
+{
+	WAIT_ANSWERED,
+	WAIT_TIMED_OUT,
+	WAIT_NO_WORKER,				/* the server has no place for another process */
+	WAIT_NOT_STARTED			/* the process didn't come up */
+} WaitResult;
+
+static object_access_hook_type prev_object_access_hook = NULL;
+
+/* ---------- the order ---------- */
+
+/*
+ * The recorder owns the order from now on.
+ */
+static void
+leave_order_behind(void)
+{
+	my_order = NULL;
+	if (my_segment != NULL)
+	{
+		dsm_segment *segment = my_segment;
+
+		my_segment = NULL;
+		dsm_detach(segment);
+	}
+}
+
+/*
+ * Don't wait for the answer any more.  Safe anywhere.
+ */
+static void
+stop_waiting(void)
+{
+	bool		left = false;
+
+	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	switch (my_order->state)
+	{
+		case ORDER_POSTED:
+			if (my_order->verb == ORDER_RECORD)
+				left = my_order->detached = true;
+			else
+				my_order->state = ORDER_OWNED;
+			break;
+		case ORDER_TAKEN:
+			left = my_order->detached = true;
+			break;
+		case ORDER_DONE:
+			if (my_order->verb == ORDER_CLAIM && my_order->answer == ORDER_OK)
+			{
+				left = my_order->detached = true;
+				queue_post(my_order, ORDER_RELEASE);
+				queue_wake_recorder(MyDatabaseId);
+			}
+			else
+				my_order->state = ORDER_OWNED;
+			break;
+		default:
+			break;
+	}
+	LWLockRelease(queue_lock);
+
+	if (left)
+		leave_order_behind();
+}
+
+/* Whatever was under way has come to its end. */
+static void
+clean_up(void)
+{
+	recorder_gave_up();
+	if (my_order != NULL && my_order->state != ORDER_OWNED)
+		stop_waiting();
+}
+
+static void
+at_exit(int code, Datum arg)
+{
+	dsm_handle	segment;
+
+	clean_up();
+	if (my_order == NULL)
+		return;
+
+	segment = my_order->segment;
+	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	queue_free_order(my_order);
+	LWLockRelease(queue_lock);
+	leave_order_behind();
+	if (segment != DSM_HANDLE_INVALID)
+		dsm_unpin_segment(segment);
+}
+
+static void
+at_xact_event(XactEvent event, void *arg)
+{
+	switch (event)
+	{
+		case XACT_EVENT_PRE_COMMIT:
+		case XACT_EVENT_PRE_PREPARE:
+		case XACT_EVENT_ABORT:
+			clean_up();
+			break;
+		default:
+			break;
+	}
+}
+
+static void
+at_subxact_event(SubXactEvent event, SubTransactionId subid,
+				 SubTransactionId parent, void *arg)
+{
+	if (event == SUBXACT_EVENT_COMMIT_SUB)
+	{
+		if (flight.active && flight.subid >= subid)
+			flight.subid = parent;
+	}
+	else if (event == SUBXACT_EVENT_ABORT_SUB)
+	{
+		if (flight.active && flight.subid >= subid)
+			recorder_gave_up();
+
+		/* not the subtransaction in which we wait */
+		if (my_order != NULL && my_order->state != ORDER_OWNED && order_subid >= subid)
+			stop_waiting();
+	}
+}
+
+static void
+register_callbacks(void)
+{
+	static bool registered = false;
+
+	if (registered)
+		return;
+	before_shmem_exit(at_exit, (Datum) 0);
+	RegisterXactCallback(at_xact_event, NULL);
+	RegisterSubXactCallback(at_subxact_event, NULL);
+	registered = true;
+}
+
+static void
+no_recorder(const char *detail, const char *hint)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_NO_RECORDER),
+			 errmsg("the recorder of Stripe operations is out of reach, and nothing was sent"),
+			 errdetail_internal("%s", _(detail)),
+			 errhint("%s", _(hint))));
+}
+
+/*
+ * Make sure that this backend has an order for an operation.
+ */
+static void
+get_order(Operation *op)
+{
+	register_callbacks();
+
+	if (my_order == NULL)
+	{
+		LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+		my_order = queue_new_order();
+		LWLockRelease(queue_lock);
+		if (my_order == NULL)
+			no_recorder(gettext_noop("Too many answers of Stripe wait to be recorded."),
+						gettext_noop("Look for transactions that hold rows of \"idempotency.stripe_idempotency_keys\" locked."));
+	}
+
+	strlcpy(my_order->account, op->account, sizeof(my_order->account));
+	strlcpy(my_order->type, op->type, sizeof(my_order->type));
+	strlcpy(my_order->id, op->id, sizeof(my_order->id));
+	my_order->caller_xid = InvalidFullTransactionId;
+	my_order->token = 0;
+}
+
+static void
+reserving(void *arg)
+{
+	errcontext("reserving memory for what is to be recorded of a call to Stripe; nothing was sent");
+}
+
+/*
+ * See to it that the order's segment has room.
+ */
+static void
+reserve(Size size)
+{
+	ErrorContextCallback context;
+	Size		rounded = SEGMENT_MIN;
+	dsm_segment *segment;
+	dsm_handle	old;
+
+	if (my_segment != NULL && dsm_segment_map_length(my_segment) >= size)
+		return;
+	while (rounded < size)
+		rounded *= 2;
+
+	context.callback = reserving;
+	context.arg = NULL;
+	context.previous = error_context_stack;
+	error_context_stack = &context;
+	segment = dsm_create(rounded, 0);
+	error_context_stack = context.previous;
+
+	dsm_pin_mapping(segment);
+	dsm_pin_segment(segment);
+	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	old = my_order->segment;
+	my_order->segment = dsm_segment_handle(segment);
+	LWLockRelease(queue_lock);
+
+	if (my_segment != NULL)
+	{
+		dsm_detach(my_segment);
+		dsm_unpin_segment(old);
+	}
+	my_segment = segment;
+}
+
+/* ---------- starting a recorder ---------- */
+
+/*
+ * Ask for a recorder of this database unless there is one or somebody else has
+ * just asked.  Where we ask, sets *since and, unless it is NULL, *handle.
+ * Returns false where the server has no place for one.
+ */
+bool
+ask_for_recorder(TimestampTz *since, BackgroundWorkerHandle **handle)
+{
+	BackgroundWorker worker;
+	RecorderSlot *slot;
+	TimestampTz now = GetCurrentTimestamp();
+	bool		ask;
+
+	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	slot = queue_slot(MyDatabaseId, true);
+	if (slot == NULL)
+	{
+		LWLockRelease(queue_lock);
+		return false;
+	}
+	ask = slot->procno < 0 && slot->blocked_until <= now &&
+		(slot->started == 0 ||
+		 TimestampDifferenceExceeds(slot->started, now, START_PATIENCE_MS));
+	if (ask)
+		*since = slot->started = now;
+	LWLockRelease(queue_lock);
+
+	if (!ask)
+		return true;
+
+	memset(&worker, 0, sizeof(worker));
+	worker.bgw_flags = BGWORKER_SHMEM_ACCESS | BGWORKER_BACKEND_DATABASE_CONNECTION |
+		BGWORKER_INTERRUPTIBLE;
+	worker.bgw_start_time = BgWorkerStart_RecoveryFinished;
+	worker.bgw_restart_time = BGW_NEVER_RESTART;
+	strlcpy(worker.bgw_library_name, "idempotency", sizeof(worker.bgw_library_name));
+	strlcpy(worker.bgw_function_name, "idempotency_recorder_main", sizeof(worker.bgw_function_name));
+	snprintf(worker.bgw_name, BGW_MAXLEN, "idempotency recorder of database %u", MyDatabaseId);
+	strlcpy(worker.bgw_type, "idempotency recorder", BGW_MAXLEN);
+	worker.bgw_main_arg = ObjectIdGetDatum(MyDatabaseId);
+	worker.bgw_notify_pid = handle == NULL ? 0 : MyProcPid;
+	if (RegisterDynamicBackgroundWorker(&worker, handle))
+		return true;
+
+	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	slot = queue_slot(MyDatabaseId, false);
+	if (slot != NULL && slot->procno < 0)
+		slot->started = 0;
+	LWLockRelease(queue_lock);
+	return false;
+}
+
+/* ---------- posting and waiting ---------- */
+
+static void
+wait_for_xid(void *arg)
+{
+	XactLockTableWait(*(TransactionId *) arg, NULL, NULL, XLTW_None);
+}
+
+/*
+ * Wait until the order is done.
+ */
+static WaitResult
+wait_for_answer(bool heed_users_limit)
+{
+	static uint32 wait_event = 0;
+	TimestampTz deadline;
+	BackgroundWorkerHandle *handle = NULL;
+	TimestampTz since = 0;
+	long		nap = FIRST_WAIT_MS;
+
+	if (wait_event == 0)
+		wait_event = WAIT_EVENT_NEW("IdempotencyRecorderAnswer");
+	deadline = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), stripe_record_timeout);
+
+	for (;;)
+	{
+		RecorderSlot *slot;
+		OrderState	state;
+		TransactionId xid = InvalidTransactionId;
+		bool		running = false;
+		bool		failed = false;
+		long		left;
+
+		CHECK_FOR_INTERRUPTS();
+
+		LWLockAcquire(queue_lock, LW_SHARED);
+		state = my_order->state;
+		slot = queue_slot(MyDatabaseId, false);
+		if (slot != NULL)
+		{
+			running = slot->procno >= 0;
+			xid = slot->xid;
+			failed = !running && handle != NULL && slot->started == since;
+		}
+		LWLockRelease(queue_lock);
+
+		if (state == ORDER_DONE)
+			return WAIT_ANSWERED;
+
+		left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), deadline);
+		if (left <= 0)
+			return WAIT_TIMED_OUT;
+
+		if (!running)
+		{
+			pid_t		pid;
+
+			/* it has ended without ever having taken its slot */
+			if (failed && GetBackgroundWorkerPid(handle, &pid) == BGWH_STOPPED)
+			{
+				LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+				slot = queue_slot(MyDatabaseId, false);
+				failed = slot != NULL && slot->procno < 0 && slot->started == since;
+				if (failed)
+					slot->started = 0;
+				LWLockRelease(queue_lock);
+				if (failed)
+					return WAIT_NOT_STARTED;
+			}
+			if (!ask_for_recorder(&since, &handle))
+				return WAIT_NO_WORKER;
+		}
+		else if (nap > FIRST_WAIT_MS && TransactionIdIsValid(xid) && TransactionIdIsInProgress(xid))
+		{
+			(void) within_lock_timeout((int) left, heed_users_limit, wait_for_xid, &xid);
+			continue;
+		}
+
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+						 Min(left, nap), wait_event);
+		ResetLatch(MyLatch);
+		nap = NEXT_WAIT_MS;
+	}
+}
+
+/*
+ * Post the order and wait.  With any other result than WAIT_ANSWERED the order
+ * was taken back or left behind; after an error the end of the
+ * (sub)transaction does that.
+ */
+static WaitResult
+submit(OrderVerb verb, bool heed_users_limit)
+{
+	WaitResult	result;
+
+	order_subid = GetCurrentSubTransactionId();
+	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	queue_post(my_order, verb);
+	queue_wake_recorder(MyDatabaseId);
+	LWLockRelease(queue_lock);
+
+	result = wait_for_answer(heed_users_limit);
+	if (result != WAIT_ANSWERED)
+		stop_waiting();
+	return result;
+}
+
+/* The answer has been read: the order is ours again. */
+static void
+take_order_back(void)
+{
+	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	my_order->state = ORDER_OWNED;
+	LWLockRelease(queue_lock);
+}
+
+/*
+ * Submit what must be done before anything may be sent: raises IK008 where
+ * there is no answer, and the recorder's error as our own.
+ */
+static void
+submit_before_send(OrderVerb verb)
+{
+	static const char *const restart_hint =
+	gettext_noop("Try again; the server log may tell more.");
+
+	switch (submit(verb, true))
+	{
+		case WAIT_ANSWERED:
+			break;
+		case WAIT_TIMED_OUT:
+			no_recorder(gettext_noop("It didn't answer within idempotency.stripe_record_timeout."),
+						restart_hint);
+			break;
+		case WAIT_NO_WORKER:
+			no_recorder(gettext_noop("There is no free slot for a background process."),
+						gettext_noop("Consider increasing \"max_worker_processes\"."));
+			break;
+		case WAIT_NOT_STARTED:
+			no_recorder(gettext_noop("It ended before it was ready."), restart_hint);
+			break;
+	}
+
+	/* nothing can interrupt us from here on, but a claim in vain is released */
+	if (my_order->answer == ORDER_ERROR)
+	{
+		int			sqlstate = my_order->sqlstate;
+		char	   *message = pstrdup(my_order->message);
+		char	   *detail = pstrdup(my_order->detail);
+		char	   *hint = pstrdup(my_order->hint);
+
+		take_order_back();
+		ereport(ERROR,
+				(errcode(sqlstate),
+				 errmsg_internal("%s", message),
+				 detail[0] != '\0' ? errdetail_internal("%s", detail) : 0,
+				 hint[0] != '\0' ? errhint("%s", hint) : 0,
+				 errcontext("recorder of Stripe operations; nothing was sent")));
+	}
+}
+
+/* ---------- claims ---------- */
+
+/* Is there shared memory, so that a recorder can run at all? */
+bool
+recorder_can_run(void)
+{
+	return queue_is_there();
+}
+
+/*
+ * A transaction was given a result that, as far as is known, nobody answers
+ * for: have it watched.
+ */
+static void
+adopt(StripeClaim *claim)
+{
+	ArrayType  *callers;
+	ArrayType  *open;
+	Datum	   *xids;
+	int			nxids;
+	int			i;
+
+	if (claim->row.isnull[S_CALLERS])
+		return;
+	callers = DatumGetArrayTypeP(claim->row.values[S_CALLERS]);
+	if (callers_fate(callers, claim->row.isnull[S_CALLERS_SYSTEM] ? 0 :
+					 (uint64) DatumGetInt64(claim->row.values[S_CALLERS_SYSTEM]),
+					 &open) == CALLERS_COMMITTED)
+		return;
+
+	/* another call of the same transaction? */
+	deconstruct_array(open, XID8OID, sizeof(FullTransactionId), FLOAT8PASSBYVAL,
+					  TYPALIGN_DOUBLE, &xids, NULL, &nxids);
+	for (i = 0; i < nxids; i++)
+	{
+		if (U64FromFullTransactionId(DatumGetFullTransactionId(xids[i])) ==
+			U64FromFullTransactionId(GetCurrentFullTransactionIdIfAny()))
+			return;
+	}
+
+	get_order(claim->op);
+	my_order->caller_xid = GetCurrentFullTransactionId();
+	if (submit(ORDER_ADOPT, true) == WAIT_ANSWERED)
+	{
+		bool		done = my_order->answer == ORDER_OK;
+
+		take_order_back();
+		if (done)
+			return;
+	}
+	ereport(WARNING,
+			(errcode(ERRCODE_NO_RECORDER),
+			 errmsg("could not note that this transaction was given the result of Stripe operation %s",
+					describe_operation(claim->op)),
+			 errdetail("Until another one is, the view \"idempotency.stripe_orphans\" lists it.")));
+}
+
+/*
+ * Nobody knows what came of an operation: have the recorder look among the
+ * events that have come in.  Returns true where one has settled it.
+ */
+static bool
+settled_by_event(StripeClaim *claim)
+{
+	bool		settled = false;
+
+	get_order(claim->op);
+	if (submit(ORDER_SETTLE, true) == WAIT_ANSWERED)
+	{
+		settled = my_order->answer == ORDER_OK;
+		take_order_back();
+	}
+	return settled;
+}
+
+/*
+ * Claim through the recorder.  The caller has set the arguments; room is what
+ * to reserve for the result.  With STRIPE_CLAIMED it takes the order back once
+ * nothing can fail any more: that is when the call may be sent.
+ */
+static void
+run_claim(StripeClaim *claim, Size room)
+{
+	int			looks;
+
+	stripe_claim_init(claim);
+
+	for (looks = 0; looks < MAX_LOOKS; looks++)
+	{
+		OrderArguments arguments;
+		OrderAnswer answer;
+		Size		size;
+		Relation	rel;
+
+		rel = ledger_open(&stripe_calls, AccessShareLock, false);
+		stripe_claim_look(claim, rel);
+		table_close(rel, AccessShareLock);
+		if (!claim->wants_write)
+		{
+			if (claim->verdict == STRIPE_CANT_TELL && looks == 0 && settled_by_event(claim))
+				continue;
+			if (claim->verdict == STRIPE_REPLAY)
+				adopt(claim);
+			return;
+		}
+
+		memset(&arguments, 0, sizeof(arguments));
+		arguments_put_pointer(&arguments, claim->request);
+		arguments_put_string(&arguments, claim->method);
+		arguments_put_string(&arguments, claim->path);
+		arguments_put_string(&arguments, claim->api_version);
+		arguments_put_pointer(&arguments, claim->body);
+		arguments_put_string(&arguments, claim->caller_vxid);
+		arguments_put_string(&arguments, claim->rules.compare_ignore);
+		arguments_put_int(&arguments, claim->rules.resend_margin);
+		arguments_put_int(&arguments, claim->lease);
+		arguments_put_int(&arguments, claim->livemode);
+		arguments_put_int(&arguments, claim->resend);
+		arguments_put_int(&arguments, claim->caller_life);
+
+		get_order(claim->op);
+		my_order->caller_xid = GetCurrentFullTransactionId();
+		size = arguments_size(&arguments);
+		reserve(Max(size, room));
+		arguments_write(&arguments, dsm_segment_address(my_segment));
+
+		submit_before_send(ORDER_CLAIM);
+
+		DEBUG_POINT("claim-answered");
+		answer = my_order->answer;
+		claim->token = my_order->token;
+
+		if (answer == ORDER_OK)
+		{
+			claim->verdict = STRIPE_CLAIMED;
+			claim->outcome = "in_progress";
+			rel = ledger_open(&stripe_calls, AccessShareLock, false);
+			stripe_claim_fetch(claim, rel);
+			table_close(rel, AccessShareLock);
+			return;
+		}
+		take_order_back();
+		if (answer == ORDER_LOCKED)
+			break;
+	}
+
+	/* others are busy with it */
+	claim->verdict = STRIPE_BUSY;
+	claim->outcome = "in_progress";
+	claim->retry_after = 1;
+	claim->known = false;
+}
+
+/*
+ * stripe_claim()
+ */
+void
+recorder_run_claim(StripeClaim *claim)
+{
+	run_claim(claim, 0);
+	if (claim->verdict == STRIPE_CLAIMED)
+		take_order_back();
+}
+
+/*
+ * stripe_reopen().  Returns the new key.
+ */
+char *
+recorder_run_reopen(Operation *op, bool force, int from_generation, const char *user)
+{
+	OrderArguments arguments;
+	Relation	rel;
+	char	   *key;
+	OrderAnswer answer;
+
+	rel = ledger_open(&stripe_calls, AccessShareLock, false);
+	stripe_refuse_own_row(rel, op);
+	table_close(rel, AccessShareLock);
+
+	memset(&arguments, 0, sizeof(arguments));
+	arguments_put_int(&arguments, force);
+	arguments_put_int(&arguments, from_generation);
+	arguments_put_string(&arguments, user);
+
+	get_order(op);
+	reserve(arguments_size(&arguments));
+	arguments_write(&arguments, dsm_segment_address(my_segment));
+	submit_before_send(ORDER_REOPEN);
+
+	answer = my_order->answer;
+	key = pstrdup(my_order->text);
+	take_order_back();
+	if (answer != ORDER_OK)
+		ereport(ERROR,
+				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+				 errmsg("could not reopen Stripe operation %s: another transaction is changing it",
+						describe_operation(op))));
+	return key;
+}
+
+/* ---------- calls that a backend sends by itself ---------- */
+
+static Jsonb *
+row_jsonb(LedgerRow *row, int column)
+{
+	return row->isnull[column] ? NULL : DatumGetJsonbP(row->values[column]);
+}
+
+/* What is known of an operation, for C. */
+static void
+fill_call_claim(StripeClaim *claim, StripeCallClaim *answer)
+{
+	LedgerRow  *row = &claim->row;
+
+	memset(answer, 0, sizeof(StripeCallClaim));
+	answer->verdict = claim->verdict;
+	answer->outcome = claim->outcome;
+	answer->retry_after = claim->verdict == STRIPE_BUSY ? claim->retry_after : 0;
+	answer->livemode = -1;
+	if (!claim->known)
+		return;
+
+	answer->idempotency_key = stripe_row_string(row, S_IDEMPOTENCY_KEY);
+	answer->attempt = DatumGetInt32(row->values[S_ATTEMPT]);
+	answer->generation = DatumGetInt32(row->values[S_GENERATION]);
+	answer->request = row_jsonb(row, S_REQUEST);
+	answer->method = stripe_row_string(row, S_METHOD);
+	answer->path = stripe_row_string(row, S_PATH);
+	answer->api_version = stripe_row_string(row, S_API_VERSION);
+	if (!row->isnull[S_BODY])
+		answer->body = DatumGetByteaP(row->values[S_BODY]);
+	if (!row->isnull[S_FIRST_SENT_AT])
+		answer->first_sent_at = DatumGetTimestampTz(row->values[S_FIRST_SENT_AT]);
+	answer->resend_until = stripe_resend_until(row, claim->rules.resend_margin);
+	answer->resource_id = stripe_row_string(row, S_RESOURCE_ID);
+	answer->resource_type = stripe_row_string(row, S_RESOURCE_TYPE);
+	answer->request_id = stripe_row_string(row, S_REQUEST_ID);
+	if (!row->isnull[S_HTTP_STATUS])
+		answer->http_status = DatumGetInt32(row->values[S_HTTP_STATUS]);
+	answer->response = row_jsonb(row, S_RESPONSE);
+	answer->error = row_jsonb(row, S_ERROR);
+	if (!row->isnull[S_LIVEMODE])
+		answer->livemode = DatumGetBool(row->values[S_LIVEMODE]);
+}
+
+/* Keep the operation of a claimed call for the time of the call. */
+static void
+begin_flight(StripeClaim *claim, bool direct)
+{
+	MemoryContext old = MemoryContextSwitchTo(TopTransactionContext);
+
+	flight.op = *claim->op;
+	flight.op.account = pstrdup(claim->op->account);
+	flight.op.type = pstrdup(claim->op->type);
+	flight.op.id = pstrdup(claim->op->id);
+	flight.op.key[0] = CStringGetTextDatum(claim->op->account);
+	flight.op.key[1] = CStringGetTextDatum(claim->op->type);
+	flight.op.key[2] = CStringGetTextDatum(claim->op->id);
+	MemoryContextSwitchTo(old);
+
+	flight.direct = direct;
+	flight.sending = false;
+	flight.subid = GetCurrentSubTransactionId();
+	flight.token = claim->token;
+	register_callbacks();
+	if (!direct)
+		take_order_back();
+	flight.active = true;
+}
+
+/*
+ * Claim a call; see recorder.h.
+ */
+void
+recorder_claim(const StripeCall *call, StripeCallClaim *answer)
+{
+	Operation	op;
+	StripeClaim claim;
+	bool		direct = stripe_ledger == STRIPE_LEDGER_TRANSACTION;
+
+	PreventCommandDuringRecovery("a call to Stripe");
+	PreventCommandIfReadOnly("a call to Stripe");
+	if (!direct && !recorder_can_run())
+		ereport(ERROR,
+				(errcode(ERRCODE_NOT_IN_TRANSACTION),
+				 errmsg("Stripe can't be called without a recorder"),
+				 errdetail("What is noted of a call must be committed before anything is sent, which takes a process of its own."),
+				 errhint("Add \"idempotency\" to shared_preload_libraries, or set idempotency.stripe_ledger to \"transaction\" and rely on the derived key alone.")));
+	if (flight.active)
+		elog(ERROR, "a call to Stripe is in progress already");
+
+	operation_init(&op, call->operation_type, call->operation_id, call->account);
+
+	memset(&claim, 0, sizeof(claim));
+	claim.op = &op;
+	claim.rules = stripe_rules();
+	claim.resend = call->resend;
+	claim.livemode = call->livemode;
+	if (!call->resend)
+	{
+		claim.request = call->request;
+		claim.method = call->method;
+		claim.path = call->path;
+		claim.api_version = call->api_version;
+		claim.body = call->body;
+	}
+	if (shmem_is_there())
+	{
+		claim.caller_life = shmem_server_life();
+		claim.caller_vxid = my_virtual_xid();
+	}
+	else
+		claim.lease = (int64) stripe_lease * USECS_PER_SEC;
+
+	if (direct)
+	{
+		Relation	rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
+
+		stripe_claim_init(&claim);
+		claim.base.wait = true;
+		settle_or_claim(&claim, rel);
+		if (claim.verdict == STRIPE_CLAIMED)
+			stripe_claim_fetch(&claim, rel);
+		ledger_close(rel);
+	}
+	else
+		run_claim(&claim, call->answer_room + ANSWER_OVERHEAD);
+
+	fill_call_claim(&claim, answer);
+	if (claim.verdict == STRIPE_CLAIMED)
+		begin_flight(&claim, direct);
+}
+
+/* The first byte is about to leave. */
+void
+recorder_sending(void)
+{
+	flight.sending = true;
+}
+
+/*
+ * The claimed call ends without a result.  Doesn't wait, raises nothing; does
+ * nothing where there is no such call.
+ */
+void
+recorder_gave_up(void)
+{
+	TimestampTz since;
+
+	if (!flight.active)
+		return;
+	flight.active = false;
+
+	/* the claim is this transaction's own, and shares its fate */
+	if (flight.direct)
+		return;
+
+	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	my_order->token = flight.token;
+	my_order->detached = true;
+	queue_post(my_order, flight.sending ? ORDER_GAVE_UP : ORDER_RELEASE);
+	queue_wake_recorder(MyDatabaseId);
+	LWLockRelease(queue_lock);
+	leave_order_behind();
+
+	(void) ask_for_recorder(&since, NULL);
+}
+
+/*
+ * Record what came of the claimed call; see recorder.h.
+ */
+const char *
+recorder_record(const StripeCallResult *result)
+{
+	OrderArguments arguments;
+	bool		dropped;
+	WaitResult	waited;
+	const char *outcome = stripe_outcome_name(result->outcome);
+	const char *problem = NULL;
+
+	if (!flight.active)
+		elog(ERROR, "no call to Stripe is in progress");
+
+	if (flight.direct)
+	{
+		StripeResult record;
+		Relation	rel;
+
+		memset(&record, 0, sizeof(record));
+		record.outcome = result->outcome;
+		record.never_sent = !result->sent;
+		record.http_status = result->http_status;
+		record.resource_id = result->resource_id;
+		record.resource_type = result->resource_type;
+		record.request_id = result->request_id;
+		record.response = result->response;
+		record.error = result->error;
+		record.livemode = result->livemode;
+
+		rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
+		outcome = stripe_record_run(rel, &flight.op, flight.token, &record);
+		ledger_close(rel);
+		flight.active = false;
+		return outcome;
+	}
+
+	DEBUG_POINT("before-record");
+
+	/* bodies that are larger than was said go first, then they don't */
+	for (dropped = false;; dropped = true)
+	{
+		memset(&arguments, 0, sizeof(arguments));
+		arguments_put_int(&arguments, result->outcome);
+		arguments_put_int(&arguments, result->sent);
+		arguments_put_int(&arguments, result->http_status);
+		arguments_put_int(&arguments, result->livemode);
+		arguments_put_string(&arguments, result->resource_id);
+		arguments_put_string(&arguments, result->resource_type);
+		arguments_put_string(&arguments, result->request_id);
+		arguments_put_pointer(&arguments, dropped ? NULL : result->response);
+		arguments_put_pointer(&arguments, dropped ? NULL : result->error);
+		if (arguments_size(&arguments) <= dsm_segment_map_length(my_segment))
+			break;
+		if (dropped)
+			elog(ERROR, "ids of a Stripe operation are too long to be recorded");
+	}
+	if (dropped)
+		ereport(WARNING,
+				(errmsg("the answer to Stripe operation %s is recorded without its body",
+						describe_operation(&flight.op)),
+				 errdetail("It is larger than what was reserved before the call.")));
+
+	arguments_write(&arguments, dsm_segment_address(my_segment));
+	my_order->token = flight.token;
+	flight.active = false;
+
+	waited = submit(ORDER_RECORD, false);
+	if (waited == WAIT_ANSWERED)
+	{
+		if (my_order->answer == ORDER_OK)
+			outcome = pstrdup(my_order->text);
+		else
+			problem = pstrdup(my_order->message);
+		take_order_back();
+	}
+
+	if (waited != WAIT_ANSWERED)
+		ereport(WARNING,
+				(errcode(ERRCODE_NO_RECORDER),
+				 errmsg("outcome \"%s\" of Stripe operation %s isn't recorded yet",
+						outcome, describe_operation(&flight.op)),
+				 errdetail("It will be as soon as its row is free; if the server stops before that, the operation counts as unknown.")));
+	else if (problem != NULL)
+		ereport(WARNING,
+				(errcode(ERRCODE_CONTRADICTS_RECORD),
+				 errmsg("outcome \"%s\" of Stripe operation %s could not be recorded",
+						outcome, describe_operation(&flight.op)),
+				 errdetail_internal("%s", problem)));
+
+	DEBUG_POINT("after-record");
+	return outcome;
+}
+
+/* A verdict's label in the SQL type idempotency.verdict */
+const char *
+stripe_verdict_name(StripeVerdict verdict)
+{
+	switch (verdict)
+	{
+		case STRIPE_CLAIMED:
+			return "claimed";
+		case STRIPE_REPLAY:
+			return "replay";
+		case STRIPE_BUSY:
+			return "in_progress";
+		case STRIPE_OTHER_REQUEST:
+			return "mismatch";
+		case STRIPE_CANT_TELL:
+			return "unknown";
+	}
+
+	elog(ERROR, "unrecognized verdict: %d", (int) verdict);
+	return NULL;				/* keep compiler quiet */
+}
+
+/* ---------- DROP DATABASE ---------- */
+
+/*
+ * Send the recorder of a database away, and wait until it is gone.  None is
+ * started for a few seconds, in case that others call meanwhile; if the
+ * database isn't dropped after all, that is how long they do without.
+ */
+static void
+dismiss_recorder(Oid database)
+{
+	int			i;
+
+	for (i = 0; i < DROP_PATIENCE_MS / FIRST_WAIT_MS; i++)
+	{
+		RecorderSlot *slot;
+		bool		running;
+
+		LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+		slot = queue_slot(database, true);
+		running = slot != NULL && slot->procno >= 0;
+		if (slot != NULL)
+		{
+			slot->blocked_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
+															  DROP_PATIENCE_MS);
+			slot->quit = true;
+			queue_wake_recorder(database);
+		}
+		LWLockRelease(queue_lock);
+		if (!running)
+			return;
+
+		CHECK_FOR_INTERRUPTS();
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+						 FIRST_WAIT_MS, WAIT_EVENT_PG_SLEEP);
+		ResetLatch(MyLatch);
+	}
+}
+
+static void
+at_object_access(ObjectAccessType access, Oid class, Oid object, int subid, void *arg)
+{
+	if (prev_object_access_hook)
+		prev_object_access_hook(access, class, object, subid, arg);
+
+	if (access == OAT_DROP && class == DatabaseRelationId && queue_is_there())
+		dismiss_recorder(object);
+}
+
+/* Called once, when the library is preloaded. */
+void
+recorder_init(void)
+{
+	prev_object_access_hook = object_access_hook;
+	object_access_hook = at_object_access;
+}

@@ -1,0 +1,277 @@
+/*-------------------------------------------------------------------------
+ *
+ * recorder_queue.c
+ *	  What callers and recorders share: orders, and who works on them.
+ *
+ * A backend that calls Stripe owns an order, from its first call to its end,
+ * and posts one verb after the other in it.  What it leaves behind (an answer
+ * that couldn't be recorded in time, a call given up by an error) stays in the
+ * order, which then belongs to the recorder, and the backend takes another one.
+ * So there are more orders than backends, and a shortage of them is an answer
+ * given before anything is sent.
+ *
+ * Arguments lie in a dynamic shared memory segment per order, made and grown
+ * by the backend before the send, with room for what is to be recorded after
+ * it.  It is pinned, because it may have to outlive the backend, and unpinned
+ * by whoever frees the order.
+ *
+ * Processes are stored by number, not by pointers to their latches: setting
+ * the latch of a process that took over the number is harmless.
+ *
+ * Locking: one LWLock for all of it, held for a few stores, or for a pass over
+ * the orders by a recorder that looks for work.
+ *
+ * src/recorder_queue.c
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "miscadmin.h"
+#include "storage/latch.h"
+#include "storage/proc.h"
+#include "utils/builtins.h"
+#include "utils/datum.h"
+
+#include "compat.h"
+#include "recorder_queue.h"
+
+LWLock	   *queue_lock = NULL;
+static RecorderQueue *queue = NULL;
+
+/*
+ * Two a backend, one of which may be left behind, and some for the small
+ * server whose every backend has left behind several.
+ */
+static int
+count_orders(void)
+{
+	return 2 * MaxBackends + 64;
+}
+
+static Size
+orders_offset(int nslots)
+{
+	return MAXALIGN(offsetof(RecorderQueue, slots) + nslots * sizeof(RecorderSlot));
+}
+
+Size
+queue_size(void)
+{
+	return add_size(orders_offset(max_worker_processes),
+					mul_size(count_orders(), sizeof(Order)));
+}
+
+void
+queue_init(void *area)
+{
+	RecorderQueue *new = area;
+	int			i;
+
+	/* the rest is zero: free */
+	new->norders = count_orders();
+	new->nslots = max_worker_processes;
+	for (i = 0; i < new->nslots; i++)
+		new->slots[i].procno = -1;
+}
+
+void
+queue_attach(void *area, LWLockPadded *locks)
+{
+	queue = area;
+	queue_lock = &locks[0].lock;
+}
+
+bool
+queue_is_there(void)
+{
+	return queue != NULL;
+}
+
+int
+queue_norders(void)
+{
+	return queue->norders;
+}
+
+Order *
+queue_order(int i)
+{
+	return (Order *) ((char *) queue + orders_offset(queue->nslots)) + i;
+}
+
+/*
+ * A free order for this backend, or NULL.  Under the exclusive lock.
+ */
+Order *
+queue_new_order(void)
+{
+	int			i;
+
+	for (i = 0; i < queue->norders; i++)
+	{
+		Order	   *order = queue_order(i);
+
+		if (order->state == ORDER_FREE)
+		{
+			memset(order, 0, sizeof(Order));
+			order->state = ORDER_OWNED;
+			order->database = MyDatabaseId;
+			order->procno = MY_PROC_NUMBER;
+			order->segment = DSM_HANDLE_INVALID;
+			return order;
+		}
+	}
+	return NULL;
+}
+
+/*
+ * Free an order; its segment has been unpinned.  Under the exclusive lock.
+ */
+void
+queue_free_order(Order *order)
+{
+	order->state = ORDER_FREE;
+	order->segment = DSM_HANDLE_INVALID;
+}
+
+/*
+ * Hand an order to the recorder.  Under the exclusive lock.
+ */
+void
+queue_post(Order *order, OrderVerb verb)
+{
+	order->verb = verb;
+	order->state = ORDER_POSTED;
+	order->number = ++queue->last_number;
+	order->alone = false;
+	order->failures = 0;
+	order->not_before = 0;
+}
+
+/*
+ * The slot of a database's recorder, or NULL.  Under the lock, exclusive with
+ * create; then NULL means that all are in use.
+ */
+RecorderSlot *
+queue_slot(Oid database, bool create)
+{
+	RecorderSlot *spare = NULL;
+	int			i;
+
+	for (i = 0; i < queue->nslots; i++)
+	{
+		RecorderSlot *slot = &queue->slots[i];
+
+		if (slot->database == database)
+			return slot;
+		if (create && spare == NULL &&
+			(!OidIsValid(slot->database) ||
+			 (slot->procno < 0 &&
+			  TimestampDifferenceExceeds(slot->started, GetCurrentTimestamp(), 10000) &&
+			  slot->blocked_until < GetCurrentTimestamp())))
+			spare = slot;
+	}
+
+	if (spare != NULL)
+	{
+		memset(spare, 0, sizeof(RecorderSlot));
+		spare->database = database;
+		spare->procno = -1;
+	}
+	return spare;
+}
+
+/* Wake a database's recorder, if there is one.  Under the lock. */
+void
+queue_wake_recorder(Oid database)
+{
+	RecorderSlot *slot = queue_slot(database, false);
+
+	if (slot != NULL && slot->procno >= 0)
+		SetLatch(&GetPGProcByNumber(slot->procno)->procLatch);
+}
+
+/* ---------- arguments ---------- */
+
+static void
+put(OrderArguments *arguments, Datum value, bool isnull, bool byval)
+{
+	Assert(arguments->n < ORDER_MAX_ARGUMENTS);
+	arguments->values[arguments->n] = value;
+	arguments->isnull[arguments->n] = isnull;
+	arguments->byval[arguments->n] = byval;
+	arguments->n++;
+}
+
+void
+arguments_put_int(OrderArguments *arguments, int64 value)
+{
+	put(arguments, Int64GetDatum(value), false, true);
+}
+
+void
+arguments_put_pointer(OrderArguments *arguments, const void *varlena)
+{
+	put(arguments, PointerGetDatum(varlena), varlena == NULL, false);
+}
+
+void
+arguments_put_string(OrderArguments *arguments, const char *string)
+{
+	arguments_put_pointer(arguments, string == NULL ? NULL : cstring_to_text(string));
+}
+
+static int16
+typlen(const OrderArguments *arguments, int i)
+{
+	return arguments->byval[i] ? sizeof(int64) : -1;
+}
+
+Size
+arguments_size(const OrderArguments *arguments)
+{
+	Size		size = 0;
+	int			i;
+
+	for (i = 0; i < arguments->n; i++)
+		size += datumEstimateSpace(arguments->values[i], arguments->isnull[i],
+								   arguments->byval[i], typlen(arguments, i));
+	return size;
+}
+
+void
+arguments_write(const OrderArguments *arguments, char *to)
+{
+	int			i;
+
+	for (i = 0; i < arguments->n; i++)
+		datumSerialize(arguments->values[i], arguments->isnull[i],
+					   arguments->byval[i], typlen(arguments, i), &to);
+}
+
+/* Read what was put, in the same order; copies in the current context. */
+int64
+arguments_get_int(char **from)
+{
+	bool		isnull;
+
+	return DatumGetInt64(datumRestore(from, &isnull));
+}
+
+void *
+arguments_get_pointer(char **from)
+{
+	bool		isnull;
+	Datum		value = datumRestore(from, &isnull);
+
+	return isnull ? NULL : DatumGetPointer(value);
+}
+
+char *
+arguments_get_string(char **from)
+{
+	text	   *value = arguments_get_pointer(from);
+
+	return value == NULL ? NULL : text_to_cstring(value);
+}

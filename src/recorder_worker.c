@@ -1,0 +1,998 @@
+/*-------------------------------------------------------------------------
+ *
+ * recorder_worker.c
+ *	  Bookkeeping of calls to Stripe that doesn't depend on the caller's
+ *	  transaction: the process that commits it.
+ *
+ * One recorder per database, started by the first caller that needs it, gone
+ * after two idle seconds (DROP and RENAME DATABASE wait five).
+ *
+ * It takes what is posted, up to 60 orders, in one transaction: the commit is
+ * what costs.  Each order is a subtransaction under a short lock_timeout, so
+ * that one which meets somebody else's lock leaves the others alone.  The
+ * transaction's id is assigned and published before anything that might wait:
+ * callers wait for it (recorder.c), and so the deadlock detector sees through
+ * this process.
+ *
+ * An order's answer counts once the transaction has committed, hence only then
+ * is it DONE.  If the commit itself fails, its orders are tried again one by
+ * one, so that each gets its own error.  If this process is terminated, its
+ * orders are as if they had never been taken, and the callers start another
+ * one.
+ *
+ * What must be recorded after a send is tried again until it succeeds, without
+ * limit where it is a lock that is in the way.  It is given up where the ledger
+ * refuses it for good, or where the database is being dropped; the row then
+ * says that nobody knows.
+ *
+ * Between the orders it writes down what became of the transactions of the
+ * calls it has recorded, while that is known (caller.c).
+ *
+ * A database's settings are its owner's, and must not spoil any of this: they
+ * are fixed right after connecting.
+ *
+ * src/recorder_worker.c
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/transam.h"
+#include "access/xact.h"
+#include "mb/pg_wchar.h"
+#include "miscadmin.h"
+#include "pgstat.h"
+#include "postmaster/bgworker.h"
+#include "postmaster/interrupt.h"
+#include "storage/ipc.h"
+#include "storage/latch.h"
+#include "storage/proc.h"
+#include "storage/procarray.h"
+#include "tcop/tcopprot.h"
+#include "utils/guc.h"
+#include "utils/memutils.h"
+#include "utils/resowner.h"
+#include "utils/snapmgr.h"
+#include "utils/wait_event.h"
+
+#include "compat.h"
+#include "debug_point.h"
+#include "errors.h"
+#include "recorder_queue.h"
+#include "settle_event.h"
+#include "stripe_ledger.h"
+
+PGDLLEXPORT void idempotency_recorder_main(Datum arg);
+
+#define IDLE_EXIT_MS		2000
+#define LOCK_TIMEOUT		"100ms"
+
+/* Between two tries of an order: doubled each time, up to the second. */
+#define RETRY_FIRST_MS		50
+#define RETRY_LAST_MS		2000
+
+/* Tries of an order that fails for another reason than a lock. */
+#define MAX_FAILURES		300
+
+/* How often to look whether a caller's transaction has ended. */
+#define NOTE_INTERVAL_MS	200
+#define MAX_NOTES			2048
+#define MAX_NOTE_TRIES		20
+
+/* An order of the current batch. */
+typedef struct BatchEntry
+{
+	Order	   *order;
+	bool		retry;
+	bool		is_lock;		/* why */
+} BatchEntry;
+
+/* A call whose transaction's fate is to be written down. */
+typedef struct Note
+{
+	char	   *account;		/* one allocation for all three */
+	char	   *type;
+	char	   *id;
+	TransactionId xid;
+	int			tries;
+} Note;
+
+static bool have_slot = false;
+static BatchEntry batch[ORDER_BATCH];
+static int	nbatch = 0;
+static TransactionId batch_xid = InvalidTransactionId;
+static dsm_segment **mappings;	/* by number of the order */
+static dsm_handle *mapped;
+static Note notes[MAX_NOTES];
+static int	nnotes = 0;
+static TimestampTz next_notes = 0;	/* not before */
+
+/* ---------- segments ---------- */
+
+static void
+unmap_segment(int i)
+{
+	dsm_segment *segment = mappings[i];
+
+	if (segment != NULL)
+	{
+		mappings[i] = NULL;
+		dsm_detach(segment);
+	}
+	mapped[i] = DSM_HANDLE_INVALID;
+}
+
+static char *
+map_segment(Order *order)
+{
+	int			i = order - queue_order(0);
+
+	if (mappings[i] == NULL || mapped[i] != order->segment)
+	{
+		unmap_segment(i);
+		mappings[i] = dsm_attach(order->segment);
+		if (mappings[i] == NULL)
+			ereport(ERROR,
+					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+					 errmsg("could not map dynamic shared memory segment")));
+		dsm_pin_mapping(mappings[i]);
+		mapped[i] = order->segment;
+	}
+	return dsm_segment_address(mappings[i]);
+}
+
+/* Let go of what callers have replaced or freed. */
+static void
+unmap_stale_segments(void)
+{
+	int			i;
+
+	for (i = 0; i < queue_norders(); i++)
+	{
+		Order	   *order = queue_order(i);
+
+		if (mappings[i] != NULL &&
+			(order->state == ORDER_FREE || order->segment != mapped[i]))
+			unmap_segment(i);
+	}
+}
+
+/* ---------- notes ---------- */
+
+static void
+add_note(Order *order)
+{
+	Note	   *note;
+	Size		account = strlen(order->account) + 1;
+	Size		type = strlen(order->type) + 1;
+	Size		id = strlen(order->id) + 1;
+
+	/* the oldest is left to settle_note_fates() */
+	if (nnotes == MAX_NOTES)
+	{
+		pfree(notes[0].account);
+		memmove(&notes[0], &notes[1], (MAX_NOTES - 1) * sizeof(Note));
+		nnotes--;
+	}
+
+	note = &notes[nnotes];
+	note->account = MemoryContextAllocExtended(TopMemoryContext, account + type + id,
+											   MCXT_ALLOC_NO_OOM);
+	if (note->account == NULL)
+		return;
+	note->type = note->account + account;
+	note->id = note->type + type;
+	memcpy(note->account, order->account, account);
+	memcpy(note->type, order->type, type);
+	memcpy(note->id, order->id, id);
+	note->xid = XidFromFullTransactionId(order->caller_xid);
+	note->tries = 0;
+	nnotes++;
+}
+
+static bool
+notes_are_due(void)
+{
+	int			i;
+
+	if (nnotes == 0 || GetCurrentTimestamp() < next_notes)
+		return false;
+	next_notes = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), NOTE_INTERVAL_MS);
+	for (i = 0; i < nnotes; i++)
+	{
+		if (!TransactionIdIsInProgress(notes[i].xid))
+		{
+			next_notes = 0;
+			return true;
+		}
+	}
+	return false;
+}
+
+/* ---------- orders ---------- */
+
+static bool
+is_before_send(OrderVerb verb)
+{
+	return verb == ORDER_CLAIM || verb == ORDER_REOPEN || verb == ORDER_ADOPT ||
+		verb == ORDER_SETTLE;
+}
+
+static void
+copy_message(char *to, const char *from)
+{
+	if (from == NULL)
+		to[0] = '\0';
+	else
+		strlcpy(to, from, 1 + pg_mbcliplen(from, strlen(from), ORDER_MESSAGE_LEN - 1));
+}
+
+static void
+answer_error(Order *order, int sqlstate, const char *message, const char *detail,
+			 const char *hint)
+{
+	order->answer = ORDER_ERROR;
+	order->sqlstate = sqlstate;
+	copy_message(order->message, message);
+	copy_message(order->detail, detail);
+	copy_message(order->hint, hint);
+}
+
+static void
+do_claim(Order *order, Operation *op, Relation rel)
+{
+	char	   *from = map_segment(order);
+	StripeClaim claim;
+
+	memset(&claim, 0, sizeof(claim));
+	claim.op = op;
+	claim.request = arguments_get_pointer(&from);
+	claim.method = arguments_get_string(&from);
+	claim.path = arguments_get_string(&from);
+	claim.api_version = arguments_get_string(&from);
+	claim.body = arguments_get_pointer(&from);
+	claim.caller_vxid = arguments_get_string(&from);
+	claim.rules.compare_ignore = arguments_get_string(&from);
+	claim.rules.resend_margin = arguments_get_int(&from);
+	claim.lease = arguments_get_int(&from);
+	claim.livemode = (int) arguments_get_int(&from);
+	claim.resend = arguments_get_int(&from) != 0;
+	claim.caller_life = arguments_get_int(&from);
+	claim.caller_xid = order->caller_xid;
+
+	stripe_claim_init(&claim);
+	claim.base.bounded = true;
+	settle_or_claim(&claim, rel);
+
+	order->token = claim.token;
+	if (claim.verdict == STRIPE_CLAIMED)
+		order->answer = ORDER_OK;
+	else if (claim.verdict == STRIPE_BUSY && !claim.known)
+		order->answer = ORDER_LOCKED;
+	else
+		order->answer = ORDER_REFUSED;
+}
+
+static void
+do_reopen(Order *order, Operation *op, Relation rel)
+{
+	char	   *from = map_segment(order);
+	bool		force = arguments_get_int(&from) != 0;
+	int			from_generation = (int) arguments_get_int(&from);
+	char	   *user = arguments_get_string(&from);
+	char	   *key = stripe_reopen_run(rel, op, force, from_generation, user);
+
+	strlcpy(order->text, key, sizeof(order->text));
+	order->answer = ORDER_OK;
+}
+
+static void
+do_record(Order *order, Operation *op, Relation rel)
+{
+	StripeResult result;
+
+	memset(&result, 0, sizeof(result));
+	if (order->verb == ORDER_RECORD)
+	{
+		char	   *from = map_segment(order);
+
+		result.outcome = (StripeOutcome) arguments_get_int(&from);
+		result.never_sent = arguments_get_int(&from) == 0;
+		result.http_status = (int) arguments_get_int(&from);
+		result.livemode = (int) arguments_get_int(&from);
+		result.resource_id = arguments_get_string(&from);
+		result.resource_type = arguments_get_string(&from);
+		result.request_id = arguments_get_string(&from);
+		result.response = arguments_get_pointer(&from);
+		result.error = arguments_get_pointer(&from);
+	}
+	else
+	{
+		result.outcome = STRIPE_UNKNOWN;
+		result.livemode = -1;
+	}
+
+	strlcpy(order->text, stripe_record_run(rel, op, order->token, &result),
+			sizeof(order->text));
+	order->answer = ORDER_OK;
+}
+
+static void
+do_order(Order *order, bool *opened)
+{
+	Operation	op;
+	Relation	rel;
+
+	operation_init(&op, order->type, order->id, order->account);
+	rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
+	*opened = true;
+
+	switch (order->verb)
+	{
+		case ORDER_CLAIM:
+			do_claim(order, &op, rel);
+			break;
+		case ORDER_REOPEN:
+			do_reopen(order, &op, rel);
+			break;
+		case ORDER_ADOPT:
+			stripe_adopt_run(rel, &op, order->caller_xid);
+			order->answer = ORDER_OK;
+			break;
+		case ORDER_SETTLE:
+			order->answer = settle_by_kept_events(op.key, 0) ? ORDER_OK : ORDER_REFUSED;
+			break;
+		case ORDER_RECORD:
+		case ORDER_GAVE_UP:
+			do_record(order, &op, rel);
+			break;
+		case ORDER_RELEASE:
+			order->answer = stripe_release_run(rel, &op, order->token) ?
+				ORDER_OK : ORDER_REFUSED;
+			break;
+	}
+	ledger_close(rel);
+}
+
+/* Is this an answer of the ledger, which another try wouldn't change? */
+static bool
+is_final_refusal(int sqlstate)
+{
+	return ERRCODE_TO_CATEGORY(sqlstate) == MAKE_SQLSTATE('I', 'K', '0', '0', '0') ||
+		sqlstate == ERRCODE_UNDEFINED_TABLE;
+}
+
+/*
+ * An order has failed: answer it, or have it tried again.
+ */
+static void
+order_failed(BatchEntry *entry, ErrorData *edata, bool opened)
+{
+	Order	   *order = entry->order;
+	int			sqlstate = edata->sqlerrcode;
+	bool		is_lock = sqlstate == ERRCODE_LOCK_NOT_AVAILABLE ||
+		sqlstate == ERRCODE_T_R_DEADLOCK_DETECTED;
+
+	if (!is_before_send(order->verb) && !is_final_refusal(sqlstate) &&
+		(is_lock || order->failures < MAX_FAILURES))
+	{
+		entry->retry = true;
+		entry->is_lock = is_lock;
+		if (order->failures == 0 || !is_lock)
+			ereport(order->failures == 0 ? LOG : DEBUG1,
+					(errmsg("what is known of Stripe operation \"%s:%s\" can't be recorded yet",
+							order->type, order->id),
+					 errdetail_internal("%s", edata->message)));
+		return;
+	}
+
+	if (is_lock && opened)
+		order->answer = ORDER_LOCKED;
+	else if (is_lock)
+		answer_error(order, ERRCODE_LOCK_NOT_AVAILABLE,
+					 "could not lock table \"idempotency.stripe_idempotency_keys\"",
+					 "Another session holds a lock on it, or waits for one.", NULL);
+	else if (sqlstate == ERRCODE_QUERY_CANCELED)
+		answer_error(order, ERRCODE_NO_RECORDER,
+					 "the recorder of Stripe operations was interrupted, and nothing was sent",
+					 edata->message, NULL);
+	else
+		answer_error(order, sqlstate, edata->message, edata->detail, edata->hint);
+
+	if (!is_before_send(order->verb))
+		ereport(LOG,
+				(errmsg("what is known of Stripe operation \"%s:%s\" is not recorded",
+						order->type, order->id),
+				 errdetail_internal("%s", edata->message)));
+}
+
+/*
+ * Do one thing in a subtransaction.  Returns NULL, or the error.
+ */
+static ErrorData *
+in_subtransaction(void (*work) (void *), void *arg)
+{
+	MemoryContext context = CurrentMemoryContext;
+	ResourceOwner owner = CurrentResourceOwner;
+	ErrorData  *volatile edata = NULL;
+
+	BeginInternalSubTransaction(NULL);
+	PG_TRY();
+	{
+		PushActiveSnapshot(GetTransactionSnapshot());
+		work(arg);
+		PopActiveSnapshot();
+		ReleaseCurrentSubTransaction();
+	}
+	PG_CATCH();
+	{
+		MemoryContextSwitchTo(context);
+		edata = CopyErrorData();
+		FlushErrorState();
+		RollbackAndReleaseCurrentSubTransaction();
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(context);
+	CurrentResourceOwner = owner;
+
+	return edata;
+}
+
+typedef struct OrderWork
+{
+	Order	   *order;
+	bool		opened;
+} OrderWork;
+
+static void
+order_work(void *arg)
+{
+	OrderWork  *work = arg;
+
+	do_order(work->order, &work->opened);
+}
+
+typedef struct NoteWork
+{
+	Note	   *note;
+	bool		done;
+} NoteWork;
+
+static void
+note_work(void *arg)
+{
+	NoteWork   *work = arg;
+	Operation	op;
+	Relation	rel;
+
+	operation_init(&op, work->note->type, work->note->id, work->note->account);
+	rel = ledger_open(&stripe_calls, RowExclusiveLock, true);
+	work->done = stripe_note_fate_run(rel, &op);
+	ledger_close(rel);
+}
+
+/*
+ * Write down fates that are known now, as many as the batch has room for.
+ */
+static void
+run_notes(int room)
+{
+	int			kept = 0;
+	int			i;
+
+	if (nnotes == 0 || GetCurrentTimestamp() < next_notes)
+		return;
+
+	for (i = 0; i < nnotes; i++)
+	{
+		Note	   *note = &notes[i];
+		NoteWork	work;
+
+		if (room > 0 && !TransactionIdIsInProgress(note->xid))
+		{
+			room--;
+			work.note = note;
+			work.done = false;
+			if ((in_subtransaction(note_work, &work) == NULL && work.done) ||
+				++note->tries >= MAX_NOTE_TRIES)
+			{
+				pfree(note->account);
+				continue;
+			}
+		}
+		notes[kept++] = *note;
+	}
+	nnotes = kept;
+	if (room > 0)
+		next_notes = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), NOTE_INTERVAL_MS);
+}
+
+/* ---------- batches ---------- */
+
+static int
+compare_numbers(const void *a, const void *b)
+{
+	uint64		x = (*(Order *const *) a)->number;
+	uint64		y = (*(Order *const *) b)->number;
+
+	return x < y ? -1 : x > y ? 1 : 0;
+}
+
+/*
+ * Look for orders of this database.  Returns how many are posted; *due tells
+ * whether one can be done now, otherwise *next is when.  Under the lock.
+ */
+static int
+look_for_orders(bool *due, TimestampTz *next)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	int			n = 0;
+	int			i;
+
+	*due = false;
+	*next = 0;
+	for (i = 0; i < queue_norders(); i++)
+	{
+		Order	   *order = queue_order(i);
+
+		if (order->state != ORDER_POSTED || order->database != MyDatabaseId)
+			continue;
+		n++;
+		if (order->not_before <= now)
+			*due = true;
+		else if (*next == 0 || order->not_before < *next)
+			*next = order->not_before;
+	}
+	return n;
+}
+
+/*
+ * Publish the transaction and take what it shall do.
+ */
+static void
+take_batch(TransactionId xid)
+{
+	Order	  **candidates = palloc(queue_norders() * sizeof(Order *));
+	TimestampTz now = GetCurrentTimestamp();
+	RecorderSlot *slot;
+	int			n = 0;
+	int			i;
+
+	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	slot = queue_slot(MyDatabaseId, false);
+	slot->xid = xid;
+	for (i = 0; i < queue_norders(); i++)
+	{
+		Order	   *order = queue_order(i);
+
+		if (order->state == ORDER_POSTED && order->database == MyDatabaseId &&
+			order->not_before <= now)
+			candidates[n++] = order;
+	}
+	qsort(candidates, n, sizeof(Order *), compare_numbers);
+
+	batch_xid = xid;
+	nbatch = 0;
+	for (i = 0; i < n && nbatch < ORDER_BATCH; i++)
+	{
+		/* one that has failed in company comes first and is alone, or waits */
+		if (candidates[i]->alone && nbatch > 0)
+			continue;
+		candidates[i]->state = ORDER_TAKEN;
+		memset(&batch[nbatch], 0, sizeof(BatchEntry));
+		batch[nbatch++].order = candidates[i];
+		if (candidates[i]->alone)
+			break;
+	}
+	LWLockRelease(queue_lock);
+	pfree(candidates);
+}
+
+/*
+ * Free an order whose owner has left it.
+ */
+static void
+free_order(Order *order)
+{
+	dsm_handle	segment = order->segment;
+
+	unmap_segment(order - queue_order(0));
+	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	queue_free_order(order);
+	LWLockRelease(queue_lock);
+	if (segment != DSM_HANDLE_INVALID)
+		dsm_unpin_segment(segment);
+}
+
+/*
+ * The batch's transaction has ended: tell the callers.  "edata" is why it
+ * rolled back, or NULL where this process is going.
+ */
+static void
+end_batch(bool committed, ErrorData *edata)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	int			n = nbatch;
+	int			i;
+
+	nbatch = 0;
+	batch_xid = InvalidTransactionId;
+
+	for (i = 0; i < n; i++)
+	{
+		BatchEntry *entry = &batch[i];
+		Order	   *order = entry->order;
+		bool		free_it = false;
+
+		if (!committed)
+		{
+			entry->retry = true;
+			entry->is_lock = true;
+			if (edata != NULL && n == 1)
+			{
+				entry->retry = false;
+				order_failed(entry, edata, false);
+			}
+		}
+		else if (!entry->retry && order->answer == ORDER_OK &&
+				 FullTransactionIdIsValid(order->caller_xid) &&
+				 (order->verb == ORDER_CLAIM || order->verb == ORDER_ADOPT))
+			add_note(order);
+
+		LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+		if (order->detached && order->verb == ORDER_CLAIM && !entry->retry &&
+			order->answer == ORDER_OK)
+			queue_post(order, ORDER_RELEASE);	/* claimed in vain */
+		else if (order->detached && is_before_send(order->verb))
+			free_it = true;		/* nobody wants it any more */
+		else if (entry->retry)
+		{
+			order->state = ORDER_POSTED;
+			if (!committed && edata == NULL)
+				;				/* for our successor */
+			else if (!committed && n > 1)
+				order->alone = true;
+			else
+			{
+				int			delay = RETRY_FIRST_MS << Min(order->failures, 10);
+
+				if (entry->is_lock)
+					delay = Min(delay, RETRY_FIRST_MS * 4);
+				order->failures++;
+				order->not_before = TimestampTzPlusMilliseconds(now, Min(delay, RETRY_LAST_MS));
+			}
+		}
+		else if (order->detached)
+			free_it = true;
+		else
+		{
+			order->state = ORDER_DONE;
+			SetLatch(&GetPGProcByNumber(order->procno)->procLatch);
+		}
+		LWLockRelease(queue_lock);
+
+		if (free_it)
+			free_order(order);
+	}
+
+	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	queue_slot(MyDatabaseId, false)->xid = InvalidTransactionId;
+	LWLockRelease(queue_lock);
+}
+
+/*
+ * One transaction: what is posted, and notes where there is room.
+ */
+static void
+run_batch(void)
+{
+	MemoryContext context = CurrentMemoryContext;
+	char		activity[64];
+	int			i;
+
+	PG_TRY();
+	{
+		SetCurrentStatementStartTimestamp();
+		StartTransactionCommand();
+
+		/* before anything that might wait */
+		take_batch(GetTopTransactionId());
+		if (nbatch > 0)
+			snprintf(activity, sizeof(activity), "recording Stripe operations: %d", nbatch);
+		else
+			strlcpy(activity, "noting how callers of Stripe have ended", sizeof(activity));
+		pgstat_report_activity(STATE_RUNNING, activity);
+		if (nbatch > 0)
+			DEBUG_POINT("recorder-taken");
+
+		for (i = 0; i < nbatch; i++)
+		{
+			OrderWork	work;
+			ErrorData  *edata;
+
+			CHECK_FOR_INTERRUPTS();
+			work.order = batch[i].order;
+			work.opened = false;
+			edata = in_subtransaction(order_work, &work);
+			if (edata != NULL)
+				order_failed(&batch[i], edata, work.opened);
+		}
+		run_notes(ORDER_BATCH - nbatch);
+
+		/* nobody waits for notes, and what is lost of them is found again */
+		if (nbatch == 0)
+			(void) set_config_option("synchronous_commit", "off", PGC_SUSET, PGC_S_SESSION,
+									 GUC_ACTION_LOCAL, true, 0, false);
+		else
+			DEBUG_POINT("recorder-before-commit");
+		CommitTransactionCommand();
+		if (nbatch > 0)
+			DEBUG_POINT("recorder-after-commit");
+		end_batch(true, NULL);
+	}
+	PG_CATCH();
+	{
+		ErrorData  *edata;
+		bool		committed;
+
+		HOLD_INTERRUPTS();
+		MemoryContextSwitchTo(context);
+		edata = CopyErrorData();
+		EmitErrorReport();
+		FlushErrorState();
+		AbortOutOfAnyTransaction();
+		RESUME_INTERRUPTS();
+
+		MemoryContextSwitchTo(context);
+		committed = TransactionIdIsValid(batch_xid) && TransactionIdDidCommit(batch_xid);
+		end_batch(committed, edata);
+		FreeErrorData(edata);
+	}
+	PG_END_TRY();
+
+	MemoryContextSwitchTo(context);
+	pgstat_report_stat(false);
+	pgstat_report_activity(STATE_IDLE, NULL);
+}
+
+/* ---------- coming and going ---------- */
+
+/*
+ * Give up what can't be recorded: the database is about to go.
+ */
+static void
+drop_orders(void)
+{
+	int			i;
+
+	for (i = 0; i < queue_norders(); i++)
+	{
+		Order	   *order = queue_order(i);
+
+		LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+		if (order->state != ORDER_POSTED || order->database != MyDatabaseId || !order->detached)
+		{
+			LWLockRelease(queue_lock);
+			continue;
+		}
+		order->state = ORDER_TAKEN;
+		LWLockRelease(queue_lock);
+
+		ereport(LOG,
+				(errmsg("what is known of Stripe operation \"%s:%s\" is not recorded",
+						order->type, order->id),
+				 errdetail("Its database is being dropped.")));
+		free_order(order);
+	}
+}
+
+/*
+ * However this process ends, its orders can be taken by another one.
+ */
+static void
+at_exit(int code, Datum arg)
+{
+	RecorderSlot *slot;
+	bool		left = false;
+	bool		quit;
+	int			i;
+
+	if (nbatch > 0)
+	{
+		TransactionId xid = batch_xid;
+
+		AbortOutOfAnyTransaction();
+		end_batch(TransactionIdDidCommit(xid), NULL);
+	}
+	if (!have_slot)
+		return;
+
+	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	have_slot = false;
+	slot = queue_slot(MyDatabaseId, false);
+	quit = slot->quit;
+	slot->procno = -1;
+	slot->xid = InvalidTransactionId;
+	slot->started = 0;
+	if (!quit)
+		slot->database = InvalidOid;
+	for (i = 0; i < queue_norders(); i++)
+	{
+		Order	   *order = queue_order(i);
+
+		if (order->state != ORDER_POSTED || order->database != MyDatabaseId)
+			continue;
+		if (order->detached)
+			left = true;
+		else
+			SetLatch(&GetPGProcByNumber(order->procno)->procLatch);
+	}
+	LWLockRelease(queue_lock);
+
+	/* nobody waits for those, so nobody would start a successor */
+	if (left && !quit)
+	{
+		TimestampTz since;
+
+		(void) ask_for_recorder(&since, NULL);
+	}
+}
+
+/*
+ * Become this database's recorder.  Returns false where there is one.
+ */
+static bool
+take_slot(void)
+{
+	RecorderSlot *slot;
+
+	before_shmem_exit(at_exit, (Datum) 0);
+
+	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	slot = queue_slot(MyDatabaseId, true);
+	if (slot != NULL && slot->procno < 0 && slot->blocked_until < GetCurrentTimestamp())
+	{
+		slot->procno = MY_PROC_NUMBER;
+		slot->xid = InvalidTransactionId;
+		slot->quit = false;
+		slot->blocked_until = 0;
+		have_slot = true;
+	}
+	LWLockRelease(queue_lock);
+	return have_slot;
+}
+
+/*
+ * Leave, if there is still nothing to do: a caller that posts afterwards finds
+ * no recorder and starts one.
+ */
+static bool
+leave_if_idle(void)
+{
+	RecorderSlot *slot;
+	bool		due;
+	TimestampTz next;
+
+	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	if (look_for_orders(&due, &next) == 0)
+	{
+		slot = queue_slot(MyDatabaseId, false);
+		slot->procno = -1;
+		slot->started = 0;
+		slot->database = InvalidOid;
+		have_slot = false;
+	}
+	LWLockRelease(queue_lock);
+	return !have_slot;
+}
+
+/*
+ * Settings that the database, or nobody, has a say in.
+ */
+static void
+fix_settings(void)
+{
+	static const char *const settings[][2] = {
+		{"role", "none"},
+		{"search_path", "pg_catalog, pg_temp"},
+		{"default_transaction_isolation", "read committed"},
+		{"default_transaction_read_only", "off"},
+		{"default_transaction_deferrable", "off"},
+		{"session_replication_role", "origin"},
+		{"row_security", "on"},
+		{"lock_timeout", LOCK_TIMEOUT},
+		{"statement_timeout", "0"},
+		{"transaction_timeout", "0"},
+		{"idle_in_transaction_session_timeout", "0"},
+		{"idle_session_timeout", "0"},
+		{"max_parallel_workers_per_gather", "0"},
+		{"jit", "off"},
+		{"DateStyle", "ISO"}
+	};
+	int			i;
+
+	for (i = 0; i < lengthof(settings); i++)
+	{
+		/* not every version has every one */
+		if (GetConfigOption(settings[i][0], true, false) != NULL)
+			SetConfigOption(settings[i][0], settings[i][1], PGC_SUSET, PGC_S_OVERRIDE);
+	}
+	if (synchronous_commit < SYNCHRONOUS_COMMIT_ON)
+		SetConfigOption("synchronous_commit", "on", PGC_SUSET, PGC_S_OVERRIDE);
+}
+
+void
+idempotency_recorder_main(Datum arg)
+{
+	uint32		wait_event;
+	TimestampTz last_order;
+
+	pqsignal(SIGHUP, SignalHandlerForConfigReload);
+	pqsignal(SIGTERM, die);
+	BackgroundWorkerUnblockSignals();
+
+	DEBUG_POINT("recorder-start");
+	BackgroundWorkerInitializeConnectionByOid(DatumGetObjectId(arg), InvalidOid,
+											  BGWORKER_BYPASS_ALLOWCONN);
+	fix_settings();
+	pgstat_report_appname(MyBgworkerEntry->bgw_type);
+	wait_event = WAIT_EVENT_NEW("IdempotencyRecorderMain");
+	mappings = MemoryContextAllocZero(TopMemoryContext, queue_norders() * sizeof(dsm_segment *));
+	mapped = MemoryContextAllocZero(TopMemoryContext, queue_norders() * sizeof(dsm_handle));
+	MemoryContextSwitchTo(AllocSetContextCreate(TopMemoryContext, "idempotency recorder",
+												ALLOCSET_DEFAULT_SIZES));
+
+	if (!take_slot())
+		proc_exit(0);
+	pgstat_report_activity(STATE_IDLE, NULL);
+
+	last_order = GetCurrentTimestamp();
+	for (;;)
+	{
+		TimestampTz next;
+		bool		due;
+		bool		quit;
+		int			posted;
+		long		nap;
+
+		CHECK_FOR_INTERRUPTS();
+		ResetLatch(MyLatch);
+		if (ConfigReloadPending)
+		{
+			ConfigReloadPending = false;
+			ProcessConfigFile(PGC_SIGHUP);
+		}
+
+		LWLockAcquire(queue_lock, LW_SHARED);
+		posted = look_for_orders(&due, &next);
+		quit = queue_slot(MyDatabaseId, false)->quit;
+		LWLockRelease(queue_lock);
+
+		if (quit)
+		{
+			drop_orders();
+			proc_exit(0);
+		}
+		if (due || notes_are_due())
+		{
+			run_batch();
+			if (due)
+				last_order = GetCurrentTimestamp();
+			MemoryContextReset(CurrentMemoryContext);
+			continue;
+		}
+
+		unmap_stale_segments();
+		nap = IDLE_EXIT_MS - TimestampDifferenceMilliseconds(last_order, GetCurrentTimestamp());
+		if (posted > 0)
+			nap = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), next);
+		else if (nap <= 0 && leave_if_idle())
+			proc_exit(0);
+		if (nnotes > 0)
+			nap = Min(nap, NOTE_INTERVAL_MS);
+
+		pgstat_report_stat(true);
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+						 Max(nap, 1), wait_event);
+	}
+}

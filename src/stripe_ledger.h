@@ -1,0 +1,147 @@
+/*-------------------------------------------------------------------------
+ *
+ * stripe_ledger.h
+ *	  The ledger of calls to Stripe: its rows, and what may become of them.
+ *
+ * src/stripe_ledger.h
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef IDEMPOTENCY_STRIPE_LEDGER_H
+#define IDEMPOTENCY_STRIPE_LEDGER_H
+
+#include "access/transam.h"
+#include "utils/jsonb.h"
+
+#include "ledger.h"
+#include "namespace.h"
+#include "recorder.h"
+#include "request_print.h"
+#include "stripe_key.h"
+#include "stripe_outcome.h"
+
+/*
+ * API v1 prunes keys once they are at least this old.
+ * https://docs.stripe.com/api/idempotent_requests
+ */
+#define STRIPE_KEY_RETENTION_USECS (24 * USECS_PER_HOUR)
+
+/* Columns of stripe_idempotency_keys. */
+enum
+{
+	S_TOKEN, S_CREATED_AT, S_CLAIMED_AT, S_LEASE_EXPIRES_AT, S_FIRST_SENT_AT,
+	S_RECORDED_AT, S_LEASE, S_ATTEMPT, S_GENERATION, S_HTTP_STATUS, S_OUTCOME,
+	S_UNCERTAIN, S_LIVEMODE, S_ACCOUNT, S_OPERATION_TYPE, S_OPERATION_ID,
+	S_IDEMPOTENCY_KEY, S_RESOURCE_ID, S_RESOURCE_TYPE, S_REQUEST_ID,
+	S_FINGERPRINT, S_PAST_TOKENS, S_REQUEST, S_RESPONSE, S_ERROR, S_HISTORY,
+	S_METHOD, S_PATH, S_API_VERSION, S_BODY, S_CALLER_LIFE, S_CALLER_VXID,
+	S_CALLERS, S_CALLERS_SYSTEM, S_SETTLED, S_ACKNOWLEDGED,
+	S_NCOLUMNS
+};
+
+/* One operation, its arguments checked. */
+typedef struct Operation
+{
+	char	   *account;
+	char	   *type;
+	char	   *id;
+	Datum		key[LEDGER_MAX_KEYS];
+	Namespace	ns;
+} Operation;
+
+/* What of the caller's settings its operations go by. */
+typedef struct StripeRules
+{
+	int64		resend_margin;	/* microseconds */
+	const char *compare_ignore; /* list of names */
+} StripeRules;
+
+/*
+ * A claim.  What isn't given is NULL.
+ */
+typedef struct StripeClaim
+{
+	LedgerClaim base;
+	Operation  *op;
+	StripeRules rules;
+	RequestPrint print;			/* of request */
+	Jsonb	   *request;
+	int64		lease;			/* microseconds; 0: held while its caller is
+								 * there */
+
+	/* of a call that the backend sends by itself */
+	const char *method;
+	const char *path;
+	const char *api_version;
+	bytea	   *body;
+	int			livemode;		/* 1, 0 or -1 */
+	bool		resend;			/* only what is stored */
+	int64		caller_life;	/* 0: not such a call */
+	const char *caller_vxid;
+
+	/* the transaction to watch, invalid where it writes the row itself */
+	FullTransactionId caller_xid;
+
+	/* after stripe_claim_look(): it takes a write to answer */
+	bool		wants_write;
+
+	/* the answer */
+	StripeVerdict verdict;
+	const char *outcome;
+	int			retry_after;
+	int64		token;			/* 0 unless claimed */
+	bool		known;			/* is row set? */
+	LedgerRow	row;
+} StripeClaim;
+
+/* What an answer says, ready to be recorded. */
+typedef struct StripeResult
+{
+	StripeOutcome outcome;
+	bool		never_sent;		/* by this attempt */
+	bool		adopt;			/* by a transaction that records its own work
+								 * with it */
+	int			http_status;	/* 0: none */
+	const char *resource_id;
+	const char *resource_type;
+	const char *request_id;
+	Jsonb	   *response;
+	Jsonb	   *error;
+	int			livemode;		/* 1, 0 or -1 */
+} StripeResult;
+
+extern Ledger stripe_calls;
+
+extern void operation_init(Operation *op, const char *type, const char *id, const char *account);
+extern char *describe_operation(Operation *op);
+extern StripeRules stripe_rules(void);
+
+extern bool stripe_row_is_final(LedgerRow *row);
+extern bool stripe_row_is_held(LedgerRow *row, TimestampTz now);
+extern bool stripe_caller_gone(LedgerRow *row);
+extern const char *stripe_row_outcome(LedgerRow *row);
+extern TimestampTz stripe_resend_until(LedgerRow *row, int64 margin);
+extern char *stripe_row_string(LedgerRow *row, int column);
+
+extern void stripe_claim_init(StripeClaim *claim);
+extern void stripe_claim_run(StripeClaim *claim, Relation rel);
+extern void stripe_claim_look(StripeClaim *claim, Relation rel);
+extern void stripe_refuse_own_row(Relation rel, Operation *op);
+extern void stripe_claim_fetch(StripeClaim *claim, Relation rel);
+
+extern const char *stripe_record_run(Relation rel, Operation *op, int64 token, StripeResult *result);
+extern bool stripe_release_run(Relation rel, Operation *op, int64 token);
+extern TimestampTz stripe_extend_run(Relation rel, Operation *op, int64 token, int64 lease,
+									 TimestampTz now);
+extern char *stripe_reopen_run(Relation rel, Operation *op, bool force, int from_generation,
+							   const char *user);
+extern void stripe_refuse_token(Operation *op, LedgerRow *row);
+extern void stripe_explain_refusal(Relation rel, Operation *op, int64 token);
+extern void stripe_read_answer(Jsonb *response, int http_status, const char *resource_id,
+							   StripeResult *result);
+
+extern void stripe_adopt_run(Relation rel, Operation *op, FullTransactionId xid);
+extern bool stripe_note_fate_run(Relation rel, Operation *op);
+extern void stripe_notify_settled(Operation *op, const char *outcome, const char *resource_id);
+
+#endif							/* IDEMPOTENCY_STRIPE_LEDGER_H */
