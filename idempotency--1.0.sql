@@ -101,6 +101,22 @@ CREATE TYPE idempotency.stripe_key_info AS (
 	acknowledged jsonb
 );
 
+CREATE TYPE idempotency.stripe_call_result AS (
+	outcome idempotency.outcome,
+	replayed boolean,
+	resource_id text,
+	resource_type text,
+	http_status integer,
+	response jsonb,
+	error jsonb,
+	idempotency_key text,
+	request_id text,
+	attempts integer,
+	generation integer,
+	retry_after integer,
+	livemode boolean
+);
+
 --
 -- Tables
 --
@@ -299,6 +315,12 @@ CREATE FUNCTION idempotency.stripe_callers_fate(callers xid8[], system_identifie
 RETURNS text
 AS 'MODULE_PATHNAME', 'idempotency_stripe_callers_fate'
 LANGUAGE C STABLE CALLED ON NULL INPUT PARALLEL RESTRICTED;
+
+CREATE FUNCTION idempotency.stripe_get(path text, params jsonb DEFAULT '{}',
+	account text DEFAULT '', timeout interval DEFAULT NULL)
+RETURNS idempotency.stripe_call_result
+AS 'MODULE_PATHNAME', 'idempotency_stripe_get'
+LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
 CREATE FUNCTION idempotency.stripe_namespace(choice text)
 RETURNS void
@@ -531,6 +553,30 @@ COMMENT ON COLUMN idempotency.stripe_key_info.settled IS
 	'Who settled it, when, by which note or evidence, and what it was before; or NULL';
 COMMENT ON COLUMN idempotency.stripe_key_info.acknowledged IS
 	'Who acknowledged an orphan, when and with which note, or NULL';
+
+COMMENT ON TYPE idempotency.stripe_call_result IS 'Answer of stripe_get()';
+COMMENT ON COLUMN idempotency.stripe_call_result.outcome IS 'What Stripe did with the call';
+COMMENT ON COLUMN idempotency.stripe_call_result.replayed IS
+	'Does the answer come from an earlier execution?';
+COMMENT ON COLUMN idempotency.stripe_call_result.resource_id IS
+	'Stripe''s id of the object, also of one that a refused call left behind; or NULL';
+COMMENT ON COLUMN idempotency.stripe_call_result.resource_type IS 'Its type, such as payment_intent, or NULL';
+COMMENT ON COLUMN idempotency.stripe_call_result.http_status IS
+	'HTTP status of the last attempt, NULL where no answer came';
+COMMENT ON COLUMN idempotency.stripe_call_result.response IS
+	'Body of the answer, {"error": ...} included; NULL where none came whole';
+COMMENT ON COLUMN idempotency.stripe_call_result.error IS
+	'Stripe''s error object, or one that says why no answer came (type api_connection_error or api_error); '
+	'NULL if there was none';
+COMMENT ON COLUMN idempotency.stripe_call_result.idempotency_key IS 'Idempotency-Key that was sent; NULL of stripe_get()';
+COMMENT ON COLUMN idempotency.stripe_call_result.request_id IS 'Stripe''s Request-Id of the last attempt, or NULL';
+COMMENT ON COLUMN idempotency.stripe_call_result.attempts IS
+	'How often the request was sent or tried to be sent in this call; 0 if it was not';
+COMMENT ON COLUMN idempotency.stripe_call_result.generation IS 'Generation of the operation; NULL of stripe_get()';
+COMMENT ON COLUMN idempotency.stripe_call_result.retry_after IS
+	'If in_progress, not_executed or unknown, seconds after which to try again, at least 1';
+COMMENT ON COLUMN idempotency.stripe_call_result.livemode IS
+	'true: Stripe''s live mode, false: test mode';
 
 COMMENT ON TABLE idempotency.idempotency_keys IS
 	'Requests that the API received, and their results; change it through the functions only';
@@ -770,6 +816,13 @@ COMMENT ON FUNCTION idempotency.stripe_caller_is_gone(bigint, text) IS
 COMMENT ON FUNCTION idempotency.stripe_callers_fate(xid8[], bigint) IS
 	'What became of the transactions behind a call to Stripe: committed, open, rolled back or not known. '
 	'For the views. callers and system_identifier: as in stripe_idempotency_keys';
+COMMENT ON FUNCTION idempotency.stripe_get(text, jsonb, text, interval) IS
+	'Reads from Stripe''s API; nothing is recorded. Call it in FROM. '
+	'path: /v1/... or /v2/...; params: become the query string (default {}); account: default ''''; '
+	'timeout: of the whole call (default idempotency.stripe_timeout, 30 s). '
+	'What Stripe or the network does is a result. Raises IK003, IK007, '
+	'IK010 where the library idempotency_stripe isn''t installed, '
+	'42501 for a path that idempotency.stripe_allowed_paths doesn''t allow, F0000 without a usable API key';
 COMMENT ON FUNCTION idempotency.stripe_namespace(text) IS
 	'Decides once in a copied database. choice: keep, where the copy replaces its original, '
 	'or new, where both live on. Raises IK003, IK009 where it is decided already';
@@ -786,4 +839,5 @@ REVOKE ALL ON SCHEMA idempotency FROM PUBLIC;
 REVOKE ALL ON ALL TABLES IN SCHEMA idempotency FROM PUBLIC;
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA idempotency FROM PUBLIC;
 REVOKE ALL ON TYPE idempotency.verdict, idempotency.outcome, idempotency.claim_result,
-	idempotency.key_info, idempotency.stripe_claim_result, idempotency.stripe_key_info FROM PUBLIC;
+	idempotency.key_info, idempotency.stripe_claim_result, idempotency.stripe_key_info,
+	idempotency.stripe_call_result FROM PUBLIC;

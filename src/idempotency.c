@@ -24,6 +24,7 @@
 #include "recorder.h"
 #include "settings.h"
 #include "shmem.h"
+#include "stripe/path.h"
 
 IDEMPOTENCY_MODULE_MAGIC;
 
@@ -38,6 +39,14 @@ int			open_claim_at_commit = OPEN_CLAIM_ERROR;
 int			stripe_ledger = STRIPE_LEDGER_RECORDER;
 int			stripe_record_timeout = 2 * 1000;
 char	   *stripe_compare_ignore = NULL;
+int			stripe_timeout = 30 * 1000;
+int			stripe_max_retries = 2;
+int			stripe_log_level = LOG;
+char	   *stripe_api_base = NULL;
+char	   *stripe_version = NULL;
+char	   *stripe_allowed_paths = NULL;
+char	   *stripe_api_key_file = NULL;
+char	   *stripe_ca_file = NULL;
 
 static const struct config_enum_entry open_claim_options[] = {
 	{"error", OPEN_CLAIM_ERROR, false},
@@ -52,6 +61,21 @@ static const struct config_enum_entry stripe_ledger_options[] = {
 	{NULL, 0, false}
 };
 
+static const struct config_enum_entry stripe_log_options[] = {
+	{"off", STRIPE_LOG_OFF, false},
+	{"debug5", DEBUG5, false},
+	{"debug4", DEBUG4, false},
+	{"debug3", DEBUG3, false},
+	{"debug2", DEBUG2, false},
+	{"debug1", DEBUG1, false},
+	{"debug", DEBUG2, true},
+	{"log", LOG, false},
+	{"info", INFO, true},
+	{"notice", NOTICE, false},
+	{"warning", WARNING, false},
+	{NULL, 0, false}
+};
+
 static bool
 check_stripe_compare_ignore(char **newval, void **extra, GucSource source)
 {
@@ -60,6 +84,57 @@ check_stripe_compare_ignore(char **newval, void **extra, GucSource source)
 	if (!SplitGUCList(pstrdup(*newval), ',', &names))
 	{
 		GUC_check_errdetail("List syntax is invalid.");
+		return false;
+	}
+	return true;
+}
+
+static bool
+check_stripe_api_base(char **newval, void **extra, GucSource source)
+{
+	const char *problem = api_base_problem(*newval);
+
+	if (problem != NULL)
+	{
+		GUC_check_errdetail("%s", problem);
+		return false;
+	}
+	return true;
+}
+
+/* It becomes a header, so it begins with a date and has nothing odd in it. */
+static bool
+check_stripe_version(char **newval, void **extra, GucSource source)
+{
+	static const char form[] = "dddd-dd-dd";
+	const char *p = *newval;
+	int			i;
+
+	for (i = 0; form[i] != '\0'; i++, p++)
+	{
+		if (form[i] == 'd' ? (*p < '0' || *p > '9') : *p != form[i])
+			break;
+	}
+	if (form[i] == '\0' && strlen(*newval) <= 255)
+	{
+		while (*p >= ' ' && *p <= '~')
+			p++;
+		if (*p == '\0')
+			return true;
+	}
+
+	GUC_check_errdetail("A version of Stripe's API begins with a date, such as \"2026-10-28.endive\".");
+	return false;
+}
+
+static bool
+check_stripe_allowed_paths(char **newval, void **extra, GucSource source)
+{
+	const char *problem = path_list_problem(*newval);
+
+	if (problem != NULL)
+	{
+		GUC_check_errdetail("%s", problem);
 		return false;
 	}
 	return true;
@@ -139,6 +214,70 @@ define_settings(void)
 							   "metadata, description, expand",
 							   PGC_SUSET, GUC_LIST_INPUT,
 							   check_stripe_compare_ignore, NULL, NULL);
+
+	DefineCustomIntVariable("idempotency.stripe_timeout",
+							"How long a call to Stripe takes at most, with all its attempts.",
+							"A call may be given a timeout of its own.",
+							&stripe_timeout,
+							30 * 1000, 100, 60 * 60 * 1000,
+							PGC_USERSET, GUC_UNIT_MS,
+							NULL, NULL, NULL);
+
+	DefineCustomIntVariable("idempotency.stripe_max_retries",
+							"How often a call to Stripe is attempted again.",
+							"Each attempt sends the same request with the same key.",
+							&stripe_max_retries,
+							2, 0, 10,
+							PGC_USERSET, 0,
+							NULL, NULL, NULL);
+
+	DefineCustomStringVariable("idempotency.stripe_api_base",
+							   "Where Stripe's API is.",
+							   "https with a host and a port if need be; http on a loopback address only.",
+							   &stripe_api_base,
+							   "https://api.stripe.com",
+							   PGC_SUSET, 0,
+							   check_stripe_api_base, NULL, NULL);
+
+	DefineCustomStringVariable("idempotency.stripe_version",
+							   "Version of Stripe's API that calls are made with.",
+							   NULL,
+							   &stripe_version,
+							   "2026-10-28.endive",
+							   PGC_USERSET, 0,
+							   check_stripe_version, NULL, NULL);
+
+	DefineCustomStringVariable("idempotency.stripe_allowed_paths",
+							   "Paths of Stripe's API that may be called.",
+							   "Entries separated by commas, each with a method before it if need be; * is one segment of a path, ** is any number, * alone is everything.",
+							   &stripe_allowed_paths,
+							   "*",
+							   PGC_SUSET, 0,
+							   check_stripe_allowed_paths, NULL, NULL);
+
+	DefineCustomStringVariable("idempotency.stripe_api_key_file",
+							   "File that holds the secret key of Stripe's API.",
+							   "Read for each call. If empty, IDEMPOTENCY_STRIPE_API_KEY in the server's environment holds the key.",
+							   &stripe_api_key_file,
+							   "",
+							   PGC_SUSET, GUC_SUPERUSER_ONLY,
+							   NULL, NULL, NULL);
+
+	DefineCustomStringVariable("idempotency.stripe_ca_file",
+							   "File of the certificates that Stripe's is verified with.",
+							   "If empty, the system's certificates.",
+							   &stripe_ca_file,
+							   "",
+							   PGC_SUSET, 0,
+							   NULL, NULL, NULL);
+
+	DefineCustomEnumVariable("idempotency.stripe_log_level",
+							 "Level of the line that is logged about each call to Stripe.",
+							 "It tells what became of the call, and neither request nor answer.",
+							 &stripe_log_level,
+							 LOG, stripe_log_options,
+							 PGC_SUSET, 0,
+							 NULL, NULL, NULL);
 
 	MarkGUCPrefixReserved("idempotency");
 }

@@ -26,6 +26,8 @@ typedef enum StripeLedgerMode
 	STRIPE_LEDGER_TRANSACTION
 } StripeLedgerMode;
 
+#define STRIPE_LOG_OFF 0
+
 extern int	key_ttl;			/* seconds */
 extern int	stripe_lease;		/* seconds */
 extern int	wait_timeout;		/* milliseconds; 0 doesn't wait, -1 has no
@@ -36,5 +38,13 @@ extern int	open_claim_at_commit;	/* OpenClaimAction */
 extern int	stripe_ledger;		/* StripeLedgerMode */
 extern int	stripe_record_timeout;	/* milliseconds */
 extern char *stripe_compare_ignore; /* comma-separated list */
+extern int	stripe_timeout;		/* milliseconds, of a whole call */
+extern int	stripe_max_retries;
+extern int	stripe_log_level;	/* elevel, or STRIPE_LOG_OFF */
+extern char *stripe_api_base;
+extern char *stripe_version;
+extern char *stripe_allowed_paths;	/* as path.c says */
+extern char *stripe_api_key_file;	/* empty: the postmaster's environment */
+extern char *stripe_ca_file;	/* empty: the system's */
 
 #endif							/* IDEMPOTENCY_SETTINGS_H */

@@ -268,6 +268,38 @@ stripe_classify(const StripeAnswer *answer)
 }
 
 /*
+ * Is another attempt inside the same call worth it, after a short pause?
+ * "replayed" is Idempotent-Replayed: true.
+ */
+bool
+stripe_retry_at_once(const StripeAnswer *answer, const StripeClass *class,
+					 StripeShouldRetry should_retry, bool replayed)
+{
+	/* what these two headers say is said of a whole answer */
+	if (answer->http_status == 0 || !answer->body_complete)
+		return class->retry;
+
+	/* any further attempt brings the same */
+	if (replayed)
+		return false;
+
+	/* nothing is left to be settled, or nothing that this request could */
+	if (class->outcome == STRIPE_COMPLETED || class->outcome == STRIPE_MISMATCH)
+		return false;
+
+	switch (should_retry)
+	{
+		case STRIPE_RETRY_TRUE:
+			return true;
+		case STRIPE_RETRY_FALSE:
+			return false;
+		case STRIPE_RETRY_UNSAID:
+			break;
+	}
+	return class->retry;
+}
+
+/*
  * Give an outcome's label in the SQL type idempotency.outcome.
  */
 const char *
