@@ -48,6 +48,8 @@ char	   *stripe_allowed_paths = NULL;
 char	   *stripe_api_key_file = NULL;
 char	   *stripe_ca_file = NULL;
 
+static bool settings_are_defined = false;
+
 static const struct config_enum_entry open_claim_options[] = {
 	{"error", OPEN_CLAIM_ERROR, false},
 	{"warning", OPEN_CLAIM_WARNING, false},
@@ -89,55 +91,37 @@ check_stripe_compare_ignore(char **newval, void **extra, GucSource source)
 	return true;
 }
 
+/*
+ * Where calls to Stripe go, and which are allowed.  A session may set what it
+ * likes before the library is loaded; were a bad value refused then, the
+ * default would stand in its place, with all of Stripe open.  So it is kept,
+ * and refused when it is used.
+ */
+static bool
+check_stripe_setting(const char *problem)
+{
+	if (problem == NULL || !settings_are_defined)
+		return true;
+	GUC_check_errdetail("%s", _(problem));
+	return false;
+}
+
 static bool
 check_stripe_api_base(char **newval, void **extra, GucSource source)
 {
-	const char *problem = api_base_problem(*newval);
-
-	if (problem != NULL)
-	{
-		GUC_check_errdetail("%s", problem);
-		return false;
-	}
-	return true;
+	return check_stripe_setting(api_base_problem(*newval));
 }
 
-/* It becomes a header, so it begins with a date and has nothing odd in it. */
 static bool
 check_stripe_version(char **newval, void **extra, GucSource source)
 {
-	static const char form[] = "dddd-dd-dd";
-	const char *p = *newval;
-	int			i;
-
-	for (i = 0; form[i] != '\0'; i++, p++)
-	{
-		if (form[i] == 'd' ? (*p < '0' || *p > '9') : *p != form[i])
-			break;
-	}
-	if (form[i] == '\0' && strlen(*newval) <= 255)
-	{
-		while (*p >= ' ' && *p <= '~')
-			p++;
-		if (*p == '\0')
-			return true;
-	}
-
-	GUC_check_errdetail("A version of Stripe's API begins with a date, such as \"2026-10-28.endive\".");
-	return false;
+	return check_stripe_setting(api_version_problem(*newval));
 }
 
 static bool
 check_stripe_allowed_paths(char **newval, void **extra, GucSource source)
 {
-	const char *problem = path_list_problem(*newval);
-
-	if (problem != NULL)
-	{
-		GUC_check_errdetail("%s", problem);
-		return false;
-	}
-	return true;
+	return check_stripe_setting(path_list_problem(*newval));
 }
 
 static void
@@ -280,6 +264,7 @@ define_settings(void)
 							 NULL, NULL, NULL);
 
 	MarkGUCPrefixReserved("idempotency");
+	settings_are_defined = true;
 }
 
 void

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * path.c
- *	  Paths of Stripe's API, and which of them may be called.
+ *	  Paths of Stripe's API, which of them may be called, and where.
  *
  * A path is joined to the API's base and sent along with a secret, so nothing
  * in it may change the host, and nothing in it may read as one path here and
@@ -168,14 +168,14 @@ path_list_problem(const char *list)
 					break;
 			}
 			if (i == lengthof(methods))
-				return "Methods are GET, POST and DELETE.";
+				return gettext_noop("Methods are GET, POST and DELETE.");
 		}
 		if (pattern[0] != '/' && !(pattern_len == 1 && pattern[0] == '*'))
-			return "Paths begin with a slash.";
+			return gettext_noop("Paths begin with a slash.");
 		for (i = 0; i < pattern_len; i++)
 		{
 			if (pattern[i] <= ' ' || pattern[i] > '~')
-				return "Entries are separated by commas.";
+				return gettext_noop("Entries are separated by commas.");
 		}
 	}
 	return NULL;
@@ -259,19 +259,19 @@ api_base_problem(const char *base)
 		plain = true;
 	}
 	else
-		return "It must begin with https:// (or http:// on a loopback address).";
+		return gettext_noop("It must begin with https:// (or http:// on a loopback address).");
 
 	if (*host == '[')
 	{
 		host_len = strspn(host + 1, "0123456789abcdefABCDEF:.") + 2;
 		if (host_len == 2 || host[host_len - 1] != ']')
-			return "It has no valid host.";
+			return gettext_noop("It has no valid host.");
 	}
 	else
 	{
 		host_len = strspn(host, "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-.");
 		if (host_len == 0 || host_len > 253)
-			return "It has no valid host.";
+			return gettext_noop("It has no valid host.");
 	}
 
 	p = host + host_len;
@@ -280,17 +280,40 @@ api_base_problem(const char *base)
 		size_t		digits = strspn(p + 1, "0123456789");
 
 		if (digits == 0 || digits > 5 || atoi(p + 1) < 1 || atoi(p + 1) > 65535)
-			return "It has no valid port.";
+			return gettext_noop("It has no valid port.");
 		p += 1 + digits;
 	}
 	if (*p != '\0')
-		return "Nothing may follow host and port.";
+		return gettext_noop("Nothing may follow host and port.");
 
 	if (plain &&
 		!(host_len == 9 && pg_strncasecmp(host, "localhost", 9) == 0) &&
 		!(host_len == 5 && strncmp(host, "[::1]", 5) == 0) &&
 		!(strncmp(host, "127.", 4) == 0 && strspn(host, "0123456789.") == host_len))
-		return "http is for loopback addresses only.";
+		return gettext_noop("http is for loopback addresses only.");
 
+	return NULL;
+}
+
+/*
+ * What is wrong with a version of the API, or NULL.  It becomes a header, so
+ * it begins with a date and has nothing odd in it.
+ */
+const char *
+api_version_problem(const char *version)
+{
+	static const char form[] = "dddd-dd-dd";
+	const char *p = version;
+	int			i;
+
+	for (i = 0; form[i] != '\0'; i++, p++)
+	{
+		if (form[i] == 'd' ? (*p < '0' || *p > '9') : *p != form[i])
+			return gettext_noop("A version of Stripe's API begins with a date, such as \"2026-10-28.endive\".");
+	}
+	while (*p >= ' ' && *p <= '~')
+		p++;
+	if (*p != '\0' || p - version > 255)
+		return gettext_noop("A version of Stripe's API is short and has printable ASCII characters only.");
 	return NULL;
 }

@@ -17,5 +17,6 @@ extern bool path_is_v2(const char *path);
 extern const char *path_list_problem(const char *list);
 extern bool path_is_allowed(const char *list, const char *method, const char *path);
 extern const char *api_base_problem(const char *base);
+extern const char *api_version_problem(const char *version);
 
 #endif							/* IDEMPOTENCY_STRIPE_PATH_H */

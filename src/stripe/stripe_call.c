@@ -64,6 +64,30 @@ argument_params(FunctionCallInfo fcinfo, int argno)
 }
 
 /*
+ * A setting that was set before the library was there to refuse it.
+ */
+static void
+check_setting(const char *name, const char *value, const char *problem)
+{
+	if (problem != NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("invalid value for parameter \"%s\": \"%s\"", name, value),
+				 errdetail_internal("%s", _(problem))));
+}
+
+static void
+check_settings(void)
+{
+	check_setting("idempotency.stripe_api_base", stripe_api_base,
+				  api_base_problem(stripe_api_base));
+	check_setting("idempotency.stripe_version", stripe_version,
+				  api_version_problem(stripe_version));
+	check_setting("idempotency.stripe_allowed_paths", stripe_allowed_paths,
+				  path_list_problem(stripe_allowed_paths));
+}
+
+/*
  * A path of the API that may be called.
  */
 static char *
@@ -184,6 +208,7 @@ idempotency_stripe_get(PG_FUNCTION_ARGS)
 	bool		live;
 	ResultRow	result;
 
+	check_settings();
 	path = argument_path(fcinfo, 0, "GET");
 	memset(&request, 0, sizeof(request));
 	request.method = "GET";
