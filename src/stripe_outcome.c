@@ -133,8 +133,12 @@ static const OutcomeRule outcome_rules[] = {
 	 * error object (payment_intent, setup_intent, charge).
 	 */
 	{
-		402, 402, ANY, ANY, ANY, NULL, NULL,
+		402, 402, ANY, YES, ANY, NULL, NULL,
 		{STRIPE_FAILED, false, false, gettext_noop("Stripe declined the request")}
+	},
+	{
+		402, 402, ANY, ANY, ANY, NULL, NULL,
+		{STRIPE_UNKNOWN, true, true, gettext_noop("Stripe declined the request, but its answer was cut: the same key fetches it")}
 	},
 
 	/*
