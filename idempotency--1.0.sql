@@ -820,7 +820,7 @@ COMMENT ON FUNCTION idempotency.stripe_get(text, jsonb, text, interval) IS
 	'Reads from Stripe''s API; nothing is recorded. Call it in FROM. '
 	'path: /v1/... or /v2/...; params: become the query string (default {}); account: default ''''; '
 	'timeout: of the whole call (default idempotency.stripe_timeout, 30 s). '
-	'What Stripe or the network does is a result. Raises IK003, IK007, '
+	'What Stripe or the network does is a result. Raises IK003, IK007, IK009, '
 	'IK010 where the library idempotency_stripe isn''t installed, '
 	'42501 for a path that idempotency.stripe_allowed_paths doesn''t allow, F0000 without a usable API key';
 COMMENT ON FUNCTION idempotency.stripe_namespace(text) IS

@@ -21,6 +21,7 @@
 
 #include "arguments.h"
 #include "errors.h"
+#include "namespace.h"
 #include "result.h"
 #include "settings.h"
 #include "stripe/api_key.h"
@@ -204,10 +205,13 @@ idempotency_stripe_get(PG_FUNCTION_ARGS)
 	StripeRequest request;
 	StripeReply reply;
 	ApiKey		key;
+	Namespace	ns;
 	char	   *path;
 	bool		live;
 	ResultRow	result;
 
+	/* a copied database has to say first whose it is, also for this */
+	namespace_for_stripe(&ns);
 	check_settings();
 	path = argument_path(fcinfo, 0, "GET");
 	memset(&request, 0, sizeof(request));
