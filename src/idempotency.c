@@ -41,6 +41,7 @@ int			stripe_record_timeout = 2 * 1000;
 char	   *stripe_compare_ignore = NULL;
 int			stripe_timeout = 30 * 1000;
 int			stripe_max_retries = 2;
+bool		stripe_key_in_metadata = false;
 int			stripe_log_level = LOG;
 char	   *stripe_api_base = NULL;
 char	   *stripe_version = NULL;
@@ -254,6 +255,14 @@ define_settings(void)
 							   "",
 							   PGC_SUSET, 0,
 							   NULL, NULL, NULL);
+
+	DefineCustomBoolVariable("idempotency.stripe_key_in_metadata",
+							 "Whether what stripe_call() creates carries its idempotency key in its metadata.",
+							 "There it can be found, also by people, after Stripe has forgotten the key.",
+							 &stripe_key_in_metadata,
+							 false,
+							 PGC_USERSET, 0,
+							 NULL, NULL, NULL);
 
 	DefineCustomEnumVariable("idempotency.stripe_log_level",
 							 "Level of the line that is logged about each call to Stripe.",

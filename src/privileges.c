@@ -77,6 +77,8 @@ static const struct
 	{"EXECUTE ON FUNCTION idempotency.stripe_extend", KIND_STRIPE_CALLER},
 	{"EXECUTE ON FUNCTION idempotency.stripe_reopen", KIND_STRIPE_CALLER | KIND_OPERATOR},
 	{"EXECUTE ON FUNCTION idempotency.stripe_lookup", KIND_STRIPE_CALLER | KIND_OPERATOR},
+	{"EXECUTE ON FUNCTION idempotency.stripe_call", KIND_STRIPE_CALLER},
+	{"EXECUTE ON FUNCTION idempotency.stripe_retry", KIND_STRIPE_CALLER | KIND_OPERATOR},
 	{"EXECUTE ON FUNCTION idempotency.stripe_get", KIND_STRIPE_CALLER | KIND_OPERATOR},
 	{"EXECUTE ON FUNCTION idempotency.stripe_namespace", KIND_OPERATOR},
 	{"EXECUTE ON FUNCTION idempotency.stripe_settle", KIND_OPERATOR},

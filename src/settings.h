@@ -40,6 +40,7 @@ extern int	stripe_record_timeout;	/* milliseconds */
 extern char *stripe_compare_ignore; /* comma-separated list */
 extern int	stripe_timeout;		/* milliseconds, of a whole call */
 extern int	stripe_max_retries;
+extern bool stripe_key_in_metadata;
 extern int	stripe_log_level;	/* elevel, or STRIPE_LOG_OFF */
 extern char *stripe_api_base;
 extern char *stripe_version;

@@ -69,6 +69,14 @@ resource_of_error(JsonbContainer *error, StripeBody *body)
 	}
 }
 
+/* Stripe's ids have 255 characters at most; what is longer is none. */
+static void
+drop_if_long(char **value)
+{
+	if (*value != NULL && strlen(*value) > STRIPE_ID_MAX)
+		*value = NULL;
+}
+
 /*
  * Make out a body, or none.
  */
@@ -95,6 +103,9 @@ stripe_read_body(Jsonb *json, StripeBody *body)
 		body->resource_id = stripe_string_member(root, "id");
 		body->resource_type = stripe_string_member(root, "object");
 	}
+
+	drop_if_long(&body->resource_id);
+	drop_if_long(&body->resource_type);
 
 	body->livemode_isnull = !(get_member(root, "livemode", &value) && value.type == jbvBool);
 	if (!body->livemode_isnull)

@@ -14,6 +14,8 @@
 
 #include "utils/jsonb.h"
 
+#define STRIPE_ID_MAX 255
+
 /* A body, and what is known from it; pointers are NULL where there is nothing */
 typedef struct StripeBody
 {

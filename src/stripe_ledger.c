@@ -372,6 +372,18 @@ stripe_row_string(LedgerRow *row, int column)
 	return row->isnull[column] ? NULL : TextDatumGetCString(row->values[column]);
 }
 
+/* Is it known to be a call of API v2, which has rules of its own? */
+static bool
+is_of_api_v2(LedgerRow *row)
+{
+	struct varlena *path;
+
+	if (row->isnull[S_PATH])
+		return false;
+	path = PG_DETOAST_DATUM_PACKED(row->values[S_PATH]);
+	return VARSIZE_ANY_EXHDR(path) >= 4 && memcmp(VARDATA_ANY(path), "/v2/", 4) == 0;
+}
+
 /* Until when may the same key and bytes be sent again?  0 where they never were. */
 TimestampTz
 stripe_resend_until(LedgerRow *row, int64 margin)
@@ -379,7 +391,8 @@ stripe_resend_until(LedgerRow *row, int64 margin)
 	if (row->isnull[S_FIRST_SENT_AT])
 		return 0;
 	return DatumGetTimestampTz(row->values[S_FIRST_SENT_AT]) +
-		STRIPE_KEY_RETENTION_USECS - margin;
+		(is_of_api_v2(row) ? STRIPE_V2_KEY_RETENTION_USECS : STRIPE_KEY_RETENTION_USECS) -
+		margin;
 }
 
 static bool
@@ -438,12 +451,11 @@ resend_may_settle(LedgerRow *row)
 
 	if (!row->isnull[S_ERROR])
 		error = &DatumGetJsonbP(row->values[S_ERROR])->root;
+	memset(&answer, 0, sizeof(answer));
 	answer.http_status = DatumGetInt32(row->values[S_HTTP_STATUS]);
-	answer.sent = true;
-	answer.body_complete = true;
 	answer.error_type = string_member(error, "type");
 	answer.error_code = string_member(error, "code");
-	return stripe_classify(&answer).resend;
+	return stripe_resend_may_settle(&answer, is_of_api_v2(row));
 }
 
 /* ---------- claim ---------- */

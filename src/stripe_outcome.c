@@ -304,6 +304,33 @@ stripe_retry_at_once(const StripeAnswer *answer, const StripeClass *class,
 }
 
 /*
+ * An answer is recorded with an outcome that isn't known: may the same request
+ * settle it, sent again?
+ *
+ * An answer that means something else if it was whole was not.
+ */
+bool
+stripe_resend_may_settle(const StripeAnswer *answer, bool api_v2)
+{
+	StripeAnswer recorded = *answer;
+	StripeClass class;
+
+	recorded.sent = true;
+	recorded.body_complete = true;
+	class = stripe_classify(&recorded);
+	if (class.outcome == STRIPE_COMPLETED || class.outcome == STRIPE_FAILED)
+	{
+		recorded.body_complete = false;
+		class = stripe_classify(&recorded);
+	}
+
+	/* API v2 executes again what has failed */
+	if (api_v2 && recorded.http_status == 500)
+		return true;
+	return class.resend;
+}
+
+/*
  * Give an outcome's label in the SQL type idempotency.outcome.
  */
 const char *

@@ -267,10 +267,10 @@ parse_body(const char *body, size_t len)
 }
 
 /*
- * An error object of ours, for want of one of Stripe's.
+ * An error object of ours, for want of one of Stripe's.  "request" may be NULL.
  */
-static Jsonb *
-own_error(const char *type, const char *message)
+Jsonb *
+exchange_error(const char *type, const char *message, Jsonb *request)
 {
 	StringInfoData text;
 	char	   *ascii = pstrdup(message);
@@ -287,6 +287,11 @@ own_error(const char *type, const char *message)
 	escape_json(&text, type);
 	appendStringInfoString(&text, ", \"message\": ");
 	escape_json(&text, ascii);
+	if (request != NULL)
+	{
+		appendStringInfoString(&text, ", \"recorded_request\": ");
+		(void) JsonbToCString(&text, &request->root, VARSIZE(request));
+	}
 	appendStringInfoChar(&text, '}');
 	return DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(text.data)));
 }
@@ -323,11 +328,11 @@ read_response(const StripeRequest *request, const HttpResponse *response,
 	if (reply->body.error == NULL && !answer->body_complete)
 	{
 		if (response->status == 0)
-			reply->body.error = own_error("api_connection_error", response->problem);
+			reply->body.error = exchange_error("api_connection_error", response->problem, NULL);
 		else if (!response->whole)
-			reply->body.error = own_error("api_error", response->problem);
+			reply->body.error = exchange_error("api_error", response->problem, NULL);
 		else
-			reply->body.error = own_error("api_error", "answer is not a JSON object");
+			reply->body.error = exchange_error("api_error", "answer is not a JSON object", NULL);
 	}
 }
 
@@ -339,7 +344,7 @@ not_sent(StripeReply *reply, const char *reason)
 	reply->outcome = STRIPE_NOT_EXECUTED;
 	reply->reason = reason;
 	reply->resend = true;
-	reply->body.error = own_error("api_connection_error", reason);
+	reply->body.error = exchange_error("api_connection_error", reason, NULL);
 	reply->body.livemode_isnull = true;
 }
 
@@ -376,6 +381,7 @@ exchange(const StripeRequest *request, const ApiKey *key,
 	http.bearer = key->secret;
 	http.body = request->body;
 	http.body_len = request->body_len;
+	http.sending = request->sending;
 	http.max_body = (size_t) max_response_size * 1024;
 	http.ca_file = stripe_ca_file[0] != '\0' ? stripe_ca_file : NULL;
 

@@ -33,6 +33,8 @@ typedef struct StripeRequest
 	const char *content_type;	/* of the body */
 	const char *body;			/* or NULL */
 	int			body_len;
+	void		(*sending) (void);	/* called before the first byte leaves, in
+									 * each attempt, or NULL; must raise nothing */
 } StripeRequest;
 
 /* When a call has to be over. */
@@ -63,5 +65,6 @@ extern void exchange_deadline(StripeDeadline *deadline, Duration timeout);
 extern void exchange(const StripeRequest *request, const ApiKey *key,
 					 const StripeDeadline *deadline, StripeReply *reply);
 extern void exchange_check_key(const ApiKey *key);
+extern Jsonb *exchange_error(const char *type, const char *message, Jsonb *request);
 
 #endif							/* IDEMPOTENCY_STRIPE_EXCHANGE_H */

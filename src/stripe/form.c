@@ -221,3 +221,13 @@ form_encode(StringInfo out, Jsonb *params, Size max_size)
 	encode_container(&form, &params->root, 1);
 	pfree(form.name.data);
 }
+
+/*
+ * Append one more member, whose name needs no encoding.
+ */
+void
+form_append(StringInfo out, bool first, const char *name, const char *value)
+{
+	appendStringInfo(out, "%s%s=", first ? "" : "&", name);
+	append_encoded(out, value, strlen(value));
+}

@@ -209,6 +209,8 @@ before_request(void *arg, char *remote_address, char *local_address,
 		transfer->refusal = "connection was closed before the answer";
 		return CURL_PREREQFUNC_ABORT;
 	}
+	if (transfer->request->sending != NULL)
+		transfer->request->sending();
 	transfer->response->sent = true;
 	return CURL_PREREQFUNC_OK;
 }

@@ -30,6 +30,8 @@ typedef struct HttpRequest
 	size_t		max_body;		/* largest answer, in bytes */
 	const char *ca_file;		/* certificates to trust, or NULL for the
 								 * system's */
+	void		(*sending) (void);	/* called immediately before the first byte
+									 * leaves, or NULL; must raise nothing */
 } HttpRequest;
 
 #define HTTP_TEXT_MAX 256

@@ -100,6 +100,19 @@ path_is_v2(const char *path)
 	return path[2] == '2';
 }
 
+/* What a POST creates with metadata; any other might refuse the parameter. */
+static const char *const with_metadata[] = {
+	"/v1/accounts", "/v1/application_fees/*/refunds", "/v1/charges",
+	"/v1/checkout/sessions", "/v1/coupons", "/v1/credit_notes", "/v1/customers",
+	"/v1/customers/*/balance_transactions", "/v1/invoiceitems", "/v1/invoices",
+	"/v1/issuing/cardholders", "/v1/issuing/cards", "/v1/payment_intents",
+	"/v1/payment_links", "/v1/payment_methods", "/v1/payouts", "/v1/plans",
+	"/v1/prices", "/v1/products", "/v1/promotion_codes", "/v1/quotes", "/v1/refunds",
+	"/v1/setup_intents", "/v1/shipping_rates", "/v1/subscription_items",
+	"/v1/subscription_schedules", "/v1/subscriptions", "/v1/tax_rates", "/v1/topups",
+	"/v1/transfers", "/v1/transfers/*/reversals"
+};
+
 /* The next entry of a list, without the white space around it, or NULL. */
 static const char *
 next_entry(const char **list, size_t *len)
@@ -211,6 +224,22 @@ matches(const char *pattern, size_t len, const char *path)
 		len--;
 	}
 	return *path == '\0';
+}
+
+/*
+ * Does a POST to this path create something that has metadata?
+ */
+bool
+path_takes_metadata(const char *path)
+{
+	int			i;
+
+	for (i = 0; i < lengthof(with_metadata); i++)
+	{
+		if (matches(with_metadata[i], strlen(with_metadata[i]), path))
+			return true;
+	}
+	return false;
 }
 
 /*

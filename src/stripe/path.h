@@ -14,6 +14,7 @@
 
 extern const char *path_problem(const char *path);
 extern bool path_is_v2(const char *path);
+extern bool path_takes_metadata(const char *path);
 extern const char *path_list_problem(const char *list);
 extern bool path_is_allowed(const char *list, const char *method, const char *path);
 extern const char *api_base_problem(const char *base);

@@ -20,7 +20,8 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 
 our @EXPORT = qw(
-  TEST_KEY stripe_node write_key stripe_get stripe_row settings
+  TEST_KEY stripe_node write_key stripe_get stripe_call stripe_retry stripe_row
+  operation settings
 );
 
 use constant TEST_KEY => 'sk_test_0123456789abcdefghijklmn';
@@ -78,6 +79,16 @@ Statements that set idempotency.* for a session.
 
 A call of stripe_get(); the answer is a hash reference.
 
+=item stripe_call($node, $type, $id, $method, $path, params => {...}, ...)
+
+=item stripe_retry($node, $type, $id, ...)
+
+Likewise.
+
+=item operation($node, $type, $id, account => ...)
+
+What stripe_lookup() says of an operation.
+
 =item stripe_row($node, $query, settings => {...})
 
 Any query's row as a hash reference.
@@ -105,9 +116,10 @@ sub stripe_row
 			  . "SELECT pg_catalog.row_to_json(r) FROM $query r"));
 }
 
-sub stripe_get
+# A function called with arguments by position, then by name.
+sub stripe_function
 {
-	my ($node, $path, %values) = @_;
+	my ($node, $function, $positional, %values) = @_;
 	my $settings = delete $values{settings};
 	my $db = delete $values{db};
 	my $before = delete $values{before};
@@ -115,12 +127,36 @@ sub stripe_get
 	$values{params} = $json->encode($values{params}) if ref $values{params};
 	return stripe_row(
 		$node,
-		'idempotency.stripe_get('
-		  . join(', ', literal($path), map { "$_ => " . literal($values{$_}) } sort keys %values)
+		"idempotency.$function("
+		  . join(', ', (map { literal($_) } @$positional), map { "$_ => " . literal($values{$_}) } sort keys %values)
 		  . ')',
 		settings => $settings,
 		before => $before,
 		db => $db);
+}
+
+sub stripe_get
+{
+	my ($node, $path, %values) = @_;
+	return stripe_function($node, 'stripe_get', [$path], %values);
+}
+
+sub stripe_call
+{
+	my ($node, $type, $id, $method, $path, %values) = @_;
+	return stripe_function($node, 'stripe_call', [ $type, $id, $method, $path ], %values);
+}
+
+sub stripe_retry
+{
+	my ($node, $type, $id, %values) = @_;
+	return stripe_function($node, 'stripe_retry', [ $type, $id ], %values);
+}
+
+sub operation
+{
+	my ($node, $type, $id, %values) = @_;
+	return stripe_function($node, 'stripe_lookup', [ $type, $id ], %values);
 }
 
 1;
