@@ -520,7 +520,8 @@ my $refused = arrivals
 	run_fails($node, settings(stripe_allowed_paths => 'GET /v1/**') . $call, '42501', 'a path that is not allowed');
 	run_fails($node, settings(stripe_api_base => 'x') . $call, '22023', 'a bad base');
 	run_fails($node, settings(stripe_api_key_file => '/nowhere') . $call, '58P01', 'no API key');
-	run_fails($node, "LOAD 'idempotency'; SET dynamic_library_path = '/nonexistent'; $call", 'IK010', 'no library');
+	run_fails($node, q{DO $$ BEGIN PERFORM idempotency.stripe_call('', '', '', ''); EXCEPTION WHEN OTHERS THEN NULL; END $$;
+		SET dynamic_library_path = '/nonexistent';} . $call, 'IK010', 'no library');
 	sql($node, 'CREATE ROLE nobody') ;
 	run_fails($node, "SET ROLE nobody; $call", '42501', 'no privilege');
 };
