@@ -8,10 +8,13 @@
  * stripe_call() does something, and so is an operation of the ledger
  * (stripe_ledger.c).  The order of things is what makes it safe:
  *
- *	1. arguments, settings and API key are checked; anything wrong is an error
- *	   now, and leaves no trace
- *	2. recorder_claim(): key, bytes, path, account, version and time are
- *	   committed, whatever becomes of the caller
+ *	1. arguments and settings are checked; anything wrong is an error now, and
+ *	   leaves no trace
+ *	2. recorder_claim(): a look at the ledger, which answers most repeated
+ *	   calls.  Only if there is something to send, library, parameters and API
+ *	   key are seen to (prepare_call(), still without a trace), and then key,
+ *	   bytes, path, account, version and time are committed, whatever becomes
+ *	   of the caller
  *	3. the stored request is sent, in as many attempts as there is reason and
  *	   time for; recorder_sending() notes that the first byte is about to leave
  *	4. recorder_record(): what came back is committed
@@ -298,6 +301,7 @@ typedef struct Call
 	StripeCall	call;
 	StripeCallClaim claim;
 	StripeReply reply;
+	Jsonb	   *params;
 	ApiKey		key;
 	ResultRow	result;
 } Call;
@@ -409,17 +413,20 @@ encode_request(StripeCall *call, const char *path, Jsonb *params)
 }
 
 /*
- * The caller's key is read, and checked as far as it can be.  It has to be
- * wiped.
+ * The call is going to be sent: see to all that this takes, which a replay
+ * does without.  The API key has to be wiped.
  */
 static void
-begin_call(Call *call)
+prepare_call(void *arg)
 {
+	Call	   *call = arg;
+
 	(void) http_client();
+	if (!call->call.resend)
+		encode_request(&call->call, call->call.path, call->params);
 	api_key_read(&call->key);
 	exchange_check_key(&call->key);
 	call->call.livemode = call->key.live;
-	call->call.answer_room = Min(ANSWER_ROOM, (Size) max_response_size * 1024 * 2);
 }
 
 /* What is known of an operation that isn't sent now. */
@@ -578,10 +585,14 @@ run_call(Call *call)
 static Datum
 finish_call(FunctionCallInfo fcinfo, Call *call)
 {
+	call->call.livemode = -1;
+	call->call.answer_room = Min(ANSWER_ROOM, (Size) max_response_size * 1024 * 2);
+	call->call.prepare = prepare_call;
+	call->call.prepare_arg = call;
+
 	result_begin(&call->result, fcinfo, R_NCOLUMNS);
 	PG_TRY();
 	{
-		begin_call(call);
 		run_call(call);
 	}
 	PG_FINALLY();
@@ -600,8 +611,6 @@ Datum
 idempotency_stripe_call(PG_FUNCTION_ARGS)
 {
 	Call		call;
-	char	   *path;
-	Jsonb	   *params;
 
 	memset(&call, 0, sizeof(call));
 	call.call.operation_type = text_to_cstring(argument_text(fcinfo, 0, "operation_type"));
@@ -609,12 +618,11 @@ idempotency_stripe_call(PG_FUNCTION_ARGS)
 	call.call.method = argument_method(fcinfo, 2);
 	call.call.account = argument_account(fcinfo, 5);
 	check_settings();
-	path = argument_path(fcinfo, 3, call.call.method);
-	params = argument_params(fcinfo, 4);
+	call.call.path = argument_path(fcinfo, 3, call.call.method);
+	call.params = argument_params(fcinfo, 4);
 	exchange_deadline(&call.deadline, argument_duration(fcinfo, 6, "timeout"));
 	call.call.api_version = stripe_version;
-	call.call.request = describe_request(call.call.method, path, params);
-	encode_request(&call.call, path, params);
+	call.call.request = describe_request(call.call.method, call.call.path, call.params);
 
 	PG_RETURN_DATUM(finish_call(fcinfo, &call));
 }

@@ -108,6 +108,10 @@ is(arrivals {
 		'another path, too');
 	has(stripe_retry($node, 'payment', 'first'), { %$r, replayed => $true, attempts => 0 }, 'nothing to be retried');
 }, 0, 'and nothing is sent');
+is(arrivals {
+	has(pay('first', settings => { stripe_api_key_file => '/nowhere' }), { %$r, replayed => $true, attempts => 0 },
+		'a replay needs no API key');
+}, 0, 'since nothing is sent');
 charges('first', 1);
 is(pay('First')->{replayed}, $false, 'another id is another operation');
 is(pay('first', account => 'acct_1')->{replayed}, $false, 'and so is another account');
