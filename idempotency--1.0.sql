@@ -334,12 +334,6 @@ RETURNS text
 AS 'MODULE_PATHNAME', 'idempotency_stripe_callers_fate'
 LANGUAGE C STABLE CALLED ON NULL INPUT PARALLEL RESTRICTED;
 
-CREATE FUNCTION idempotency.stripe_get(path text, params jsonb DEFAULT '{}',
-	account text DEFAULT '', timeout interval DEFAULT NULL)
-RETURNS idempotency.stripe_call_result
-AS 'MODULE_PATHNAME', 'idempotency_stripe_get'
-LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
-
 CREATE FUNCTION idempotency.stripe_namespace(choice text)
 RETURNS void
 AS 'MODULE_PATHNAME', 'idempotency_stripe_namespace'
@@ -858,13 +852,6 @@ COMMENT ON FUNCTION idempotency.stripe_caller_is_gone(bigint, text) IS
 COMMENT ON FUNCTION idempotency.stripe_callers_fate(xid8[], bigint) IS
 	'What became of the transactions behind a call to Stripe: committed, open, rolled back or not known. '
 	'For the views. callers and system_identifier: as in stripe_idempotency_keys';
-COMMENT ON FUNCTION idempotency.stripe_get(text, jsonb, text, interval) IS
-	'Reads from Stripe''s API; nothing is recorded. Call it in FROM. '
-	'path: /v1/... or /v2/...; params: become the query string (default {}); account: default ''''; '
-	'timeout: of the whole call (default idempotency.stripe_timeout, 30 s). '
-	'What Stripe or the network does is a result. Raises IK003, IK007, IK009, '
-	'IK010 where the library idempotency_stripe isn''t installed, '
-	'42501 for a path that idempotency.stripe_allowed_paths doesn''t allow, F0000 without a usable API key';
 COMMENT ON FUNCTION idempotency.stripe_namespace(text) IS
 	'Decides once in a copied database. choice: keep, where the copy replaces its original, '
 	'or new, where both live on. Raises IK003, IK009 where it is decided already';

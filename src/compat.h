@@ -86,15 +86,6 @@
 #define interval_is_infinite(span) false
 #endif
 
-/* 17: a wait of ours has a name of its own, made at the first use */
-#include "utils/wait_event.h"
-#if PG_VERSION_NUM >= 170000
-#define wait_event_compat(number, name) \
-	(*(number) != 0 ? *(number) : (*(number) = WaitEventExtensionNew(name)))
-#else
-#define wait_event_compat(number, name) ((void) (number), PG_WAIT_EXTENSION)
-#endif
-
 /* 17: a WaitEventSet belongs to a resource owner, or to nobody */
 #if PG_VERSION_NUM >= 170000
 #define CreateWaitEventSetCompat(nevents) CreateWaitEventSet(NULL, nevents)

@@ -34,6 +34,7 @@
 #include "utils/json.h"
 #include "utils/memutils.h"
 #include "utils/timeout.h"
+#include "utils/wait_event.h"
 
 #include "compat.h"
 #include "errors.h"
@@ -133,11 +134,14 @@ pause_for(int64 ms)
 	StripeDeadline pause = {.limit = ms};
 	int64		left;
 
+	if (wait_event == 0)
+		wait_event = WAIT_EVENT_NEW("IdempotencyStripePause");
+
 	INSTR_TIME_SET_CURRENT(pause.start);
 	while ((left = left_ms(&pause)) > 0)
 	{
 		if (WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, (long) left,
-					  wait_event_compat(&wait_event, "IdempotencyStripePause")) & WL_LATCH_SET)
+					  wait_event) & WL_LATCH_SET)
 			ResetLatch(MyLatch);
 		CHECK_FOR_INTERRUPTS();
 	}

@@ -55,6 +55,7 @@
 #include "storage/fd.h"
 #include "storage/latch.h"
 #include "utils/memutils.h"
+#include "utils/wait_event.h"
 
 #include "compat.h"
 #include "stripe/http.h"
@@ -613,6 +614,9 @@ run(WaitEventSet *volatile *set)
 {
 	CURLMcode	mcode = act(CURL_SOCKET_TIMEOUT, 0);
 
+	if (wait_event == 0)
+		wait_event = WAIT_EVENT_NEW("IdempotencyStripe");
+
 	for (;;)
 	{
 		WaitEvent	events[MAX_SOCKETS + 2];
@@ -646,8 +650,7 @@ run(WaitEventSet *volatile *set)
 			*set = build_wait_set();
 		}
 
-		nevents = WaitEventSetWait(*set, time_to_wait(), events, lengthof(events),
-								   wait_event_compat(&wait_event, "IdempotencyStripe"));
+		nevents = WaitEventSetWait(*set, time_to_wait(), events, lengthof(events), wait_event);
 		for (i = 0; i < nevents && mcode == CURLM_OK; i++)
 		{
 			int			what = 0;

@@ -39,6 +39,7 @@
 
 #include "fmgr.h"
 #include "lib/stringinfo.h"
+#include "miscadmin.h"
 #include "utils/builtins.h"
 #include "utils/json.h"
 #include "utils/jsonb.h"
@@ -305,6 +306,24 @@ typedef struct Call
 	ApiKey		key;
 	ResultRow	result;
 } Call;
+
+/*
+ * The operation, checked along with the state that this server and database
+ * must be in.
+ */
+static void
+begin_operation(StripeCall *call, FunctionCallInfo fcinfo, int account_argno, const char *function)
+{
+	Operation	op;
+
+	PreventCommandDuringRecovery(function);
+	PreventCommandIfReadOnly(function);
+
+	call->operation_type = text_to_cstring(argument_text(fcinfo, 0, "operation_type"));
+	call->operation_id = text_to_cstring(argument_text(fcinfo, 1, "operation_id"));
+	call->account = argument_account(fcinfo, account_argno);
+	operation_init(&op, call->operation_type, call->operation_id, call->account);
+}
 
 static char *
 argument_method(FunctionCallInfo fcinfo, int argno)
@@ -613,10 +632,8 @@ idempotency_stripe_call(PG_FUNCTION_ARGS)
 	Call		call;
 
 	memset(&call, 0, sizeof(call));
-	call.call.operation_type = text_to_cstring(argument_text(fcinfo, 0, "operation_type"));
-	call.call.operation_id = text_to_cstring(argument_text(fcinfo, 1, "operation_id"));
+	begin_operation(&call.call, fcinfo, 5, "idempotency.stripe_call()");
 	call.call.method = argument_method(fcinfo, 2);
-	call.call.account = argument_account(fcinfo, 5);
 	check_settings();
 	call.call.path = argument_path(fcinfo, 3, call.call.method);
 	call.params = argument_params(fcinfo, 4);
@@ -636,9 +653,7 @@ idempotency_stripe_retry(PG_FUNCTION_ARGS)
 	Call		call;
 
 	memset(&call, 0, sizeof(call));
-	call.call.operation_type = text_to_cstring(argument_text(fcinfo, 0, "operation_type"));
-	call.call.operation_id = text_to_cstring(argument_text(fcinfo, 1, "operation_id"));
-	call.call.account = argument_account(fcinfo, 2);
+	begin_operation(&call.call, fcinfo, 2, "idempotency.stripe_retry()");
 	call.call.resend = true;
 	check_settings();
 	exchange_deadline(&call.deadline, argument_duration(fcinfo, 3, "timeout"));

@@ -19,7 +19,7 @@ my $wrappers = slurp_file("$top/sql/wrappers.sql");
 
 # calls to Stripe are made to the fake
 my $stripe = FakeStripe->start;
-my $node = stripe_node('main', $stripe, extension => 0);
+my $node = stripe_node('main', $stripe, preload => 1, extension => 0);
 
 #
 # Every block marked sql, in order, in one psql.  A line "--> a | b" is a row
