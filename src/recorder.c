@@ -766,6 +766,7 @@ fill_call_claim(StripeClaim *claim, StripeCallClaim *answer)
 	answer->idempotency_key = stripe_row_string(row, S_IDEMPOTENCY_KEY);
 	answer->attempt = DatumGetInt32(row->values[S_ATTEMPT]);
 	answer->generation = DatumGetInt32(row->values[S_GENERATION]);
+	answer->uncertain = DatumGetBool(row->values[S_UNCERTAIN]);
 	answer->request = row_jsonb(row, S_REQUEST);
 	answer->method = stripe_row_string(row, S_METHOD);
 	answer->path = stripe_row_string(row, S_PATH);

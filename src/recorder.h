@@ -85,6 +85,8 @@ typedef struct StripeCallClaim
 									 * transaction has just claimed it */
 	int			attempt;
 	int			generation;
+	bool		uncertain;		/* may an earlier attempt of this generation
+								 * have been executed? */
 	Jsonb	   *request;
 	char	   *method;			/* NULL where only stripe_claim() has claimed it */
 	char	   *path;

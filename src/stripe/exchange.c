@@ -108,7 +108,7 @@ exchange_deadline(StripeDeadline *deadline, Duration timeout)
 {
 	INSTR_TIME_SET_CURRENT(deadline->start);
 	deadline->limit = timeout.given ?
-		Min((timeout.usecs + 999) / 1000, LONGEST_CALL) : stripe_timeout;
+		Min(timeout.usecs / 1000, LONGEST_CALL) : stripe_timeout;
 	deadline->of_statement = false;
 	bound_by(deadline, STATEMENT_TIMEOUT);
 #ifdef HAVE_TRANSACTION_TIMEOUT
@@ -377,6 +377,12 @@ exchange(const StripeRequest *request, const ApiKey *key,
 		return;
 	}
 
+	if (left_ms(deadline) <= 0)
+	{
+		not_sent(reply, gettext_noop("no time is left"));
+		return;
+	}
+
 	set_headers(request, key, headers);
 	memset(&http, 0, sizeof(http));
 	http.method = request->method;
@@ -396,7 +402,7 @@ exchange(const StripeRequest *request, const ApiKey *key,
 		StripeClass class;
 		int64		pause;
 
-		http.timeout = (long) Max(left_ms(deadline), 1);
+		http.timeout = (long) Max(left_ms(deadline), 1);	/* 0 is for ever */
 		http.connect_timeout = Min(http.timeout, CONNECT_TIMEOUT);
 		PG_TRY();
 		{
@@ -415,6 +421,7 @@ exchange(const StripeRequest *request, const ApiKey *key,
 		read_response(request, &response, reply, &answer, &class);
 		pfree(response.body);
 		reply->sent = sent;
+		reply->uncertain = uncertain;
 		reply->attempts = attempts;
 		reply->outcome = class.outcome;
 		reply->resend = class.resend;

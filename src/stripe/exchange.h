@@ -53,6 +53,8 @@ typedef struct StripeReply
 	const char *reason;			/* for people; marked for translation */
 	bool		resend;			/* may the same, sent again, settle it? */
 	bool		sent;			/* may a byte of any attempt have left? */
+	bool		uncertain;		/* may an attempt before the last have been
+								 * executed? */
 	int			attempts;		/* that were begun */
 	int			http_status;	/* of the last attempt, 0 without an answer */
 	char	   *request_id;		/* of the last attempt, or NULL */

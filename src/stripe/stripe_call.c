@@ -45,6 +45,7 @@
 #include "utils/jsonb.h"
 
 #include "arguments.h"
+#include "debug_point.h"
 #include "errors.h"
 #include "namespace.h"
 #include "recorder.h"
@@ -503,7 +504,7 @@ accept_missing(Call *call)
 	if (strcmp(call->claim.method, "DELETE") == 0 && !path_is_v2(call->claim.path) &&
 		reply->http_status == 404 && reply->body.error_code != NULL &&
 		strcmp(reply->body.error_code, "resource_missing") == 0 &&
-		(reply->attempts > 1 || call->claim.attempt > 1))
+		(reply->uncertain || call->claim.uncertain))
 	{
 		reply->outcome = STRIPE_COMPLETED;
 		reply->reason = gettext_noop("it is gone already");
@@ -544,7 +545,9 @@ send_call(Call *call)
 	}
 	request.sending = recorder_sending;
 
+	DEBUG_POINT("before-send");
 	exchange(&request, &call->key, &call->deadline, &call->reply);
+	DEBUG_POINT("after-answer");
 	accept_missing(call);
 }
 

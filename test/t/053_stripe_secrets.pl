@@ -14,7 +14,7 @@ use StripeTest;
 use Test::More;
 
 my $stripe = FakeStripe->start(tls_dir => PostgreSQL::Test::Utils::tempdir('tls') . '/tls');
-my $node = stripe_node('main', $stripe, conf => q{
+my $node = stripe_node('main', $stripe, preload => 1, conf => q{
 idempotency.stripe_max_retries = 0
 log_statement = all
 log_min_messages = debug5
@@ -229,7 +229,15 @@ foreach my $what (qw(401 403 409 429 500 502 close_before reset_after cut garble
 	$stderr .= join(' ', map { $_ // '' } $node->psql('postgres',
 			"SET client_min_messages = debug5; SELECT * FROM idempotency.stripe_get('/v1/customers')"));
 	$stripe->clear_faults;
+
+	$stripe->fault($what);
+	$stderr .= join(' ', map { $_ // '' } $node->psql('postgres',
+			"SET client_min_messages = debug5; SELECT * FROM idempotency.stripe_call('customer', '$what', 'POST', '/v1/customers', '{}')"));
+	$stripe->clear_faults;
+	$stderr .= join(' ', map { $_ // '' } $node->psql('postgres',
+			"SET client_min_messages = debug5; SELECT * FROM idempotency.stripe_retry('customer', '$what')"));
 }
+is(sql($node, 'SELECT count(*) > 10 FROM idempotency.stripe_idempotency_keys WHERE body IS NOT NULL'), 't', 'calls were recorded');
 foreach my $certificate (qw(wrong_host unknown_ca expired))
 {
 	$stderr .= join(' ', map { $_ // '' } $node->psql('postgres', settings(%tls,

@@ -269,6 +269,7 @@ foreach my $case (
 	[ 'refused', settings => { stripe_api_base => $unused } ],
 	[ 'no such host', settings => { stripe_api_base => 'https://no-such-host.invalid' } ],
 	[ 'no TLS', settings => { stripe_api_base => $stripe->url =~ s/http/https/r }, timeout => '500 ms' ],
+	[ 'no time', timeout => '1 us', settings => { stripe_max_retries => 3 } ],
 	[ 'no time before statement_timeout', before => q{SET statement_timeout = '900 ms'} ])
 {
 	my ($name, %how) = @$case;
@@ -353,6 +354,29 @@ foreach my $what (qw(hang_before hang_after))
 }
 
 #
+# Many at once
+#
+
+{
+	my @sessions = map { $node->background_psql('postgres') } 1 .. 6;
+	my $hang = $stripe->fault('hang_after');
+	my $query = "SELECT outcome FROM idempotency.stripe_call('payment', 'at once', 'POST', "
+	  . literal('/v1/payment_intents') . ', ' . literal($json->encode(\%payment)) . ");\n";
+
+	is(arrivals {
+		$_->query_until(qr/begun/, "\\echo begun\n$query") foreach @sessions;
+		$stripe->wait_fault($hang, holding => 1);
+		ok($node->poll_query_until('postgres', q{SELECT count(*) = 1 FROM pg_stat_activity WHERE query ~ 'at once' AND state = 'active' AND pid <> pg_backend_pid()}),
+			'of six that call at once one is left that sends');
+		$stripe->release($hang);
+		ok($node->poll_query_until('postgres', q{SELECT (idempotency.stripe_lookup('payment', 'at once')).outcome = 'completed'}), 'and does');
+		$_->quit foreach @sessions;
+	}, 1, 'once');
+	charges('at once', 1);
+	$stripe->clear_faults;
+}
+
+#
 # Time
 #
 
@@ -410,8 +434,10 @@ has(stripe_call($node, 'delete', '1', 'DELETE', "/v1/customers/$customer"), { ou
 	'gone is what it should be');
 stripe_call($node, 'delete', 'params', 'DELETE', "/v1/subscriptions/sub_1", params => { prorate => $true, a => [ 1 ] });
 is(($stripe->arrivals)[-1]->{target}, '/v1/subscriptions/sub_1?a[0]=1&prorate=true', 'its parameters are a query');
+$stripe->fault('429');
+is(stripe_call($node, 'delete', '2', 'DELETE', '/v1/customers/cus_none')->{outcome}, 'not_executed', 'a DELETE that Stripe refuses');
 has(stripe_call($node, 'delete', '2', 'DELETE', '/v1/customers/cus_none'), { outcome => 'failed', http_status => 404 },
-	'what was never there is not');
+	'has not deleted anything');
 
 #
 # stripe_retry()
