@@ -579,17 +579,26 @@ is_watched(curl_socket_t fd)
 }
 
 /*
- * A set of all that ends a wait.  A set can't be told to forget a socket, so
- * a new one is made whenever libcurl changes its mind.
+ * Make a set of all that ends a wait.  A set can't be told to forget a socket,
+ * so a new one is made whenever libcurl changes its mind.  It is the caller's
+ * as soon as it exists: what follows may fail.
  */
-static WaitEventSet *
-build_wait_set(void)
+static void
+build_wait_set(WaitEventSet *volatile *set)
 {
-	WaitEventSet *set = CreateWaitEventSetCompat(MAX_SOCKETS + 2);
 	int			i;
 
-	AddWaitEventToSet(set, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
-	AddWaitEventToSet(set, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
+	if (*set != NULL)
+	{
+		WaitEventSet *old = *set;
+
+		*set = NULL;
+		FreeWaitEventSet(old);
+	}
+
+	*set = CreateWaitEventSetCompat(MAX_SOCKETS + 2);
+	AddWaitEventToSet(*set, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
+	AddWaitEventToSet(*set, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
 	for (i = 0; i < nsockets; i++)
 	{
 		uint32		events = 0;
@@ -599,10 +608,9 @@ build_wait_set(void)
 		if (sockets[i].what & CURL_POLL_OUT)
 			events |= WL_SOCKET_WRITEABLE;
 		if (events != 0)
-			AddWaitEventToSet(set, events, sockets[i].fd, NULL, NULL);
+			AddWaitEventToSet(*set, events, sockets[i].fd, NULL, NULL);
 	}
 	sockets_changed = false;
-	return set;
 }
 
 /*
@@ -641,14 +649,7 @@ run(WaitEventSet *volatile *set)
 		CHECK_FOR_INTERRUPTS();
 
 		if (*set == NULL || sockets_changed)
-		{
-			WaitEventSet *old = *set;
-
-			*set = NULL;
-			if (old != NULL)
-				FreeWaitEventSet(old);
-			*set = build_wait_set();
-		}
+			build_wait_set(set);
 
 		nevents = WaitEventSetWait(*set, time_to_wait(), events, lengthof(events), wait_event);
 		for (i = 0; i < nevents && mcode == CURLM_OK; i++)
