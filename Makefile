@@ -30,6 +30,13 @@ OBJS = \
 	src/settle.o \
 	src/settle_event.o \
 	src/shmem.o \
+	src/stripe/api_key.o \
+	src/stripe/exchange.o \
+	src/stripe/form.o \
+	src/stripe/gateway.o \
+	src/stripe/path.o \
+	src/stripe/stripe_call.o \
+	src/stripe_answer.o \
 	src/stripe_key.o \
 	src/stripe_keys.o \
 	src/stripe_ledger.o \
@@ -39,6 +46,12 @@ OBJS = \
 	src/webhook_signature.o \
 	src/webhooks.o
 
+# the HTTP client, a library of its own: only it needs libcurl
+STRIPE_LIBRARY = idempotency_stripe$(DLSUFFIX)
+STRIPE_OBJS = src/stripe/http.o
+CURL_CONFIG ?= curl-config
+
+PG_CPPFLAGS = -I$(srcdir)/src
 PG_CFLAGS = -Wall -Wextra -Wno-unused-parameter -Wno-sign-compare -Wno-missing-field-initializers
 
 # our own symbols win over the server's, should a minor release export one of their names
@@ -61,7 +74,37 @@ PG_CONFIG ?= pg_config
 PGXS := $(shell $(PG_CONFIG) --pgxs 2>/dev/null)
 ifneq ($(wildcard $(PGXS)),)
 include $(PGXS)
-$(OBJS): $(wildcard src/*.h)
+$(OBJS) $(STRIPE_OBJS): $(wildcard src/*.h src/stripe/*.h)
+
+ifneq ($(shell $(CURL_CONFIG) --version 2>/dev/null),)
+$(STRIPE_OBJS): CPPFLAGS += $(shell $(CURL_CONFIG) --cflags)
+
+$(STRIPE_LIBRARY): $(STRIPE_OBJS)
+	$(LINK.shared) -o $@ $(STRIPE_OBJS) $(LDFLAGS) $(LDFLAGS_SL) $(shell $(CURL_CONFIG) --libs)
+
+all: $(STRIPE_LIBRARY)
+
+install: install-stripe
+.PHONY: install-stripe
+install-stripe: $(STRIPE_LIBRARY) installdirs-lib
+	$(INSTALL_SHLIB) $< '$(DESTDIR)$(pkglibdir)/$(STRIPE_LIBRARY)'
+else
+all: without-stripe
+.PHONY: without-stripe
+without-stripe:
+	@echo "$(STRIPE_LIBRARY) is not built, so no function calls Stripe: $(CURL_CONFIG) is missing" >&2
+	@echo "(on Debian libcurl4-openssl-dev)." >&2
+endif
+
+uninstall: uninstall-stripe
+.PHONY: uninstall-stripe
+uninstall-stripe:
+	rm -f '$(DESTDIR)$(pkglibdir)/$(STRIPE_LIBRARY)'
+
+clean: clean-stripe
+.PHONY: clean-stripe
+clean-stripe:
+	rm -f $(STRIPE_LIBRARY) $(STRIPE_OBJS)
 else
 all install uninstall installcheck check clean:
 	@echo "$@: $(PG_CONFIG) names no PGXS: install PostgreSQL's server development files" >&2

@@ -126,6 +126,22 @@ CREATE TYPE idempotency.webhook_receipt AS (
 	account text
 );
 
+CREATE TYPE idempotency.stripe_call_result AS (
+	outcome idempotency.outcome,
+	replayed boolean,
+	resource_id text,
+	resource_type text,
+	http_status integer,
+	response jsonb,
+	error jsonb,
+	idempotency_key text,
+	request_id text,
+	attempts integer,
+	generation integer,
+	retry_after integer,
+	livemode boolean
+);
+
 --
 -- Tables
 --
@@ -352,6 +368,24 @@ CREATE FUNCTION idempotency.stripe_lookup(operation_type text, operation_id text
 RETURNS idempotency.stripe_key_info
 AS 'MODULE_PATHNAME', 'idempotency_stripe_lookup'
 LANGUAGE C STABLE CALLED ON NULL INPUT PARALLEL RESTRICTED;
+
+CREATE FUNCTION idempotency.stripe_call(operation_type text, operation_id text, method text,
+	path text, params jsonb DEFAULT '{}', account text DEFAULT '', timeout interval DEFAULT NULL)
+RETURNS idempotency.stripe_call_result
+AS 'MODULE_PATHNAME', 'idempotency_stripe_call'
+LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
+
+CREATE FUNCTION idempotency.stripe_retry(operation_type text, operation_id text,
+	account text DEFAULT '', timeout interval DEFAULT NULL)
+RETURNS idempotency.stripe_call_result
+AS 'MODULE_PATHNAME', 'idempotency_stripe_retry'
+LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
+
+CREATE FUNCTION idempotency.stripe_get(path text, params jsonb DEFAULT '{}',
+	account text DEFAULT '', timeout interval DEFAULT NULL)
+RETURNS idempotency.stripe_call_result
+AS 'MODULE_PATHNAME', 'idempotency_stripe_get'
+LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
 CREATE FUNCTION idempotency.stripe_settle(operation_type text, operation_id text,
 	outcome idempotency.outcome, resource_id text DEFAULT NULL, note text DEFAULT NULL,
@@ -710,6 +744,32 @@ COMMENT ON COLUMN idempotency.webhook_receipt.stripe_event_id IS 'Stripe''s id o
 COMMENT ON COLUMN idempotency.webhook_receipt.event_type IS 'Stripe''s type, such as payment_intent.succeeded';
 COMMENT ON COLUMN idempotency.webhook_receipt.account IS 'Connected account, '''' for one''s own';
 
+COMMENT ON TYPE idempotency.stripe_call_result IS
+	'Answer of stripe_call(), stripe_retry() and stripe_get()';
+COMMENT ON COLUMN idempotency.stripe_call_result.outcome IS 'What Stripe did with the call';
+COMMENT ON COLUMN idempotency.stripe_call_result.replayed IS
+	'Does the answer come from an earlier execution?';
+COMMENT ON COLUMN idempotency.stripe_call_result.resource_id IS
+	'Stripe''s id of the object, also of one that a refused call left behind; or NULL';
+COMMENT ON COLUMN idempotency.stripe_call_result.resource_type IS 'Its type, such as payment_intent, or NULL';
+COMMENT ON COLUMN idempotency.stripe_call_result.http_status IS
+	'HTTP status of the last attempt, NULL where no answer came';
+COMMENT ON COLUMN idempotency.stripe_call_result.response IS
+	'Body of the answer, {"error": ...} included; NULL where none came whole';
+COMMENT ON COLUMN idempotency.stripe_call_result.error IS
+	'Stripe''s error object, or one that says why no answer came (type api_connection_error or api_error); '
+	'NULL if there was none';
+COMMENT ON COLUMN idempotency.stripe_call_result.idempotency_key IS
+	'Idempotency-Key of the operation''s current generation; NULL of stripe_get()';
+COMMENT ON COLUMN idempotency.stripe_call_result.request_id IS 'Stripe''s Request-Id of the last attempt, or NULL';
+COMMENT ON COLUMN idempotency.stripe_call_result.attempts IS
+	'How often the request was sent or tried to be sent in this call; 0 if it was not';
+COMMENT ON COLUMN idempotency.stripe_call_result.generation IS 'Generation of the operation; NULL of stripe_get()';
+COMMENT ON COLUMN idempotency.stripe_call_result.retry_after IS
+	'If in_progress, not_executed or unknown, seconds after which to try again, at least 1';
+COMMENT ON COLUMN idempotency.stripe_call_result.livemode IS
+	'true: Stripe''s live mode, false: test mode';
+
 COMMENT ON TABLE idempotency.idempotency_keys IS
 	'Requests that the API received, and their results; change it through the functions only';
 COMMENT ON COLUMN idempotency.idempotency_keys.token IS 'Token of the last claim';
@@ -993,6 +1053,28 @@ COMMENT ON FUNCTION idempotency.stripe_reopen(text, text, text, boolean, integer
 COMMENT ON FUNCTION idempotency.stripe_lookup(text, text, text) IS
 	'Shows an operation as the query''s snapshot sees it, NULL where it was never claimed. '
 	'account: default ''''. For display: only stripe_claim() decides. Raises IK003, IK009';
+COMMENT ON FUNCTION idempotency.stripe_call(text, text, text, text, jsonb, text, interval) IS
+	'Calls Stripe once for an operation, however often it is called, and whatever becomes of the transaction. '
+	'Call it in FROM; (stripe_call(...)).* would call once a column. '
+	'operation_type and operation_id: as in stripe_claim(), must exist before the transaction; '
+	'method: POST or DELETE; path: /v1/... or /v2/...; params: become the body (default {}); '
+	'account: default ''''; timeout: of the whole call (default idempotency.stripe_timeout, 30 s). '
+	'What Stripe or the network does is a result. Raises IK002 for an operation begun in the other mode, '
+	'IK003, IK006 where this transaction has changed the operation or nothing can commit for it, '
+	'IK007, IK008, IK009, IK010, 42501 for a path that idempotency.stripe_allowed_paths doesn''t allow, '
+	'F0000 without a usable API key';
+COMMENT ON FUNCTION idempotency.stripe_retry(text, text, text, interval) IS
+	'Sends what is stored of an operation again, with the same key, where that may settle it; '
+	'otherwise says what is known, as stripe_call(). account: default ''''; '
+	'timeout: default idempotency.stripe_timeout, 30 s. '
+	'Raises IK003 also for an operation never claimed or sent by an application, otherwise as stripe_call()';
+COMMENT ON FUNCTION idempotency.stripe_get(text, jsonb, text, interval) IS
+	'Reads from Stripe''s API; nothing is recorded. Call it in FROM. '
+	'path: /v1/... or /v2/...; params: become the query string (default {}); account: default ''''; '
+	'timeout: of the whole call (default idempotency.stripe_timeout, 30 s). '
+	'What Stripe or the network does is a result. Raises IK003, IK007, IK009, '
+	'IK010 where the library idempotency_stripe isn''t installed, '
+	'42501 for a path that idempotency.stripe_allowed_paths doesn''t allow, F0000 without a usable API key';
 COMMENT ON FUNCTION idempotency.stripe_settle(text, text, idempotency.outcome, text, text, text) IS
 	'Settles an operation whose outcome isn''t known, by somebody who has found out; keeps who, when and note, '
 	'and sends NOTIFY idempotency_settled. '
@@ -1063,4 +1145,5 @@ REVOKE ALL ON ALL TABLES IN SCHEMA idempotency FROM PUBLIC;
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA idempotency FROM PUBLIC;
 REVOKE ALL ON TYPE idempotency.verdict, idempotency.outcome, idempotency.claim_result,
 	idempotency.key_info, idempotency.stripe_claim_result, idempotency.stripe_key_info,
-	idempotency.webhook_claim_result, idempotency.webhook_receipt FROM PUBLIC;
+	idempotency.webhook_claim_result, idempotency.webhook_receipt,
+	idempotency.stripe_call_result FROM PUBLIC;

@@ -206,3 +206,20 @@ interval_datum(int64 usecs)
 	span->time = usecs;
 	return IntervalPGetDatum(span);
 }
+
+/*
+ * A Stripe account: printable ASCII without spaces, since it becomes a header.
+ */
+void
+check_account(const char *account)
+{
+	const char *p = account;
+
+	while (*p > 0x20 && *p <= 0x7e)
+		p++;
+	if (*p != '\0' || p - account > KEY_MAX_CHARS)
+		ereport(ERROR,
+				(errcode(ERRCODE_BAD_ARGUMENT),
+				 errmsg("account must be at most %d printable ASCII characters without spaces",
+						KEY_MAX_CHARS)));
+}

@@ -37,6 +37,7 @@ extern int	argument_http_status(FunctionCallInfo fcinfo, int argno, const char *
 extern void check_size(FunctionCallInfo fcinfo, const int *argnos, int nargs, const char *what);
 
 extern Datum interval_datum(int64 usecs);
+extern void check_account(const char *account);
 extern void check_label(const char *value, int len, bool may_be_empty, const char *name);
 
 #endif							/* IDEMPOTENCY_ARGUMENTS_H */

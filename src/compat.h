@@ -95,10 +95,23 @@
 #define interval_is_infinite(span) false
 #endif
 
+/* 17: a WaitEventSet belongs to a resource owner, or to nobody */
+#if PG_VERSION_NUM >= 170000
+#define CreateWaitEventSetCompat(nevents) CreateWaitEventSet(NULL, nevents)
+#else
+#define CreateWaitEventSetCompat(nevents) CreateWaitEventSet(TopMemoryContext, nevents)
+#endif
+
+/* 17 bounds whole transactions */
+#if PG_VERSION_NUM >= 170000
+#define HAVE_TRANSACTION_TIMEOUT
+#endif
+
 /* 18 names the module and its version */
+#define IDEMPOTENCY_VERSION "1.0"
 #ifdef PG_MODULE_MAGIC_EXT
 #define IDEMPOTENCY_MODULE_MAGIC \
-	PG_MODULE_MAGIC_EXT(.name = "idempotency", .version = "1.0")
+	PG_MODULE_MAGIC_EXT(.name = "idempotency", .version = IDEMPOTENCY_VERSION)
 #else
 #define IDEMPOTENCY_MODULE_MAGIC PG_MODULE_MAGIC
 #endif

@@ -25,6 +25,7 @@
 #include "secret_file.h"
 #include "settings.h"
 #include "shmem.h"
+#include "stripe/path.h"
 
 IDEMPOTENCY_MODULE_MAGIC;
 
@@ -44,6 +45,17 @@ int			webhook_retention = 35 * 24 * 60 * 60;
 int			webhook_payload = WEBHOOK_PAYLOAD_ALL;
 int			webhook_livemode = WEBHOOK_LIVEMODE_ANY;
 char	   *webhook_secret_file = NULL;
+int			stripe_timeout = 30 * 1000;
+int			stripe_max_retries = 2;
+bool		stripe_key_in_metadata = false;
+int			stripe_log_level = LOG;
+char	   *stripe_api_base = NULL;
+char	   *stripe_version = NULL;
+char	   *stripe_allowed_paths = NULL;
+char	   *stripe_api_key_file = NULL;
+char	   *stripe_ca_file = NULL;
+
+static bool settings_are_defined = false;
 
 static const struct config_enum_entry open_claim_options[] = {
 	{"error", OPEN_CLAIM_ERROR, false},
@@ -72,6 +84,21 @@ static const struct config_enum_entry webhook_livemode_options[] = {
 	{NULL, 0, false}
 };
 
+static const struct config_enum_entry stripe_log_options[] = {
+	{"off", STRIPE_LOG_OFF, false},
+	{"debug5", DEBUG5, false},
+	{"debug4", DEBUG4, false},
+	{"debug3", DEBUG3, false},
+	{"debug2", DEBUG2, false},
+	{"debug1", DEBUG1, false},
+	{"debug", DEBUG2, true},
+	{"log", LOG, false},
+	{"info", INFO, true},
+	{"notice", NOTICE, false},
+	{"warning", WARNING, false},
+	{NULL, 0, false}
+};
+
 static bool
 check_stripe_compare_ignore(char **newval, void **extra, GucSource source)
 {
@@ -83,6 +110,39 @@ check_stripe_compare_ignore(char **newval, void **extra, GucSource source)
 		return false;
 	}
 	return true;
+}
+
+/*
+ * Where calls to Stripe go, and which are allowed.  A session may set what it
+ * likes before the library is loaded; were a bad value refused then, the
+ * default would stand in its place, with all of Stripe open.  So it is kept,
+ * and refused when it is used.
+ */
+static bool
+check_stripe_setting(const char *problem)
+{
+	if (problem == NULL || !settings_are_defined)
+		return true;
+	GUC_check_errdetail("%s", _(problem));
+	return false;
+}
+
+static bool
+check_stripe_api_base(char **newval, void **extra, GucSource source)
+{
+	return check_stripe_setting(api_base_problem(*newval));
+}
+
+static bool
+check_stripe_version(char **newval, void **extra, GucSource source)
+{
+	return check_stripe_setting(api_version_problem(*newval));
+}
+
+static bool
+check_stripe_allowed_paths(char **newval, void **extra, GucSource source)
+{
+	return check_stripe_setting(path_list_problem(*newval));
 }
 
 static void
@@ -200,7 +260,80 @@ define_settings(void)
 							   PGC_SUSET, 0,
 							   secret_file_check_setting, NULL, NULL);
 
+	DefineCustomIntVariable("idempotency.stripe_timeout",
+							"How long a call to Stripe takes at most, with all its attempts.",
+							"A call may be given a timeout of its own.",
+							&stripe_timeout,
+							30 * 1000, 100, 60 * 60 * 1000,
+							PGC_USERSET, GUC_UNIT_MS,
+							NULL, NULL, NULL);
+
+	DefineCustomIntVariable("idempotency.stripe_max_retries",
+							"How often a call to Stripe is attempted again.",
+							"Each attempt sends the same request with the same key.",
+							&stripe_max_retries,
+							2, 0, 10,
+							PGC_USERSET, 0,
+							NULL, NULL, NULL);
+
+	DefineCustomStringVariable("idempotency.stripe_api_base",
+							   "Where Stripe's API is.",
+							   "https with a host and a port if need be; http on a loopback address only.",
+							   &stripe_api_base,
+							   "https://api.stripe.com",
+							   PGC_SUSET, 0,
+							   check_stripe_api_base, NULL, NULL);
+
+	DefineCustomStringVariable("idempotency.stripe_version",
+							   "Version of Stripe's API that calls are made with.",
+							   NULL,
+							   &stripe_version,
+							   "2026-10-28.endive",
+							   PGC_USERSET, 0,
+							   check_stripe_version, NULL, NULL);
+
+	DefineCustomStringVariable("idempotency.stripe_allowed_paths",
+							   "Paths of Stripe's API that may be called.",
+							   "Entries separated by commas, each with a method before it if need be; * is one segment of a path, ** is any number, * alone is everything.",
+							   &stripe_allowed_paths,
+							   "*",
+							   PGC_SUSET, 0,
+							   check_stripe_allowed_paths, NULL, NULL);
+
+	DefineCustomStringVariable("idempotency.stripe_api_key_file",
+							   "File that holds the secret key of Stripe's API.",
+							   "Read for each call. If empty, IDEMPOTENCY_STRIPE_API_KEY in the server's environment holds the key.",
+							   &stripe_api_key_file,
+							   "",
+							   PGC_SUSET, GUC_SUPERUSER_ONLY,
+							   NULL, NULL, NULL);
+
+	DefineCustomStringVariable("idempotency.stripe_ca_file",
+							   "File of the certificates that Stripe's is verified with.",
+							   "If empty, the system's certificates.",
+							   &stripe_ca_file,
+							   "",
+							   PGC_SUSET, 0,
+							   NULL, NULL, NULL);
+
+	DefineCustomBoolVariable("idempotency.stripe_key_in_metadata",
+							 "Whether what stripe_call() creates carries its idempotency key in its metadata.",
+							 "There it can be found, also by people, after Stripe has forgotten the key.",
+							 &stripe_key_in_metadata,
+							 false,
+							 PGC_USERSET, 0,
+							 NULL, NULL, NULL);
+
+	DefineCustomEnumVariable("idempotency.stripe_log_level",
+							 "Level of the line that is logged about each call to Stripe.",
+							 "It tells what became of the call, and neither request nor answer.",
+							 &stripe_log_level,
+							 LOG, stripe_log_options,
+							 PGC_SUSET, 0,
+							 NULL, NULL, NULL);
+
 	MarkGUCPrefixReserved("idempotency");
+	settings_are_defined = true;
 }
 
 void

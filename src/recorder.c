@@ -591,6 +591,30 @@ adopt(StripeClaim *claim)
 			 errdetail("Until another one is, the view \"idempotency.stripe_orphans\" lists it.")));
 }
 
+/* What a call brings along, as far as it is known. */
+static void
+take_call(StripeClaim *claim, const StripeCall *call)
+{
+	claim->livemode = call->livemode;
+	if (!call->resend)
+	{
+		claim->request = call->request;
+		claim->method = call->method;
+		claim->path = call->path;
+		claim->api_version = call->api_version;
+		claim->body = call->body;
+	}
+}
+
+static void
+prepare_call(StripeClaim *claim, const StripeCall *call)
+{
+	if (call->prepare == NULL)
+		return;
+	call->prepare(call->prepare_arg);
+	take_call(claim, call);
+}
+
 /*
  * Nobody knows what came of an operation: have the recorder look among the
  * events that have come in.  Returns true where one has settled it.
@@ -611,12 +635,13 @@ settled_by_event(StripeClaim *claim)
 
 /*
  * Claim through the recorder.  The caller has set the arguments; room is what
- * to reserve for the result.  With STRIPE_CLAIMED it takes the order back once
+ * to reserve for the result, and call is NULL for stripe_claim().  With STRIPE_CLAIMED it takes the order back once
  * nothing can fail any more: that is when the call may be sent.
  */
 static void
-run_claim(StripeClaim *claim, Size room)
+run_claim(StripeClaim *claim, const StripeCall *call, Size room)
 {
+	bool		prepared = (call == NULL);
 	int			looks;
 
 	stripe_claim_init(claim);
@@ -639,6 +664,9 @@ run_claim(StripeClaim *claim, Size room)
 				adopt(claim);
 			return;
 		}
+		if (!prepared)
+			prepare_call(claim, call);
+		prepared = true;
 
 		memset(&arguments, 0, sizeof(arguments));
 		arguments_put_pointer(&arguments, claim->request);
@@ -693,7 +721,7 @@ run_claim(StripeClaim *claim, Size room)
 void
 recorder_run_claim(StripeClaim *claim)
 {
-	run_claim(claim, 0);
+	run_claim(claim, NULL, 0);
 	if (claim->verdict == STRIPE_CLAIMED)
 		take_order_back();
 }
@@ -759,6 +787,7 @@ fill_call_claim(StripeClaim *claim, StripeCallClaim *answer)
 	answer->idempotency_key = stripe_row_string(row, S_IDEMPOTENCY_KEY);
 	answer->attempt = DatumGetInt32(row->values[S_ATTEMPT]);
 	answer->generation = DatumGetInt32(row->values[S_GENERATION]);
+	answer->uncertain = DatumGetBool(row->values[S_UNCERTAIN]);
 	answer->request = row_jsonb(row, S_REQUEST);
 	answer->method = stripe_row_string(row, S_METHOD);
 	answer->path = stripe_row_string(row, S_PATH);
@@ -831,15 +860,7 @@ recorder_claim(const StripeCall *call, StripeCallClaim *answer)
 	claim.op = &op;
 	claim.rules = stripe_rules();
 	claim.resend = call->resend;
-	claim.livemode = call->livemode;
-	if (!call->resend)
-	{
-		claim.request = call->request;
-		claim.method = call->method;
-		claim.path = call->path;
-		claim.api_version = call->api_version;
-		claim.body = call->body;
-	}
+	take_call(&claim, call);
 	if (shmem_is_there())
 	{
 		claim.caller_life = shmem_server_life();
@@ -850,8 +871,10 @@ recorder_claim(const StripeCall *call, StripeCallClaim *answer)
 
 	if (direct)
 	{
-		Relation	rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
+		Relation	rel;
 
+		prepare_call(&claim, call);
+		rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
 		stripe_claim_init(&claim);
 		claim.base.wait = true;
 		settle_or_claim(&claim, rel);
@@ -860,7 +883,7 @@ recorder_claim(const StripeCall *call, StripeCallClaim *answer)
 		ledger_close(rel);
 	}
 	else
-		run_claim(&claim, call->answer_room + ANSWER_OVERHEAD);
+		run_claim(&claim, call, call->answer_room + ANSWER_OVERHEAD);
 
 	fill_call_claim(&claim, answer);
 	if (claim.verdict == STRIPE_CLAIMED)

@@ -61,6 +61,14 @@ typedef struct StripeCall
 								 * api_version and body are not looked at */
 	Size		answer_room;	/* reserved before the send: response and error
 								 * together, as jsonb, at most */
+
+	/*
+	 * Called before anything is written, and so only where the call is going
+	 * to be sent: sets path, body and livemode.  May raise errors; NULL where
+	 * there is nothing left to be set.
+	 */
+	void		(*prepare) (void *arg);
+	void	   *prepare_arg;
 } StripeCall;
 
 /*
@@ -77,6 +85,8 @@ typedef struct StripeCallClaim
 									 * transaction has just claimed it */
 	int			attempt;
 	int			generation;
+	bool		uncertain;		/* may an earlier attempt of this generation
+								 * have been executed? */
 	Jsonb	   *request;
 	char	   *method;			/* NULL where only stripe_claim() has claimed it */
 	char	   *path;

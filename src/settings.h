@@ -41,6 +41,8 @@ typedef enum WebhookLivemode
 	WEBHOOK_LIVEMODE_TEST
 } WebhookLivemode;
 
+#define STRIPE_LOG_OFF 0
+
 extern int	key_ttl;			/* seconds */
 extern int	stripe_lease;		/* seconds */
 extern int	wait_timeout;		/* milliseconds; 0 doesn't wait, -1 has no
@@ -56,5 +58,14 @@ extern int	webhook_retention;	/* seconds; -1 keeps for ever */
 extern int	webhook_payload;	/* WebhookPayload */
 extern int	webhook_livemode;	/* WebhookLivemode */
 extern char *webhook_secret_file;	/* "" where it isn't set */
+extern int	stripe_timeout;		/* milliseconds, of a whole call */
+extern int	stripe_max_retries;
+extern bool stripe_key_in_metadata;
+extern int	stripe_log_level;	/* elevel, or STRIPE_LOG_OFF */
+extern char *stripe_api_base;
+extern char *stripe_version;
+extern char *stripe_allowed_paths;	/* as path.c says */
+extern char *stripe_api_key_file;	/* empty: the postmaster's environment */
+extern char *stripe_ca_file;	/* empty: the system's */
 
 #endif							/* IDEMPOTENCY_SETTINGS_H */

@@ -60,6 +60,7 @@
 #include "errors.h"
 #include "result.h"
 #include "settings.h"
+#include "stripe_answer.h"
 #include "stripe_ledger.h"
 
 static const char *const stripe_columns[S_NCOLUMNS] = {
@@ -339,37 +340,23 @@ set_flag(Datum *values, char *nulls, int i, int flag)
 
 /* ---------- reading a row ---------- */
 
-/* A string member of a JSON object, palloc'd, or NULL. */
-static char *
-string_member(JsonbContainer *object, const char *name)
-{
-	JsonbValue	value;
-
-	if (object == NULL || !JsonContainerIsObject(object) ||
-		getKeyJsonValueFromContainer(object, name, strlen(name), &value) == NULL ||
-		value.type != jbvString)
-		return NULL;
-	return pnstrdup(value.val.string.val, value.val.string.len);
-}
-
-/* An object member of a JSON object, or NULL. */
-static JsonbContainer *
-object_member(JsonbContainer *object, const char *name)
-{
-	JsonbValue	value;
-
-	if (object == NULL || !JsonContainerIsObject(object) ||
-		getKeyJsonValueFromContainer(object, name, strlen(name), &value) == NULL ||
-		value.type != jbvBinary || !JsonContainerIsObject(value.val.binary.data))
-		return NULL;
-	return value.val.binary.data;
-}
-
 /* A text column as a C string, or NULL. */
 char *
 stripe_row_string(LedgerRow *row, int column)
 {
 	return row->isnull[column] ? NULL : TextDatumGetCString(row->values[column]);
+}
+
+/* Is it known to be a call of API v2, which has rules of its own? */
+static bool
+is_of_api_v2(LedgerRow *row)
+{
+	struct varlena *path;
+
+	if (row->isnull[S_PATH])
+		return false;
+	path = PG_DETOAST_DATUM_PACKED(row->values[S_PATH]);
+	return VARSIZE_ANY_EXHDR(path) >= 4 && memcmp(VARDATA_ANY(path), "/v2/", 4) == 0;
 }
 
 /* Until when may the same key and bytes be sent again?  0 where they never were. */
@@ -379,7 +366,8 @@ stripe_resend_until(LedgerRow *row, int64 margin)
 	if (row->isnull[S_FIRST_SENT_AT])
 		return 0;
 	return DatumGetTimestampTz(row->values[S_FIRST_SENT_AT]) +
-		STRIPE_KEY_RETENTION_USECS - margin;
+		(is_of_api_v2(row) ? STRIPE_V2_KEY_RETENTION_USECS : STRIPE_KEY_RETENTION_USECS) -
+		margin;
 }
 
 static bool
@@ -438,12 +426,11 @@ resend_may_settle(LedgerRow *row)
 
 	if (!row->isnull[S_ERROR])
 		error = &DatumGetJsonbP(row->values[S_ERROR])->root;
+	memset(&answer, 0, sizeof(answer));
 	answer.http_status = DatumGetInt32(row->values[S_HTTP_STATUS]);
-	answer.sent = true;
-	answer.body_complete = true;
-	answer.error_type = string_member(error, "type");
-	answer.error_code = string_member(error, "code");
-	return stripe_classify(&answer).resend;
+	answer.error_type = stripe_string_member(error, "type");
+	answer.error_code = stripe_string_member(error, "code");
+	return stripe_resend_may_settle(&answer, is_of_api_v2(row));
 }
 
 /* ---------- claim ---------- */
@@ -780,31 +767,6 @@ stripe_explain_refusal(Relation rel, Operation *op, int64 token)
 }
 
 /*
- * The object that a refused call left behind: a declined card leaves its
- * payment intent in the error.
- */
-static void
-resource_of_error(JsonbContainer *error, StripeResult *result)
-{
-	static const char *const members[] = {"payment_intent", "setup_intent", "charge"};
-	int			i;
-
-	for (i = 0; i < lengthof(members); i++)
-	{
-		char	   *id = string_member(object_member(error, members[i]), "id");
-
-		if (id == NULL)
-			id = string_member(error, members[i]);
-		if (id != NULL)
-		{
-			result->resource_id = id;
-			result->resource_type = pstrdup(members[i]);
-			return;
-		}
-	}
-}
-
-/*
  * Make out an answer: the body and status as the application got them, 0 for
  * no status.
  */
@@ -812,35 +774,16 @@ void
 stripe_read_answer(Jsonb *response, int http_status, const char *resource_id,
 				   StripeResult *result)
 {
-	JsonbContainer *body = response != NULL ? &response->root : NULL;
-	JsonbContainer *error = object_member(body, "error");
-	JsonbValue	value;
+	StripeBody	body;
 
+	stripe_read_body(response, &body);
 	memset(result, 0, sizeof(StripeResult));
-	result->livemode = -1;
-	result->response = response;
 	result->http_status = http_status;
-
-	if (error != NULL)
-	{
-		value.type = jbvBinary;
-		value.val.binary.data = error;
-		value.val.binary.len = 0;
-		if (getKeyJsonValueFromContainer(body, "error", strlen("error"), &value) != NULL)
-			result->error = JsonbValueToJsonb(&value);
-		resource_of_error(error, result);
-	}
-	else
-	{
-		result->resource_id = string_member(body, "id");
-		result->resource_type = string_member(body, "object");
-	}
-	if (resource_id != NULL)
-		result->resource_id = resource_id;
-	if (body != NULL && JsonContainerIsObject(body) &&
-		getKeyJsonValueFromContainer(body, "livemode", strlen("livemode"), &value) != NULL &&
-		value.type == jbvBool)
-		result->livemode = value.val.boolean;
+	result->response = response;
+	result->error = body.error;
+	result->resource_id = resource_id != NULL ? resource_id : body.resource_id;
+	result->resource_type = body.resource_type;
+	result->livemode = body.livemode_isnull ? -1 : body.livemode;
 
 	if (http_status != 0)
 	{
@@ -849,11 +792,11 @@ stripe_read_answer(Jsonb *response, int http_status, const char *resource_id,
 		answer.http_status = http_status;
 		answer.sent = true;
 		answer.body_complete = true;
-		answer.error_type = string_member(error, "type");
-		answer.error_code = string_member(error, "code");
+		answer.error_type = body.error_type;
+		answer.error_code = body.error_code;
 		result->outcome = stripe_classify(&answer).outcome;
 	}
-	else if (result->resource_id != NULL && error == NULL)
+	else if (result->resource_id != NULL && body.error == NULL)
 		result->outcome = STRIPE_COMPLETED;
 	else
 		result->outcome = STRIPE_UNKNOWN;

@@ -26,6 +26,9 @@
  */
 #define STRIPE_KEY_RETENTION_USECS (24 * USECS_PER_HOUR)
 
+/* API v2 keeps them longer: https://docs.stripe.com/api-v2-overview */
+#define STRIPE_V2_KEY_RETENTION_USECS (30 * USECS_PER_DAY)
+
 /* Columns of stripe_idempotency_keys. */
 enum
 {

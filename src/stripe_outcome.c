@@ -133,8 +133,12 @@ static const OutcomeRule outcome_rules[] = {
 	 * error object (payment_intent, setup_intent, charge).
 	 */
 	{
-		402, 402, ANY, ANY, ANY, NULL, NULL,
+		402, 402, ANY, YES, ANY, NULL, NULL,
 		{STRIPE_FAILED, false, false, gettext_noop("Stripe declined the request")}
+	},
+	{
+		402, 402, ANY, ANY, ANY, NULL, NULL,
+		{STRIPE_UNKNOWN, true, true, gettext_noop("Stripe declined the request, but its answer was cut: the same key fetches it")}
 	},
 
 	/*
@@ -265,6 +269,65 @@ stripe_classify(const StripeAnswer *answer)
 	}
 
 	return rule->class;
+}
+
+/*
+ * Is another attempt inside the same call worth it, after a short pause?
+ * "replayed" is Idempotent-Replayed: true.
+ */
+bool
+stripe_retry_at_once(const StripeAnswer *answer, const StripeClass *class,
+					 StripeShouldRetry should_retry, bool replayed)
+{
+	/* what these two headers say is said of a whole answer */
+	if (answer->http_status == 0 || !answer->body_complete)
+		return class->retry;
+
+	/* any further attempt brings the same */
+	if (replayed)
+		return false;
+
+	/* nothing is left to be settled, or nothing that this request could */
+	if (class->outcome == STRIPE_COMPLETED || class->outcome == STRIPE_MISMATCH)
+		return false;
+
+	switch (should_retry)
+	{
+		case STRIPE_RETRY_TRUE:
+			return true;
+		case STRIPE_RETRY_FALSE:
+			return false;
+		case STRIPE_RETRY_UNSAID:
+			break;
+	}
+	return class->retry;
+}
+
+/*
+ * An answer is recorded with an outcome that isn't known: may the same request
+ * settle it, sent again?
+ *
+ * An answer that means something else if it was whole was not.
+ */
+bool
+stripe_resend_may_settle(const StripeAnswer *answer, bool api_v2)
+{
+	StripeAnswer recorded = *answer;
+	StripeClass class;
+
+	recorded.sent = true;
+	recorded.body_complete = true;
+	class = stripe_classify(&recorded);
+	if (class.outcome == STRIPE_COMPLETED || class.outcome == STRIPE_FAILED)
+	{
+		recorded.body_complete = false;
+		class = stripe_classify(&recorded);
+	}
+
+	/* API v2 executes again what has failed */
+	if (api_v2 && recorded.http_status == 500)
+		return true;
+	return class.resend;
 }
 
 /*

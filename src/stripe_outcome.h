@@ -42,7 +42,18 @@ typedef struct StripeClass
 	const char *reason;			/* for people; marked for translation */
 } StripeClass;
 
+/* What Stripe says of another attempt, by Stripe-Should-Retry */
+typedef enum StripeShouldRetry
+{
+	STRIPE_RETRY_UNSAID,
+	STRIPE_RETRY_TRUE,
+	STRIPE_RETRY_FALSE
+} StripeShouldRetry;
+
 extern StripeClass stripe_classify(const StripeAnswer *answer);
+extern bool stripe_retry_at_once(const StripeAnswer *answer, const StripeClass *class,
+								 StripeShouldRetry should_retry, bool replayed);
+extern bool stripe_resend_may_settle(const StripeAnswer *answer, bool api_v2);
 extern const char *stripe_outcome_name(StripeOutcome outcome);
 
 #endif							/* IDEMPOTENCY_STRIPE_OUTCOME_H */

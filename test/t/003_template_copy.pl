@@ -112,7 +112,10 @@ my %call = (
 	stripe_reopen => q{('payment', 'released')},
 	stripe_settle => q{('payment', 'released', 'completed')},
 	stripe_acknowledge => q{('payment', 'done', 'note')},
-	stripe_lookup => q{('payment', 'done')});
+	stripe_lookup => q{('payment', 'done')},
+	stripe_call => q{('payment', 'done', 'POST', '/v1/customers')},
+	stripe_retry => q{('payment', 'done')},
+	stripe_get => q{('/v1/customers')});
 foreach my $function (sort keys %call)
 {
 	run_fails($node, "SELECT idempotency.$function$call{$function}",

@@ -5,9 +5,11 @@
 use strict;
 use warnings;
 
+use FakeStripe;
 use FindBin;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
+use StripeTest;
 use Test::More;
 
 my $top = "$FindBin::RealBin/../..";
@@ -15,9 +17,9 @@ my $readme = slurp_file("$top/README.md");
 my $errors_h = slurp_file("$top/src/errors.h");
 my $wrappers = slurp_file("$top/sql/wrappers.sql");
 
-my $node = PostgreSQL::Test::Cluster->new('main');
-$node->init;
-$node->start;
+# calls to Stripe are made to the fake
+my $stripe = FakeStripe->start;
+my $node = stripe_node('main', $stripe, preload => 1, extension => 0);
 
 #
 # Every block marked sql, in order, in one psql.  A line "--> a | b" is a row
@@ -193,7 +195,7 @@ foreach my $label (
 
 foreach my $setting (
 	rows_of(q{LOAD 'idempotency';
-		SELECT name, current_setting(name), context, vartype, min_val, max_val,
+		SELECT name, CASE source WHEN 'configuration file' THEN boot_val ELSE current_setting(name) END, context, vartype, min_val, max_val,
 			array_to_string(enumvals, '`, `')
 		FROM pg_catalog.pg_settings WHERE name LIKE 'idempotency.%'}))
 {

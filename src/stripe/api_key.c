@@ -1,0 +1,227 @@
+/*-------------------------------------------------------------------------
+ *
+ * api_key.c
+ *	  The secret API key of the Stripe account.
+ *
+ * It is read anew for every call, so that a new key in the file counts at
+ * once, and it lives in the caller's ApiKey only, which wipes it when the call
+ * is over.  It comes from
+ *
+ *	- the file that idempotency.stripe_api_key_file names, or
+ *	- where that is empty, IDEMPOTENCY_STRIPE_API_KEY in the environment that
+ *	  the postmaster was started with.
+ *
+ * It is never a setting's value, which every role could read in the catalogs.
+ * The file must be one that nobody but the server reads, by the rules that
+ * PostgreSQL has for ssl_key_file.  No message quotes it, or what else is in
+ * the file.
+ *
+ * src/stripe/api_key.c
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "storage/fd.h"
+
+#include "errors.h"
+#include "settings.h"
+#include "stripe/api_key.h"
+
+#define ENVIRONMENT_VARIABLE "IDEMPOTENCY_STRIPE_API_KEY"
+
+/* What is the source called in a message? */
+static const char *
+source_name(void)
+{
+	return stripe_api_key_file[0] != '\0' ?
+		"the file of \"idempotency.stripe_api_key_file\"" :
+		"the server's environment variable " ENVIRONMENT_VARIABLE;
+}
+
+static void
+refuse_key(ApiKey *key, const char *problem)
+{
+	api_key_wipe(key);
+	ereport(ERROR,
+			(errcode(ERRCODE_CONFIG_FILE_ERROR),
+			 errmsg("no usable Stripe API key in %s", source_name()),
+			 errdetail_internal("%s", problem),
+			 errhint("It holds one secret key (sk_...) or restricted key (rk_...), and nothing else.")));
+}
+
+/*
+ * Refuse a file that others than the server and root can read.
+ */
+static void
+check_file(int fd)
+{
+	struct stat st;
+
+	if (fstat(fd, &st) != 0)
+		ereport(ERROR,
+				(errcode_for_file_access(),
+				 errmsg("could not stat %s: %m", source_name())));
+
+	if (!S_ISREG(st.st_mode))
+		ereport(ERROR,
+				(errcode(ERRCODE_CONFIG_FILE_ERROR),
+				 errmsg("%s is not a regular file", source_name())));
+
+#if !defined(WIN32) && !defined(__CYGWIN__)
+	if (st.st_uid != geteuid() && st.st_uid != 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_CONFIG_FILE_ERROR),
+				 errmsg("%s must be owned by the database user or root", source_name())));
+
+	if ((st.st_uid == geteuid() && (st.st_mode & (S_IRWXG | S_IRWXO))) ||
+		(st.st_uid == 0 && (st.st_mode & (S_IWGRP | S_IXGRP | S_IRWXO))))
+		ereport(ERROR,
+				(errcode(ERRCODE_CONFIG_FILE_ERROR),
+				 errmsg("%s has group or world access", source_name()),
+				 errdetail("File must have permissions u=rw (0600) or less if owned by the database user, or permissions u=rw,g=r (0640) or less if owned by root.")));
+#endif
+}
+
+/*
+ * Read the file into key->secret.
+ */
+static void
+read_file(ApiKey *key)
+{
+	int			fd;
+	int			flags = O_RDONLY | PG_BINARY;
+	ssize_t		nread;
+	size_t		len = 0;
+
+#ifdef O_NONBLOCK
+	flags |= O_NONBLOCK;		/* a fifo doesn't hold us up */
+#endif
+#ifdef O_NOCTTY
+	flags |= O_NOCTTY;
+#endif
+
+	fd = OpenTransientFile(stripe_api_key_file, flags);
+	if (fd < 0)
+		ereport(ERROR,
+				(errcode_for_file_access(),
+				 errmsg("could not open %s: %m", source_name())));
+	check_file(fd);
+
+	while (len < sizeof(key->secret))
+	{
+		nread = read(fd, key->secret + len, sizeof(key->secret) - len);
+		if (nread < 0 && errno == EINTR)
+			continue;
+		if (nread < 0)
+		{
+			int			save_errno = errno;
+
+			api_key_wipe(key);
+			errno = save_errno;
+			ereport(ERROR,
+					(errcode_for_file_access(),
+					 errmsg("could not read %s: %m", source_name())));
+		}
+		if (nread == 0)
+			break;
+		len += nread;
+	}
+	CloseTransientFile(fd);
+
+	if (len == sizeof(key->secret))
+		refuse_key(key, "It is longer than any key.");
+	key->secret[len] = '\0';
+	if (strlen(key->secret) != len)
+		refuse_key(key, "It has characters that no key has.");
+}
+
+static bool
+has_prefix(const char **p, const char *prefix)
+{
+	size_t		len = strlen(prefix);
+
+	if (strncmp(*p, prefix, len) != 0)
+		return false;
+	*p += len;
+	return true;
+}
+
+/*
+ * Find out what kind of key it is, and drop white space around it.
+ */
+static void
+check_key(ApiKey *key)
+{
+	char	   *secret = key->secret;
+	size_t		len = strlen(secret);
+	size_t		skip = strspn(secret, " \t\r\n");
+	const char *p;
+
+	while (len > skip && strchr(" \t\r\n", secret[len - 1]) != NULL)
+		len--;
+	memmove(secret, secret + skip, len - skip);
+	explicit_bzero(secret + len - skip, sizeof(key->secret) - (len - skip));
+
+	if (secret[0] == '\0')
+		refuse_key(key, "It is empty.");
+
+	p = secret;
+	if (has_prefix(&p, "pk_"))
+		refuse_key(key, "It is a publishable key, which can't do anything.");
+	if (!has_prefix(&p, "sk_") && !has_prefix(&p, "rk_"))
+		refuse_key(key, "It doesn't begin as a secret or restricted key does.");
+	key->organization = has_prefix(&p, "org_");
+	if (has_prefix(&p, "live_"))
+		key->live = true;
+	else if (has_prefix(&p, "test_"))
+		key->live = false;
+	else
+		refuse_key(key, "It doesn't say whether it is for test mode or live mode.");
+
+	if (*p == '\0')
+		refuse_key(key, "It is cut.");
+	for (; *p != '\0'; p++)
+	{
+		if (!((*p >= 'A' && *p <= 'Z') || (*p >= 'a' && *p <= 'z') ||
+			  (*p >= '0' && *p <= '9') || *p == '_'))
+			refuse_key(key, "It has characters that no key has.");
+	}
+}
+
+/*
+ * Get the key that counts for this session.  Raises an error where there is
+ * none; otherwise the caller has to wipe it.
+ */
+void
+api_key_read(ApiKey *key)
+{
+	memset(key, 0, sizeof(ApiKey));
+
+	if (stripe_api_key_file[0] != '\0')
+		read_file(key);
+	else
+	{
+		const char *value = getenv(ENVIRONMENT_VARIABLE);
+
+		if (value == NULL)
+			ereport(ERROR,
+					(errcode(ERRCODE_CONFIG_FILE_ERROR),
+					 errmsg("there is no Stripe API key"),
+					 errhint("Set \"idempotency.stripe_api_key_file\" to a file that holds it, or start the server with " ENVIRONMENT_VARIABLE " in its environment.")));
+		if (strlcpy(key->secret, value, sizeof(key->secret)) >= sizeof(key->secret))
+			refuse_key(key, "It is longer than any key.");
+	}
+
+	check_key(key);
+}
+
+void
+api_key_wipe(ApiKey *key)
+{
+	explicit_bzero(key->secret, sizeof(key->secret));
+}

@@ -1,0 +1,233 @@
+/*-------------------------------------------------------------------------
+ *
+ * form.c
+ *	  Parameters as Stripe's API v1 takes them: application/x-www-form-urlencoded,
+ *	  with nested names in brackets.
+ *
+ *	{"a": {"b": 1}, "c": ["x", {"d": true}]}	a[b]=1&c[0]=x&c[1][d]=true
+ *	null										name=		(unset)
+ *	[]											name=		(set to empty)
+ *	{}											nothing
+ *
+ * As Stripe's libraries do it, so that the server sees what it is used to:
+ * arrays are always indexed, a space is %20, and brackets are left as they
+ * are, in values too.  The libraries disagree on null and on the empty array;
+ * here both are sent, because who writes them down means something by them.  Numbers are
+ * written as jsonb shows them, in full and without exponent.
+ *
+ * A name with brackets in it would be read as another name, so there is none.
+ *
+ * jsonb sorts the names of an object and keeps no name twice: the order of the
+ * result is that of jsonb, and the same for equal values.
+ *
+ * src/stripe/form.c
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "mb/pg_wchar.h"
+#include "utils/builtins.h"
+#include "utils/numeric.h"
+
+#include "compat.h"
+#include "errors.h"
+#include "stripe/form.h"
+
+/* Objects and arrays in each other; Stripe's own go to about six. */
+#define FORM_MAX_DEPTH 20
+
+typedef struct Form
+{
+	StringInfo	out;
+	StringInfoData name;		/* of the value at hand, encoded */
+	Size		max_size;
+	Size		start;			/* of what is ours in out */
+} Form;
+
+static void encode_container(Form *form, JsonbContainer *container, int depth);
+
+/*
+ * Append text, percent-encoded as UTF-8.
+ */
+static void
+append_encoded(StringInfo out, const char *text, int len)
+{
+	static const char hex[] = "0123456789ABCDEF";
+	char	   *utf8 = pg_server_to_any(text, len, PG_UTF8);
+	int			i;
+
+	if (utf8 != text)
+		len = strlen(utf8);
+
+	for (i = 0; i < len; i++)
+	{
+		unsigned char c = utf8[i];
+
+		if ((c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') ||
+			(c >= '0' && c <= '9') || (c != '\0' && strchr("-._~[]", c) != NULL))
+			appendStringInfoCharMacro(out, c);
+		else
+		{
+			appendStringInfoCharMacro(out, '%');
+			appendStringInfoCharMacro(out, hex[c >> 4]);
+			appendStringInfoCharMacro(out, hex[c & 0x0f]);
+		}
+	}
+}
+
+static void
+check_name(const char *name, int len)
+{
+	if (len == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_BAD_ARGUMENT),
+				 errmsg("name of a Stripe parameter must not be empty")));
+	if (memchr(name, '[', len) != NULL || memchr(name, ']', len) != NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_BAD_ARGUMENT),
+				 errmsg("name of a Stripe parameter must not contain square brackets"),
+				 errdetail("Stripe would read it as another name."),
+				 errhint("Nest objects instead: {\"a\": {\"b\": 1}} is sent as a[b]=1.")));
+}
+
+static void
+check_form_size(Form *form)
+{
+	if (form->out->len - form->start > form->max_size)
+		ereport(ERROR,
+				(errcode(ERRCODE_TOO_LARGE),
+				 errmsg("Stripe parameters are too large"),
+				 errdetail("Encoded they have more than %zu bytes.", form->max_size)));
+}
+
+/* The name is complete: append name=value. */
+static void
+encode_scalar(Form *form, JsonbValue *value)
+{
+	StringInfo	out = form->out;
+
+	if (out->len > form->start)
+		appendStringInfoChar(out, '&');
+	appendBinaryStringInfo(out, form->name.data, form->name.len);
+	appendStringInfoChar(out, '=');
+
+	switch (value->type)
+	{
+		case jbvNull:
+			break;
+		case jbvString:
+			append_encoded(out, value->val.string.val, value->val.string.len);
+			break;
+		case jbvNumeric:
+			appendStringInfoString(out, DatumGetCString(DirectFunctionCall1(numeric_out,
+																			NumericGetDatum(value->val.numeric))));
+			break;
+		case jbvBool:
+			appendStringInfoString(out, value->val.boolean ? "true" : "false");
+			break;
+		default:
+			elog(ERROR, "unexpected type of jsonb value: %d", (int) value->type);
+	}
+
+	check_form_size(form);
+}
+
+/*
+ * A value whose name is complete but for this last part, which is in brackets
+ * unless it is the first.
+ */
+static void
+encode_member(Form *form, const char *part, int len, JsonbValue *value, int depth)
+{
+	int			name_len = form->name.len;
+
+	if (name_len > 0)
+		appendStringInfoChar(&form->name, '[');
+	append_encoded(&form->name, part, len);
+	if (name_len > 0)
+		appendStringInfoChar(&form->name, ']');
+
+	if (value->type == jbvBinary)
+		encode_container(form, value->val.binary.data, depth + 1);
+	else
+		encode_scalar(form, value);
+
+	form->name.len = name_len;
+	form->name.data[name_len] = '\0';
+}
+
+static void
+encode_container(Form *form, JsonbContainer *container, int depth)
+{
+	bool		is_array = JsonContainerIsArray(container);
+	JsonbIterator *it;
+	JsonbIteratorToken token;
+	JsonbValue	value;
+	JsonbValue	member;
+	int			i = 0;
+
+	if (depth > FORM_MAX_DEPTH)
+		ereport(ERROR,
+				(errcode(ERRCODE_BAD_ARGUMENT),
+				 errmsg("Stripe parameters are nested too deeply"),
+				 errdetail("They may be nested %d levels deep.", FORM_MAX_DEPTH)));
+
+	if (is_array && JsonContainerSize(container) == 0)
+	{
+		value.type = jbvNull;
+		encode_scalar(form, &value);
+		return;
+	}
+
+	it = JsonbIteratorInit(container);
+	token = JsonbIteratorNext(&it, &value, true);
+	while ((token = JsonbIteratorNext(&it, &value, true)) != WJB_DONE)
+	{
+		if (token == WJB_ELEM)
+		{
+			char		part[MAXINT8LEN];
+
+			pg_ltoa(i++, part);
+			encode_member(form, part, strlen(part), &value, depth);
+		}
+		else if (token == WJB_KEY)
+		{
+			check_name(value.val.string.val, value.val.string.len);
+			(void) JsonbIteratorNext(&it, &member, true);
+			encode_member(form, value.val.string.val, value.val.string.len, &member, depth);
+		}
+	}
+}
+
+/*
+ * Append an object's members.  Raises IK003 for what has no encoding, IK007
+ * for what is larger than max_size.
+ */
+void
+form_encode(StringInfo out, Jsonb *params, Size max_size)
+{
+	Form		form;
+
+	if (!JB_ROOT_IS_OBJECT(params))
+		ereport(ERROR,
+				(errcode(ERRCODE_BAD_ARGUMENT),
+				 errmsg("params must be a JSON object")));
+
+	form.out = out;
+	form.max_size = max_size;
+	form.start = out->len;
+	initStringInfo(&form.name);
+	encode_container(&form, &params->root, 1);
+	pfree(form.name.data);
+}
+
+/*
+ * Append one more member, whose name needs no encoding.
+ */
+void
+form_append(StringInfo out, bool first, const char *name, const char *value)
+{
+	appendStringInfo(out, "%s%s=", first ? "" : "&", name);
+	append_encoded(out, value, strlen(value));
+}

@@ -1,0 +1,21 @@
+/*-------------------------------------------------------------------------
+ *
+ * form.h
+ *	  Parameters as Stripe's API v1 takes them.
+ *
+ * src/stripe/form.h
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef IDEMPOTENCY_STRIPE_FORM_H
+#define IDEMPOTENCY_STRIPE_FORM_H
+
+#include "postgres.h"
+
+#include "lib/stringinfo.h"
+#include "utils/jsonb.h"
+
+extern void form_append(StringInfo out, bool first, const char *name, const char *value);
+extern void form_encode(StringInfo out, Jsonb *params, Size max_size);
+
+#endif							/* IDEMPOTENCY_STRIPE_FORM_H */

@@ -1,0 +1,113 @@
+/*-------------------------------------------------------------------------
+ *
+ * stripe_answer.c
+ *	  What stands in the body of Stripe's answers.
+ *
+ * A body is whatever came: nothing here raises an error for what it says.
+ *
+ * src/stripe_answer.c
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "stripe_answer.h"
+
+/* A member of a JSON object, if there is one. */
+static bool
+get_member(JsonbContainer *object, const char *name, JsonbValue *value)
+{
+	return object != NULL && JsonContainerIsObject(object) &&
+		getKeyJsonValueFromContainer(object, name, strlen(name), value) != NULL;
+}
+
+/* A string member of a JSON object, palloc'd, or NULL. */
+char *
+stripe_string_member(JsonbContainer *object, const char *name)
+{
+	JsonbValue	value;
+
+	if (!get_member(object, name, &value) || value.type != jbvString)
+		return NULL;
+	return pnstrdup(value.val.string.val, value.val.string.len);
+}
+
+/* An object member of a JSON object, or NULL. */
+static JsonbContainer *
+object_member(JsonbContainer *object, const char *name)
+{
+	JsonbValue	value;
+
+	if (!get_member(object, name, &value) || value.type != jbvBinary ||
+		!JsonContainerIsObject(value.val.binary.data))
+		return NULL;
+	return value.val.binary.data;
+}
+
+/*
+ * The object that a refused call left behind: a declined card leaves its
+ * payment intent in the error.
+ */
+static void
+resource_of_error(JsonbContainer *error, StripeBody *body)
+{
+	static const char *const members[] = {"payment_intent", "setup_intent", "charge"};
+	int			i;
+
+	for (i = 0; i < lengthof(members); i++)
+	{
+		char	   *id = stripe_string_member(object_member(error, members[i]), "id");
+
+		if (id == NULL)
+			id = stripe_string_member(error, members[i]);
+		if (id != NULL)
+		{
+			body->resource_id = id;
+			body->resource_type = pstrdup(members[i]);
+			return;
+		}
+	}
+}
+
+/* Stripe's ids have 255 characters at most; what is longer is none. */
+static void
+drop_if_long(char **value)
+{
+	if (*value != NULL && strlen(*value) > STRIPE_ID_MAX)
+		*value = NULL;
+}
+
+/*
+ * Make out a body, or none.
+ */
+void
+stripe_read_body(Jsonb *json, StripeBody *body)
+{
+	JsonbContainer *root = json != NULL ? &json->root : NULL;
+	JsonbContainer *error = object_member(root, "error");
+	JsonbValue	value;
+
+	memset(body, 0, sizeof(StripeBody));
+	body->json = json;
+
+	if (error != NULL)
+	{
+		if (get_member(root, "error", &value))
+			body->error = JsonbValueToJsonb(&value);
+		body->error_type = stripe_string_member(error, "type");
+		body->error_code = stripe_string_member(error, "code");
+		resource_of_error(error, body);
+	}
+	else
+	{
+		body->resource_id = stripe_string_member(root, "id");
+		body->resource_type = stripe_string_member(root, "object");
+	}
+
+	drop_if_long(&body->resource_id);
+	drop_if_long(&body->resource_type);
+
+	body->livemode_isnull = !(get_member(root, "livemode", &value) && value.type == jbvBool);
+	if (!body->livemode_isnull)
+		body->livemode = value.val.boolean;
+}
