@@ -8,9 +8,12 @@ MODULE_big = idempotency
 OBJS = \
 	$(WIN32RES) \
 	src/arguments.o \
+	src/databases.o \
+	src/expiry.o \
 	src/fingerprint.o \
 	src/idempotency.o \
 	src/json_member.o \
+	src/launcher.o \
 	src/ledger.o \
 	src/mac.o \
 	src/namespace.o \
@@ -29,7 +32,8 @@ OBJS = \
 	src/webhook_event.o \
 	src/webhook_secret.o \
 	src/webhook_signature.o \
-	src/webhooks.o
+	src/webhooks.o \
+	src/worker.o
 
 PG_CFLAGS = -Wall -Wextra -Wno-unused-parameter -Wno-sign-compare -Wno-missing-field-initializers
 

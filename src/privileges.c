@@ -88,6 +88,9 @@ static const struct
 	{"EXECUTE ON FUNCTION idempotency.stripe_webhook_next", KIND_WEBHOOK},
 	{"EXECUTE ON FUNCTION idempotency.stripe_webhook_reclaim", KIND_WEBHOOK | KIND_OPERATOR},
 	{"SELECT ON idempotency.stripe_webhook_pending", KIND_OBSERVER | KIND_OPERATOR},
+	{"EXECUTE ON FUNCTION idempotency.expire", KIND_OPERATOR},
+	{"EXECUTE ON FUNCTION idempotency.worker_states", KIND_OBSERVER | KIND_OPERATOR},
+	{"SELECT ON idempotency.workers", KIND_OBSERVER | KIND_OPERATOR},
 	{"SELECT ON idempotency.open_claims", KIND_OBSERVER | KIND_OPERATOR}
 };
 

@@ -55,5 +55,14 @@ extern int	webhook_retention;	/* seconds; -1 keeps for ever */
 extern int	webhook_payload;	/* WebhookPayload */
 extern int	webhook_livemode;	/* WebhookLivemode */
 extern char *webhook_secret_file;	/* "" where it isn't set */
+extern int	abandoned_retention;	/* seconds */
+extern int	stripe_body_retention;	/* seconds; -1: for ever */
+extern int	stripe_retention;	/* seconds; -1: for ever */
+extern bool expiry;
+extern int	expiry_interval;	/* seconds */
+extern int	expiry_batch_size;	/* rows */
+extern int	max_workers;
+
+#define EXPIRY_MAX_BATCH_SIZE 100000
 
 #endif							/* IDEMPOTENCY_SETTINGS_H */
