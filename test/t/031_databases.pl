@@ -164,9 +164,10 @@ sub works_after
 	my ($test_name) = @_;
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
 
+	# keys of its own: a crash may take back the last that workers removed
 	foreach my $db (qw(original copy prepared extension))
 	{
-		expired_rows($node, 5, db => $db);
+		expired_rows($node, 5, db => $db, prefix => "$test_name ");
 		wait_until_expired($node, "$test_name: database $db goes on", db => $db);
 	}
 	return;
