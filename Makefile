@@ -9,10 +9,13 @@ OBJS = \
 	$(WIN32RES) \
 	src/arguments.o \
 	src/caller.o \
+	src/databases.o \
 	src/debug_point.o \
+	src/expiry.o \
 	src/fingerprint.o \
 	src/idempotency.o \
 	src/json_member.o \
+	src/launcher.o \
 	src/ledger.o \
 	src/lock_limit.o \
 	src/mac.o \
@@ -37,6 +40,7 @@ OBJS = \
 	src/stripe/path.o \
 	src/stripe/stripe_call.o \
 	src/stripe_answer.o \
+	src/stripe_expiry.o \
 	src/stripe_key.o \
 	src/stripe_keys.o \
 	src/stripe_ledger.o \
@@ -44,7 +48,8 @@ OBJS = \
 	src/webhook_event.o \
 	src/webhook_secret.o \
 	src/webhook_signature.o \
-	src/webhooks.o
+	src/webhooks.o \
+	src/worker.o
 
 # the HTTP client, a library of its own: only it needs libcurl
 STRIPE_LIBRARY = idempotency_stripe$(DLSUFFIX)

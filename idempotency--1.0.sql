@@ -474,6 +474,25 @@ RETURNS void
 AS 'MODULE_PATHNAME', 'idempotency_grant_role'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
+CREATE FUNCTION idempotency.expire(max_rows integer DEFAULT NULL)
+RETURNS TABLE (ledger text, removed bigint)
+AS 'MODULE_PATHNAME', 'idempotency_expire'
+LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE ROWS 4;
+
+CREATE FUNCTION idempotency.worker_states()
+RETURNS TABLE (database text, status text, pid integer, last_run timestamptz,
+	removed bigint, refused bigint, oldest_expired timestamptz, last_error text,
+	last_error_at timestamptz, next_run timestamptz, next_step text)
+AS 'MODULE_PATHNAME', 'idempotency_worker_states'
+LANGUAGE C STABLE CALLED ON NULL INPUT PARALLEL RESTRICTED ROWS 10;
+
+CREATE VIEW idempotency.workers AS
+SELECT w.database, w.status, w.pid, w.last_run, w.removed, w.refused, w.oldest_expired,
+	pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) w.oldest_expired AS lag,
+	w.last_error, w.last_error_at, w.next_run, w.next_step
+FROM idempotency.worker_states() w
+ORDER BY w.database;
+
 CREATE VIEW idempotency.open_claims AS
 SELECT c.ledger, c.scope, c.key, c.account, c.operation_type, c.operation_id,
 	c.attempt, c.claimed_at, c.lease_expires_at, c.lapsed, c.recovery_point, c.next_step
@@ -944,6 +963,30 @@ COMMENT ON COLUMN idempotency.stripe_webhook_pending.claimed_at IS 'When it was 
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.lease_expires_at IS 'Until when it is held, or NULL';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.last_error IS 'What the last attempt recorded, or NULL';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.next_step IS 'The statement to type';
+COMMENT ON VIEW idempotency.workers IS
+	'Removal of expired rows in the background: this database, '
+	'and for members of pg_read_all_stats the others, too';
+COMMENT ON COLUMN idempotency.workers.database IS 'Name of the database';
+COMMENT ON COLUMN idempotency.workers.status IS
+	'not preloaded: no worker runs; standby: none until promotion; unknown: nobody has looked yet; '
+	'waiting: the first run comes; running; idle: done until next_run; rows refused: done but for these; '
+	'failing: see last_error; off: idempotency.expiry; read only: default_transaction_read_only; '
+	'no slot: of max_worker_processes; no connections: the database takes none; '
+	'stopped: idempotency.max_workers is 0';
+COMMENT ON COLUMN idempotency.workers.pid IS 'Process of the worker that runs now, or NULL';
+COMMENT ON COLUMN idempotency.workers.last_run IS 'When a worker ended last, or NULL';
+COMMENT ON COLUMN idempotency.workers.removed IS
+	'Rows removed, or stripped of their bodies, since the server started';
+COMMENT ON COLUMN idempotency.workers.refused IS
+	'Rows that raised an error when they were last due, and so are still there';
+COMMENT ON COLUMN idempotency.workers.oldest_expired IS
+	'Since when the oldest row was due that the last run left: locked, refused or not reached yet; '
+	'NULL if there is none';
+COMMENT ON COLUMN idempotency.workers.lag IS 'How long ago that is';
+COMMENT ON COLUMN idempotency.workers.last_error IS 'What went wrong last, or NULL; also of a run long ago';
+COMMENT ON COLUMN idempotency.workers.last_error_at IS 'When that was';
+COMMENT ON COLUMN idempotency.workers.next_run IS 'When the next worker is due, or NULL';
+COMMENT ON COLUMN idempotency.workers.next_step IS 'The statement to type; NULL where all is well';
 
 COMMENT ON VIEW idempotency.stripe_unknown IS
 	'Calls to Stripe of which it isn''t known whether Stripe has executed them, oldest first, without any bodies';
@@ -1131,6 +1174,13 @@ COMMENT ON FUNCTION idempotency.stripe_webhook_reclaim(text, text, interval, tex
 	'account: default ''''; '
 	'lease: how long the claim outlives COMMIT (NULL: it must be recorded before COMMIT, or IK005); '
 	'consumer: default ''''. Raises IK003, also for an event that isn''t known';
+COMMENT ON FUNCTION idempotency.expire(integer) IS
+	'Does by hand what the background workers do: removes rows whose time has come, in one batch a ledger, '
+	'and returns how many there were; call it until it returns 0. '
+	'max_rows: of each ledger, 1 to 100000 (default idempotency.expiry_batch_size, 1000). '
+	'Rows that raise an error are skipped with a WARNING. Raises IK003 for a bad argument';
+COMMENT ON FUNCTION idempotency.worker_states() IS
+	'What the view idempotency.workers shows';
 
 COMMENT ON FUNCTION idempotency.grant_role(regrole, text) IS
 	'Grants a role what it needs, and no more; run it as the owner of the extension''s objects. '
@@ -1147,3 +1197,12 @@ REVOKE ALL ON TYPE idempotency.verdict, idempotency.outcome, idempotency.claim_r
 	idempotency.key_info, idempotency.stripe_claim_result, idempotency.stripe_key_info,
 	idempotency.webhook_claim_result, idempotency.webhook_receipt,
 	idempotency.stripe_call_result FROM PUBLIC;
+
+--
+-- Wake the launcher of the background workers once this has committed
+--
+
+CREATE FUNCTION idempotency.created() RETURNS void
+AS 'MODULE_PATHNAME', 'idempotency_created' LANGUAGE C;
+SELECT idempotency.created();
+DROP FUNCTION idempotency.created();

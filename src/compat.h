@@ -12,8 +12,10 @@
 #define IDEMPOTENCY_COMPAT_H
 
 #include "access/genam.h"
+#include "postmaster/bgworker.h"
 #include "utils/relcache.h"
 #include "utils/timestamp.h"
+#include "utils/wait_event.h"
 
 #if PG_VERSION_NUM < 150000
 #error "idempotency needs PostgreSQL 15 or later"
@@ -55,6 +57,32 @@
 #else
 #define make_json_lexer_compat(json, len, encoding, need_escapes) \
 	makeJsonLexContextCstringLen(json, len, encoding, need_escapes)
+#endif
+
+/* 17: a process has a number of its own */
+#if PG_VERSION_NUM >= 170000
+#define my_proc_number() MyProcNumber
+#else
+#define my_proc_number() (MyProc->pgprocno)
+#endif
+
+/* 17: wait events of an extension have names */
+#if PG_VERSION_NUM >= 170000
+#define wait_event_new(name) WaitEventExtensionNew(name)
+#else
+#define wait_event_new(name) PG_WAIT_EXTENSION
+#endif
+
+/* 19: CREATE DATABASE and its like ask such a worker to go */
+#ifndef BGWORKER_INTERRUPTIBLE
+#define BGWORKER_INTERRUPTIBLE 0
+#endif
+
+/* 17: a timeout for whole transactions */
+#if PG_VERSION_NUM >= 170000
+#define TRANSACTION_TIMEOUT_SETTING "transaction_timeout"
+#else
+#define TRANSACTION_TIMEOUT_SETTING NULL
 #endif
 
 /* 18: a deferrable primary key has to be asked for */

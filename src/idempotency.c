@@ -20,6 +20,7 @@
 #include "utils/varlena.h"
 
 #include "compat.h"
+#include "launcher.h"
 #include "open_claims.h"
 #include "recorder.h"
 #include "secret_file.h"
@@ -54,6 +55,13 @@ char	   *stripe_version = NULL;
 char	   *stripe_allowed_paths = NULL;
 char	   *stripe_api_key_file = NULL;
 char	   *stripe_ca_file = NULL;
+int			abandoned_retention = 7 * 24 * 60 * 60;
+int			stripe_body_retention = 30 * 24 * 60 * 60;
+int			stripe_retention = -1;
+bool		expiry = true;
+int			expiry_interval = 60;
+int			expiry_batch_size = 1000;
+int			max_workers = 2;
 
 static bool settings_are_defined = false;
 
@@ -143,6 +151,21 @@ static bool
 check_stripe_allowed_paths(char **newval, void **extra, GucSource source)
 {
 	return check_stripe_setting(path_list_problem(*newval));
+}
+
+/*
+ * Stripe itself keeps a key for a day: a row that goes before that is no risk
+ * that anybody can want to take.
+ */
+static bool
+check_stripe_retention(int *newval, void **extra, GucSource source)
+{
+	if (*newval != -1 && *newval < 24 * 60 * 60)
+	{
+		GUC_check_errdetail("It must be at least one day, or -1, which keeps the rows for ever.");
+		return false;
+	}
+	return true;
 }
 
 static void
@@ -259,6 +282,61 @@ define_settings(void)
 							   "",
 							   PGC_SUSET, 0,
 							   secret_file_check_setting, NULL, NULL);
+	DefineCustomIntVariable("idempotency.abandoned_retention",
+							"How long an unfinished key is kept after its lease has lapsed.",
+							"One with a recovery point is kept for ever.",
+							&abandoned_retention,
+							7 * 24 * 60 * 60, 1, INT_MAX,
+							PGC_SUSET, GUC_UNIT_S,
+							NULL, NULL, NULL);
+
+	DefineCustomIntVariable("idempotency.stripe_body_retention",
+							"How long request and response of a settled Stripe operation are kept.",
+							"After that the row keeps what the operation was and what came of it. -1 keeps all for ever.",
+							&stripe_body_retention,
+							30 * 24 * 60 * 60, -1, INT_MAX,
+							PGC_SUSET, GUC_UNIT_S,
+							NULL, NULL, NULL);
+
+	DefineCustomIntVariable("idempotency.stripe_retention",
+							"How long the row of a settled Stripe operation is kept.",
+							"Stripe forgets a key after a day: an operation that is repeated when its row is gone is executed again. -1 keeps the rows for ever.",
+							&stripe_retention,
+							-1, -1, INT_MAX,
+							PGC_SUSET, GUC_UNIT_S,
+							check_stripe_retention, NULL, NULL);
+
+	DefineCustomBoolVariable("idempotency.expiry",
+							 "Removes expired rows in the background.",
+							 "To be switched off where the rows come from elsewhere, as on a logical replication subscriber.",
+							 &expiry,
+							 true,
+							 PGC_SUSET, 0,
+							 NULL, NULL, NULL);
+
+	DefineCustomIntVariable("idempotency.expiry_interval",
+							"Time from one background removal of expired rows to the next.",
+							"Counts from the beginning of one to the beginning of the next.",
+							&expiry_interval,
+							60, 1, 24 * 60 * 60,
+							PGC_SUSET, GUC_UNIT_S,
+							NULL, NULL, NULL);
+
+	DefineCustomIntVariable("idempotency.expiry_batch_size",
+							"Most rows that are removed in one transaction.",
+							NULL,
+							&expiry_batch_size,
+							1000, 1, EXPIRY_MAX_BATCH_SIZE,
+							PGC_SUSET, 0,
+							NULL, NULL, NULL);
+
+	DefineCustomIntVariable("idempotency.max_workers",
+							"Most databases in which expired rows are removed at the same time.",
+							"Each takes one of max_worker_processes, and the launcher takes one. 0 stops the removal.",
+							&max_workers,
+							2, 0, 64,
+							PGC_SIGHUP, 0,
+							NULL, NULL, NULL);
 
 	DefineCustomIntVariable("idempotency.stripe_timeout",
 							"How long a call to Stripe takes at most, with all its attempts.",
@@ -347,5 +425,6 @@ _PG_init(void)
 	{
 		shmem_request_at_preload();
 		recorder_init();
+		launcher_register();
 	}
 }

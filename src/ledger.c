@@ -73,6 +73,7 @@
 #include "utils/snapmgr.h"
 
 #include "compat.h"
+#include "databases.h"
 #include "errors.h"
 #include "ledger.h"
 #include "lock_limit.h"
@@ -235,6 +236,7 @@ ledger_open(Ledger *ledger, LOCKMODE lockmode, bool nowait)
 				remember_ledger(ledger);
 				ledger_check(ledger, rel);
 				ledger->relid = relid;
+				databases_note_use();
 				return rel;
 			}
 			table_close(rel, lockmode);

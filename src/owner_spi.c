@@ -132,6 +132,39 @@ owner_execute_latest(OwnerStatement *statement, Oid owner,
 }
 
 /*
+ * Run a SELECT as "owner", in a new snapshot, and hand its rows to a callback,
+ * one by one.  What the callback wants to keep it copies; it must not run
+ * statements of its own.
+ */
+void
+owner_select(OwnerStatement *statement, Oid owner, Datum *values,
+			 void (*row) (HeapTuple tuple, TupleDesc desc, void *arg), void *arg)
+{
+	Oid			save_userid;
+	int			save_sec_context;
+	uint64		i;
+	int			rc;
+
+	GetUserIdAndSecContext(&save_userid, &save_sec_context);
+	SetUserIdAndSecContext(owner, save_sec_context |
+						   SECURITY_LOCAL_USERID_CHANGE | SECURITY_NOFORCE_RLS);
+	SPI_connect();
+
+	if (statement->plan == NULL)
+		prepare(statement);
+
+	rc = SPI_execute_plan(statement->plan, values, NULL, false, 0);
+	if (rc != SPI_OK_SELECT)
+		elog(ERROR, "SPI_execute_plan returned %s for %s",
+			 SPI_result_code_string(rc), statement->sql);
+	for (i = 0; i < SPI_processed; i++)
+		row(SPI_tuptable->vals[i], SPI_tuptable->tupdesc, arg);
+
+	SPI_finish();
+	SetUserIdAndSecContext(save_userid, save_sec_context);
+}
+
+/*
  * Would the planner itself read the rows of a one-table SELECT straight from
  * the table "relid"?  It wouldn't where an extension plans something of its
  * own (a distributed table is empty on the coordinator) or where the table is

@@ -32,6 +32,8 @@ extern uint64 owner_execute(OwnerStatement *statement, Oid owner,
 extern uint64 owner_execute_latest(OwnerStatement *statement, Oid owner,
 								   Datum *values, const char *nulls,
 								   Datum *out, bool *outnull, int nout);
+extern void owner_select(OwnerStatement *statement, Oid owner, Datum *values,
+						 void (*row) (HeapTuple tuple, TupleDesc desc, void *arg), void *arg);
 extern bool owner_plan_is_local_scan(OwnerStatement *statement, Oid owner, Oid relid);
 
 #endif							/* IDEMPOTENCY_OWNER_SPI_H */

@@ -99,7 +99,11 @@ static const struct
 	{"SELECT ON idempotency.open_claims", KIND_OBSERVER | KIND_OPERATOR},
 	{"SELECT ON idempotency.stripe_unknown", KIND_OBSERVER | KIND_OPERATOR},
 	{"SELECT ON idempotency.stripe_orphans", KIND_OBSERVER | KIND_OPERATOR},
-	{"SELECT ON idempotency.stripe_webhook_pending", KIND_OBSERVER | KIND_OPERATOR}
+	{"SELECT ON idempotency.stripe_webhook_pending", KIND_OBSERVER | KIND_OPERATOR},
+
+	{"EXECUTE ON FUNCTION idempotency.expire", KIND_OPERATOR},
+	{"EXECUTE ON FUNCTION idempotency.worker_states", KIND_OBSERVER | KIND_OPERATOR},
+	{"SELECT ON idempotency.workers", KIND_OBSERVER | KIND_OPERATOR}
 };
 
 /*

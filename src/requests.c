@@ -32,6 +32,7 @@
 #include "arguments.h"
 #include "compat.h"
 #include "errors.h"
+#include "expiry.h"
 #include "ledger.h"
 #include "namespace.h"
 #include "open_claims.h"
@@ -187,6 +188,68 @@ static OwnerStatement release_claim = {
 	" WHERE scope OPERATOR(pg_catalog.=) $1 AND key OPERATOR(pg_catalog.=) $2"
 	" AND token OPERATOR(pg_catalog.=) $3 AND expires_at IS NULL",
 	3, {TEXTOID, TEXTOID, INT8OID}
+};
+
+/* ---------- expiry ---------- */
+
+/*
+ * Two kinds of rows go: recorded ones past expires_at, and claims that were
+ * abandoned.  Those are unfinished, have no recovery point that a successor
+ * might need, and their lease lapsed long ago; without a lease that is the
+ * moment of the claim.  $n is the clock, $n + 1 the clock less
+ * idempotency.abandoned_retention.
+ */
+#define IS_DUE(clock, abandoned) \
+	"(expires_at OPERATOR(pg_catalog.<=) " clock \
+	" OR (expires_at IS NULL AND recovery_point IS NULL" \
+	" AND COALESCE(lease_expires_at, claimed_at) OPERATOR(pg_catalog.<=) " abandoned "))"
+
+static bool
+expiry_cutoffs(TimestampTz now, TimestampTz *cutoffs)
+{
+	cutoffs[0] = now;
+	cutoffs[1] = now - (int64) abandoned_retention * USECS_PER_SEC;
+	return true;
+}
+
+/* IS_DUE, in C */
+static bool
+is_due(TupleTableSlot *slot, const TimestampTz *cutoffs, TimestampTz *since)
+{
+	bool		isnull;
+	Datum		value = slot_getattr(slot, K_EXPIRES_AT + 1, &isnull);
+
+	if (!isnull)
+	{
+		*since = DatumGetTimestampTz(value);
+		return *since <= cutoffs[0];
+	}
+
+	value = slot_getattr(slot, K_LEASE_EXPIRES_AT + 1, &isnull);
+	if (isnull)
+		value = slot_getattr(slot, K_CLAIMED_AT + 1, &isnull);
+	if (DatumGetTimestampTz(value) > cutoffs[1])
+		return false;
+	*since = DatumGetTimestampTz(value) + (cutoffs[0] - cutoffs[1]);
+	return slot_attisnull(slot, K_RECOVERY_POINT + 1);
+}
+
+Expiry		request_expiry = {
+	"request", &requests, expiry_cutoffs, is_due,
+	{
+		"SELECT scope, key, token, COALESCE(expires_at, COALESCE(lease_expires_at, claimed_at)"
+		" OPERATOR(pg_catalog.+) ($3 OPERATOR(pg_catalog.-) $4))"
+		" FROM idempotency.idempotency_keys"
+		" WHERE ROW(scope, key) OPERATOR(pg_catalog.>) ROW($1, $2) AND " IS_DUE("$3", "$4")
+		" ORDER BY scope, key LIMIT $5",
+		5, {TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT8OID}
+	},
+	{
+		"DELETE FROM idempotency.idempotency_keys"
+		" WHERE scope OPERATOR(pg_catalog.=) $1 AND key OPERATOR(pg_catalog.=) $2"
+		" AND token OPERATOR(pg_catalog.=) $3 AND " IS_DUE("$4", "$5"),
+		5, {TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TIMESTAMPTZOID}
+	}
 };
 
 /* ---------- claim ---------- */

@@ -67,5 +67,14 @@ extern char *stripe_version;
 extern char *stripe_allowed_paths;	/* as path.c says */
 extern char *stripe_api_key_file;	/* empty: the postmaster's environment */
 extern char *stripe_ca_file;	/* empty: the system's */
+extern int	abandoned_retention;	/* seconds */
+extern int	stripe_body_retention;	/* seconds; -1: for ever */
+extern int	stripe_retention;	/* seconds; -1: for ever */
+extern bool expiry;
+extern int	expiry_interval;	/* seconds */
+extern int	expiry_batch_size;	/* rows */
+extern int	max_workers;
+
+#define EXPIRY_MAX_BATCH_SIZE 100000
 
 #endif							/* IDEMPOTENCY_SETTINGS_H */

@@ -21,6 +21,7 @@
 #include "storage/shmem.h"
 
 #include "compat.h"
+#include "databases.h"
 #include "recorder_queue.h"
 #include "shmem.h"
 
@@ -33,6 +34,7 @@ static void life_attach(void *area, LWLockPadded *locks);
 static const ShmemPart parts[] = {
 	{"idempotency server life", 0, life_size, life_init, life_attach},
 	{"idempotency recorder queue", 1, queue_size, queue_init, queue_attach},
+	{"idempotency databases", 1, databases_size, databases_init, databases_attach},
 };
 
 static int64 *server_life = NULL;

@@ -49,6 +49,7 @@
 #include "arguments.h"
 #include "compat.h"
 #include "errors.h"
+#include "expiry.h"
 #include "json_member.h"
 #include "ledger.h"
 #include "open_claims.h"
@@ -127,6 +128,52 @@ static Ledger webhook_events = {
 	"stripe_webhook_events", event_columns, E_NCOLUMNS,
 	3, {E_ACCOUNT + 1, E_STRIPE_EVENT_ID + 1, E_CONSUMER + 1},
 	{EVENT_COLUMNS WHERE_KEY, 3, {TEXTOID, TEXTOID, TEXTOID}}
+};
+
+/* ---------- expiry ---------- */
+
+static bool
+expiry_cutoffs(TimestampTz now, TimestampTz *cutoffs)
+{
+	if (webhook_retention < 0)
+		return false;
+	cutoffs[0] = now - (int64) webhook_retention * USECS_PER_SEC;
+	cutoffs[1] = now;
+	return true;
+}
+
+/* WEBHOOK_EVENT_IS_EXPIRED, in C */
+static bool
+is_due(TupleTableSlot *slot, const TimestampTz *cutoffs, TimestampTz *since)
+{
+	bool		isnull;
+	Datum		success = slot_getattr(slot, E_SUCCESS + 1, &isnull);
+
+	if (isnull || !DatumGetBool(success))
+		return false;
+	*since = DatumGetTimestampTz(slot_getattr(slot, E_RECEIVED_AT + 1, &isnull));
+	if (*since > cutoffs[0])
+		return false;
+	*since += cutoffs[1] - cutoffs[0];
+	return true;
+}
+
+Expiry		webhook_expiry = {
+	"webhook", &webhook_events, expiry_cutoffs, is_due,
+	{
+		"SELECT account, stripe_event_id, consumer, token,"
+		" received_at OPERATOR(pg_catalog.+) ($5 OPERATOR(pg_catalog.-) $4)"
+		" FROM idempotency.stripe_webhook_events"
+		" WHERE ROW(account, stripe_event_id, consumer) OPERATOR(pg_catalog.>) ROW($1, $2, $3)"
+		" AND " WEBHOOK_EVENT_IS_EXPIRED("$4")
+		" ORDER BY account, stripe_event_id, consumer LIMIT $6",
+		6, {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT8OID}
+	},
+	{
+		"DELETE FROM idempotency.stripe_webhook_events" WHERE_KEY
+		" AND token OPERATOR(pg_catalog.=) $4 AND " WEBHOOK_EVENT_IS_EXPIRED("$5"),
+		6, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TIMESTAMPTZOID}
+	}
 };
 
 static OwnerStatement insert_event = {

@@ -29,6 +29,7 @@ our @EXPORT = qw(
   literal new_node sql run_fails claim claim_text call_text stripe_claim
   lapse_lease lapse_stripe_lease wait_for_lock extension_functions
   create_test_caller needs_debug_points arm disarm wait_for_point
+  expired_rows wait_until wait_until_expired
 );
 
 my $json = JSON::PP->new->utf8->allow_nonref;
@@ -319,6 +320,53 @@ sub wait_for_lock
 	return $node->poll_query_until('postgres',
 		"SELECT wait_event_type = 'Lock' FROM pg_stat_activity WHERE pid = $pid")
 	  || die "backend $pid doesn't wait for a lock";
+}
+
+=pod
+
+=item expired_rows($node, $n, db => NAME, prefix => TEXT)
+
+Write rows of $n recorded keys, prefix1 and so on, that expired a day ago.
+
+=item wait_until($node, $query, $test_name, db => NAME)
+
+Test that the query answers t, within three minutes.
+
+=item wait_until_expired($node, $test_name, db => NAME)
+
+Test that all expired rows go, by themselves.
+
+=cut
+
+sub expired_rows
+{
+	my ($node, $n, %params) = @_;
+	my $prefix = literal($params{prefix} // 'expired');
+
+	sql($node, qq{
+		INSERT INTO idempotency.idempotency_keys
+			(token, claimed_at, recorded_at, expires_at, attempt, http_status, scope, key)
+		SELECT n, t - interval '1 day', t - interval '1 day', t, 1, 200, 'test', $prefix || n
+		FROM generate_series(1, $n) n, (SELECT clock_timestamp() - interval '1 day' AS t) t},
+		db => $params{db});
+	return;
+}
+
+sub wait_until
+{
+	my ($node, $query, $test_name, %params) = @_;
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+
+	return ok($node->poll_query_until($params{db} // 'postgres', $query), $test_name);
+}
+
+sub wait_until_expired
+{
+	my ($node, $test_name, %params) = @_;
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+
+	return wait_until($node, q{SELECT NOT EXISTS (SELECT FROM idempotency.idempotency_keys
+		WHERE expires_at <= clock_timestamp())}, $test_name, %params);
 }
 
 =pod

@@ -79,6 +79,7 @@ my %call = (
 	stripe_webhook_receive => q{('{}', 't=1,v1=0')},
 	stripe_webhook_next => q{()},
 	stripe_webhook_reclaim => q{('evt_1')},
+	expire => '()',
 	grant_role => q{('app', 'operator')});
 is(extension_functions($primary, q{provolatile = 'v' AND proname <> 'stripe_get'}),
 	join("\n", sort keys %call), 'these are all functions that write');

@@ -1,0 +1,676 @@
+/*-------------------------------------------------------------------------
+ *
+ * expiry.c
+ *	  Removal of what the ledgers no longer need.
+ *
+ * The work is done in batches, each of them one short transaction of a
+ * background worker (worker.c) or of the caller of expire().  A batch searches
+ * the rows that are due and then removes them.
+ *
+ * The search.  On a plain local heap it reads the table itself, window by
+ * window, and remembers where it got to.  (LIMIT n over a scan from the start
+ * would step over all that was removed before, and an index on expires_at
+ * would have to be paid for by every claim and would keep record() from being
+ * a HOT update.)  A large table is read through a ring of buffers, so that it
+ * doesn't push others out of the cache.  For any other table (ledger_check()
+ * tells) it is a SELECT, in the order of the primary key.
+ *
+ * What the search finds are hints.  The removal is a statement of its own for
+ * each row, by the whole key, that repeats the token and the condition: a row
+ * that has been claimed or recorded meanwhile stays.
+ *
+ * Never in the way.  A row that another transaction has locked is passed over:
+ * the search sees it in the row's header, and a statement that meets one all
+ * the same gives up after LOCK_TIMEOUT_MS, and so does one that would wait
+ * inside a user's trigger or foreign key.  So a batch waits for nobody while
+ * it holds rows, and can't be part of a deadlock for longer.  Who claims a key
+ * that is being removed waits for the batch to commit, and a batch of a worker
+ * stops removing after BATCH_MS:
+ *
+ *		longest wait = BATCH_MS + one row's own triggers + LOCK_TIMEOUT_MS + commit
+ *
+ * where the worker's commit doesn't wait for the disk.  A live key is never
+ * waited for: its row isn't touched.  (README.md has the measured waits.)
+ * On the table there are only locks that every statement takes, and a worker
+ * that can't have them at once goes away.
+ *
+ * Rows that raise an error.  A user's trigger or foreign key may refuse the
+ * removal.  The statements of a batch run in a subtransaction; where one of
+ * them fails, those before it are done once more without it, and those after
+ * it go on: the row is skipped, counted and named.  Only after MAX_REFUSALS in
+ * a row does a batch give up; the next begins after that row.
+ *
+ * Deferred constraints would fail at commit, outside of all that, and run
+ * with the rights of the worker's session.  So a worker has them checked at
+ * once.
+ *
+ * src/expiry.c
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/heapam.h"
+#include "access/htup_details.h"
+#include "access/multixact.h"
+#include "access/tableam.h"
+#include "access/xact.h"
+#include "fmgr.h"
+#include "funcapi.h"
+#include "miscadmin.h"
+#include "portability/instr_time.h"
+#include "storage/bufmgr.h"
+#include "storage/proc.h"
+#include "storage/procarray.h"
+#include "utils/builtins.h"
+#include "utils/datum.h"
+#include "utils/memutils.h"
+#include "utils/snapmgr.h"
+#include "utils/timestamp.h"
+
+#include "compat.h"
+#include "errors.h"
+#include "expiry.h"
+#include "settings.h"
+
+PG_FUNCTION_INFO_V1(idempotency_expire);
+
+/* How much of a table one batch searches: 8 MB. */
+#define WINDOW_BLOCKS 1024
+
+/* After that a worker's batch removes no more. */
+#define BATCH_MS 5
+
+/* How long a removal waits for a lock. */
+#define LOCK_TIMEOUT_MS 10
+
+/* Rows refused in a row before a batch gives up. */
+#define MAX_REFUSALS 100
+
+/* What is removed, in this order. */
+Expiry	   *const expiries[] = {
+	&request_expiry,
+	&stripe_body_expiry,
+	&stripe_expiry,
+	&webhook_expiry,
+};
+const int	nexpiries = lengthof(expiries);
+
+/* A row that the search has found. */
+typedef struct Candidate
+{
+	Datum		key[LEDGER_MAX_KEYS];
+	Datum		token;
+	TimestampTz since;
+	ItemPointerData tid;
+} Candidate;
+
+typedef struct Work
+{
+	ExpiryBatch *batch;
+	Relation	rel;
+	TimestampTz cutoffs[EXPIRY_CUTOFFS];
+	Candidate  *candidates;
+	int			ncandidates;
+	instr_time	started;		/* removing */
+} Work;
+
+static double
+milliseconds_since(instr_time then)
+{
+	instr_time	now;
+
+	INSTR_TIME_SET_CURRENT(now);
+	INSTR_TIME_SUBTRACT(now, then);
+	return INSTR_TIME_GET_MILLISEC(now);
+}
+
+static void
+note_oldest(TimestampTz *oldest, TimestampTz since)
+{
+	if (*oldest == 0 || since < *oldest)
+		*oldest = since;
+}
+
+/* ---------- search ---------- */
+
+void
+expiry_reset_cursor(ExpiryCursor *cursor)
+{
+	int			i;
+
+	ItemPointerSetInvalid(&cursor->tid);
+	for (i = 0; i < LEDGER_MAX_KEYS; i++)
+	{
+		if (cursor->key[i] != (Datum) 0)
+			pfree(DatumGetPointer(cursor->key[i]));
+		cursor->key[i] = (Datum) 0;
+	}
+}
+
+/* The cursor stands behind this row. */
+static void
+move_cursor(ExpiryCursor *cursor, Ledger *ledger, Candidate *candidate)
+{
+	MemoryContext context = MemoryContextSwitchTo(TopMemoryContext);
+	int			i;
+
+	expiry_reset_cursor(cursor);
+	cursor->tid = candidate->tid;
+	if (!ledger->direct)
+	{
+		for (i = 0; i < ledger->nkeys; i++)
+			cursor->key[i] = datumCopy(candidate->key[i], false, -1);
+	}
+	MemoryContextSwitchTo(context);
+}
+
+/* Does another transaction have the row locked, or is changing it? */
+static bool
+is_locked(HeapTupleHeader header)
+{
+	TransactionId xmax = HeapTupleHeaderGetRawXmax(header);
+
+	if (header->t_infomask & HEAP_XMAX_INVALID)
+		return false;
+	if (header->t_infomask & HEAP_XMAX_IS_MULTI)
+		return MultiXactIdIsRunning(xmax, HEAP_XMAX_IS_LOCKED_ONLY(header->t_infomask));
+	return !TransactionIdIsCurrentTransactionId(xmax) && TransactionIdIsInProgress(xmax);
+}
+
+/*
+ * Search one window of the table, from the cursor on, which is moved to the
+ * window's end, or to the last row found where there is no room for more.
+ */
+static void
+search_window(Work *work)
+{
+	ExpiryBatch *batch = work->batch;
+	Expiry	   *expiry = batch->expiry;
+	Ledger	   *ledger = expiry->ledger;
+	ExpiryCursor *cursor = batch->cursor;
+	Relation	rel = work->rel;
+	BlockNumber nblocks = RelationGetNumberOfBlocks(rel);
+	BlockNumber start = 0;
+	BlockNumber end;
+	MemoryContext row_context;
+	TableScanDesc scan;
+	TupleTableSlot *slot;
+
+	if (ItemPointerIsValid(&cursor->tid))
+		start = ItemPointerGetBlockNumber(&cursor->tid);
+	if (start >= nblocks)
+	{
+		batch->finished = true;
+		return;
+	}
+	end = start + Min(nblocks - start, WINDOW_BLOCKS);
+
+	row_context = AllocSetContextCreate(CurrentMemoryContext, "idempotency expiry row",
+										ALLOCSET_SMALL_SIZES);
+	slot = MakeSingleTupleTableSlot(RelationGetDescr(rel), &TTSOpsBufferHeapTuple);
+	PushActiveSnapshot(GetTransactionSnapshot());
+	scan = heap_beginscan(rel, GetActiveSnapshot(), 0, NULL, NULL,
+						  SO_TYPE_SEQSCAN | SO_ALLOW_STRAT | SO_ALLOW_PAGEMODE);
+	heap_setscanlimits(scan, start, end - start);
+
+	while (work->ncandidates < batch->max_rows &&
+		   heap_getnextslot(scan, ForwardScanDirection, slot))
+	{
+		Candidate  *candidate = &work->candidates[work->ncandidates];
+		MemoryContext context;
+		bool		due;
+		bool		isnull;
+		int			i;
+
+		if (ItemPointerIsValid(&cursor->tid) &&
+			ItemPointerCompare(&slot->tts_tid, &cursor->tid) <= 0)
+			continue;
+
+		MemoryContextReset(row_context);
+		context = MemoryContextSwitchTo(row_context);
+		due = expiry->due(slot, work->cutoffs, &candidate->since);
+		MemoryContextSwitchTo(context);
+		if (!due)
+			continue;
+
+		note_oldest(&batch->oldest, candidate->since);
+		if (is_locked(ExecFetchSlotHeapTuple(slot, false, NULL)->t_data))
+		{
+			note_oldest(&batch->left, candidate->since);
+			continue;
+		}
+
+		for (i = 0; i < ledger->nkeys; i++)
+			candidate->key[i] = datumCopy(slot_getattr(slot, ledger->keys[i], &isnull),
+										  false, -1);
+		candidate->token = slot_getattr(slot, 1, &isnull);
+		candidate->tid = slot->tts_tid;
+		work->ncandidates++;
+	}
+
+	if (work->ncandidates == batch->max_rows)
+		move_cursor(cursor, ledger, &work->candidates[work->ncandidates - 1]);
+	else
+	{
+		batch->finished = end == nblocks;
+		ItemPointerSet(&cursor->tid, end - 1, MaxOffsetNumber);
+	}
+
+	heap_endscan(scan);
+	PopActiveSnapshot();
+	ExecDropSingleTupleTableSlot(slot);
+	MemoryContextDelete(row_context);
+}
+
+static void
+add_candidate(HeapTuple tuple, TupleDesc desc, void *arg)
+{
+	Work	   *work = arg;
+	Candidate  *candidate = &work->candidates[work->ncandidates++];
+	int			nkeys = work->batch->expiry->ledger->nkeys;
+	bool		isnull;
+	int			i;
+
+	/* out of the statement's memory */
+	for (i = 0; i < nkeys; i++)
+		candidate->key[i] = SPI_datumTransfer(SPI_getbinval(tuple, desc, i + 1, &isnull),
+											  false, -1);
+	candidate->token = SPI_getbinval(tuple, desc, nkeys + 1, &isnull);
+	candidate->since = DatumGetTimestampTz(SPI_getbinval(tuple, desc, nkeys + 2, &isnull));
+	ItemPointerSetInvalid(&candidate->tid);
+	note_oldest(&work->batch->oldest, candidate->since);
+}
+
+/* The same by a SELECT, for a table that the planner has to be asked about. */
+static void
+search_by_select(Work *work)
+{
+	ExpiryBatch *batch = work->batch;
+	Ledger	   *ledger = batch->expiry->ledger;
+	ExpiryCursor *cursor = batch->cursor;
+	Datum		values[LEDGER_MAX_KEYS + EXPIRY_CUTOFFS + 1];
+	int			n = 0;
+	int			i;
+
+	/* all keys are greater than empty ones */
+	for (i = 0; i < ledger->nkeys; i++)
+		values[n++] = cursor->key[i] != (Datum) 0 ? cursor->key[i] : CStringGetTextDatum("");
+	for (i = 0; i < EXPIRY_CUTOFFS; i++)
+		values[n++] = TimestampTzGetDatum(work->cutoffs[i]);
+	values[n++] = Int64GetDatum(batch->max_rows);
+
+	owner_select(&batch->expiry->find, work->rel->rd_rel->relowner, values,
+				 add_candidate, work);
+
+	batch->finished = work->ncandidates < batch->max_rows;
+	if (work->ncandidates > 0)
+		move_cursor(cursor, ledger, &work->candidates[work->ncandidates - 1]);
+}
+
+/* ---------- removal ---------- */
+
+/* Which row, for a message */
+static char *
+describe_row(Ledger *ledger, Candidate *candidate)
+{
+	StringInfoData buf;
+	int			i;
+
+	initStringInfo(&buf);
+	appendStringInfoChar(&buf, '(');
+	for (i = 0; i < ledger->nkeys; i++)
+		appendStringInfo(&buf, "%s%s", i > 0 ? ", " : "",
+						 ledger->columns[ledger->keys[i] - 1]);
+	appendStringInfoString(&buf, ")=(");
+	for (i = 0; i < ledger->nkeys; i++)
+		appendStringInfo(&buf, "%s%s", i > 0 ? ", " : "",
+						 TextDatumGetCString(candidate->key[i]));
+	appendStringInfoChar(&buf, ')');
+	return buf.data;
+}
+
+/*
+ * Does an error concern one row, so that the next may do better?  Not one of
+ * the machine, of the whole table, or meant for the transaction.
+ */
+static bool
+is_about_one_row(int sqlerrcode)
+{
+	switch (ERRCODE_TO_CATEGORY(sqlerrcode))
+	{
+		case ERRCODE_INSUFFICIENT_RESOURCES:
+		case ERRCODE_OPERATOR_INTERVENTION:
+		case ERRCODE_SYSTEM_ERROR:
+		case ERRCODE_CONFIG_FILE_ERROR:
+		case ERRCODE_INVALID_TRANSACTION_STATE:
+			return false;
+		case ERRCODE_TRANSACTION_ROLLBACK:
+			return !IsolationUsesXactSnapshot();
+		default:
+			return sqlerrcode != ERRCODE_DATA_CORRUPTED &&
+				sqlerrcode != ERRCODE_INDEX_CORRUPTED;
+	}
+}
+
+/* A row that is locked after all, rather than refused. */
+static bool
+is_about_locks(int sqlerrcode)
+{
+	return sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE ||
+		ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_TRANSACTION_ROLLBACK;
+}
+
+/*
+ * Remove the candidates from lo to before hi, but for those that a worker has
+ * no time for any more.  Returns how far it got; or, with nothing done and
+ * *error set, which of them failed.
+ */
+static int
+try_remove(Work *work, int lo, int hi, ErrorData **error)
+{
+	ExpiryBatch *batch = work->batch;
+	Ledger	   *ledger = batch->expiry->ledger;
+	MemoryContext context = CurrentMemoryContext;
+	ResourceOwner owner = CurrentResourceOwner;
+	int			users_timeout = LockTimeout;
+	volatile int reached = lo;
+	volatile int64 removed = 0;
+	volatile TimestampTz left = 0;
+
+	*error = NULL;
+	if (lo == hi)
+		return hi;
+
+	/* nothing is held yet, or any more */
+	if (lo == 0)
+		INSTR_TIME_SET_CURRENT(work->started);
+
+	BeginInternalSubTransaction(NULL);
+	MemoryContextSwitchTo(context);
+
+	PG_TRY();
+	{
+		if (users_timeout <= 0 || users_timeout > LOCK_TIMEOUT_MS)
+			LockTimeout = LOCK_TIMEOUT_MS;
+
+		while (reached < hi)
+		{
+			Candidate  *candidate = &work->candidates[reached];
+			Datum		values[LEDGER_MAX_KEYS + 1 + EXPIRY_CUTOFFS];
+			int			n = 0;
+			int			i;
+
+			CHECK_FOR_INTERRUPTS();
+			if (batch->background && reached > 0 &&
+				milliseconds_since(work->started) > BATCH_MS)
+				break;
+
+			for (i = 0; i < ledger->nkeys; i++)
+				values[n++] = candidate->key[i];
+			values[n++] = candidate->token;
+			for (i = 0; i < EXPIRY_CUTOFFS; i++)
+				values[n++] = TimestampTzGetDatum(work->cutoffs[i]);
+
+			if (ledger_execute(work->rel, &batch->expiry->remove, values, NULL,
+							   NULL, NULL, 0) > 0)
+				removed++;
+			else if (left == 0 || candidate->since < left)
+				left = candidate->since;	/* changed meanwhile, or kept by a
+											 * trigger */
+			reached++;
+		}
+		LockTimeout = users_timeout;
+
+		ReleaseCurrentSubTransaction();
+		MemoryContextSwitchTo(context);
+		CurrentResourceOwner = owner;
+	}
+	PG_CATCH();
+	{
+		LockTimeout = users_timeout;
+		MemoryContextSwitchTo(context);
+		*error = CopyErrorData();
+		FlushErrorState();
+
+		RollbackAndReleaseCurrentSubTransaction();
+		MemoryContextSwitchTo(context);
+		CurrentResourceOwner = owner;
+
+		if (!is_about_one_row((*error)->sqlerrcode))
+			ReThrowError(*error);
+	}
+	PG_END_TRY();
+
+	if (*error == NULL)
+	{
+		batch->removed += removed;
+		if (removed > 0)
+			batch->cursor->refusals = 0;
+		if (left != 0)
+			note_oldest(&batch->left, left);
+	}
+	return reached;
+}
+
+/* A row can't be removed. */
+static void
+refuse(ExpiryBatch *batch, Candidate *candidate, ErrorData *error)
+{
+	note_oldest(&batch->left, candidate->since);
+	if (is_about_locks(error->sqlerrcode))
+		return;
+
+	batch->refused++;
+	if (batch->refusal == NULL)
+		batch->refusal = psprintf("%s: %s", describe_row(batch->expiry->ledger, candidate),
+								  error->message);
+	if (++batch->cursor->refusals >= MAX_REFUSALS)
+	{
+		batch->cursor->refusals = 0;
+		batch->gave_up = true;
+	}
+}
+
+/*
+ * Remove the candidates, without those that can't be.  Returns how far it got.
+ */
+static int
+remove_candidates(Work *work)
+{
+	int			lo = 0;
+	int			hi = work->ncandidates;
+	ErrorData  *refusal = NULL; /* of the row hi */
+
+	for (;;)
+	{
+		ErrorData  *error;
+		int			reached = try_remove(work, lo, hi, &error);
+
+		if (error != NULL)
+		{
+			/* those before it once more, and then without it */
+			if (refusal != NULL)
+				FreeErrorData(refusal);
+			refusal = error;
+			hi = reached;
+			continue;
+		}
+		if (reached < hi || refusal == NULL)
+			return reached;
+
+		refuse(work->batch, &work->candidates[hi], refusal);
+		FreeErrorData(refusal);
+		refusal = NULL;
+		lo = hi + 1;
+		hi = work->ncandidates;
+		if (work->batch->gave_up)
+			return lo;
+	}
+}
+
+/*
+ * Check constraints of this transaction at once that would be checked at its
+ * end.
+ */
+static void
+undefer_constraints(Oid owner)
+{
+	static OwnerStatement statement = {"SET CONSTRAINTS ALL IMMEDIATE", 0, {0}, NULL};
+
+	owner_execute(&statement, owner, NULL, NULL, false, NULL, NULL, 0);
+}
+
+/*
+ * Do one batch in the current transaction.  Raises an error where it can't be
+ * done, after which the transaction has to be rolled back; the cursor may have
+ * moved.
+ */
+void
+expiry_batch(ExpiryBatch *batch)
+{
+	Ledger	   *ledger = batch->expiry->ledger;
+	Work		work;
+	instr_time	started;
+	MemoryContext context;
+	MemoryContext old_context;
+	int			reached;
+
+	batch->owner = GetUserId();
+	batch->finished = false;
+	batch->removed = 0;
+	batch->refused = 0;
+	batch->oldest = 0;
+	batch->left = 0;
+	batch->searched = 0;
+	batch->refusal = NULL;
+	batch->gave_up = false;
+
+	memset(&work, 0, sizeof(work));
+	work.batch = batch;
+	if (!batch->expiry->cutoffs(GetCurrentTimestamp(), work.cutoffs))
+	{
+		batch->finished = true;
+		return;
+	}
+
+	context = AllocSetContextCreate(CurrentMemoryContext, "idempotency expiry",
+									ALLOCSET_DEFAULT_SIZES);
+	old_context = MemoryContextSwitchTo(context);
+	work.candidates = MemoryContextAllocHuge(context, batch->max_rows * sizeof(Candidate));
+	work.rel = ledger_open(ledger, RowExclusiveLock, batch->background);
+	batch->owner = work.rel->rd_rel->relowner;
+
+	INSTR_TIME_SET_CURRENT(started);
+	if (ledger->direct)
+		search_window(&work);
+	else
+		search_by_select(&work);
+
+	/* what it took to find nothing: a full batch was no search in vain */
+	batch->searched = (int64) (milliseconds_since(started) * 1000 *
+							   (1 - (double) work.ncandidates / batch->max_rows));
+
+	if (work.ncandidates > 0)
+	{
+		if (batch->background)
+			undefer_constraints(work.rel->rd_rel->relowner);
+		reached = remove_candidates(&work);
+		if (reached < work.ncandidates)
+		{
+			move_cursor(batch->cursor, ledger, &work.candidates[reached - 1]);
+			batch->finished = false;
+		}
+	}
+
+	ledger_close(work.rel);
+	MemoryContextSwitchTo(old_context);
+	if (batch->refusal != NULL)
+		batch->refusal = pstrdup(batch->refusal);
+	MemoryContextDelete(context);
+}
+
+/* ---------- by hand ---------- */
+
+/*
+ * Remove at most max_rows rows of one kind, from where the last call of this
+ * session got to, once around.  Returns how many there were.
+ */
+static int64
+expire_by_hand(Expiry *expiry, ExpiryCursor *cursor, int max_rows)
+{
+	bool		from_start = !ItemPointerIsValid(&cursor->tid) && cursor->key[0] == (Datum) 0;
+	ExpiryBatch batch;
+	int64		removed = 0;
+	int64		refused = 0;
+	char	   *refusal = NULL;
+
+	batch.expiry = expiry;
+	batch.background = false;
+	batch.cursor = cursor;
+
+	for (;;)
+	{
+		CHECK_FOR_INTERRUPTS();
+		batch.max_rows = max_rows - removed;
+		expiry_batch(&batch);
+		removed += batch.removed;
+		refused += batch.refused;
+		if (refusal == NULL)
+			refusal = batch.refusal;
+
+		if (batch.finished)
+			expiry_reset_cursor(cursor);
+		if (removed >= max_rows || batch.gave_up || (batch.finished && from_start))
+			break;
+		if (batch.finished)
+		{
+			/* once more, from the start: it counts what there is */
+			from_start = true;
+			refused = 0;
+			refusal = NULL;
+		}
+	}
+
+	if (refused > 0)
+		ereport(WARNING,
+				(errcode(ERRCODE_TRIGGERED_ACTION_EXCEPTION),
+				 errmsg_plural("%lld row of \"idempotency.%s\" could not be removed",
+							   "%lld rows of \"idempotency.%s\" could not be removed",
+							   refused, (long long) refused, expiry->ledger->table),
+				 errdetail("Row %s.", refusal),
+				 errhint("A trigger or a foreign key on the table refuses it.")));
+	return removed;
+}
+
+/*
+ * expire(max_rows)
+ */
+Datum
+idempotency_expire(PG_FUNCTION_ARGS)
+{
+	static ExpiryCursor cursors[lengthof(expiries)];
+	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
+	int			max_rows = PG_ARGISNULL(0) ? expiry_batch_size : PG_GETARG_INT32(0);
+	int			i;
+
+	if (max_rows < 1 || max_rows > EXPIRY_MAX_BATCH_SIZE)
+		ereport(ERROR,
+				(errcode(ERRCODE_BAD_ARGUMENT),
+				 errmsg("max_rows must be from 1 to %d", EXPIRY_MAX_BATCH_SIZE)));
+	PreventCommandDuringRecovery("idempotency.expire()");
+	PreventCommandIfReadOnly("idempotency.expire()");
+
+	InitMaterializedSRF(fcinfo, 0);
+	for (i = 0; i < nexpiries; i++)
+	{
+		Datum		values[2];
+		bool		nulls[2] = {false, false};
+
+		values[0] = CStringGetTextDatum(expiries[i]->name);
+		values[1] = Int64GetDatum(expire_by_hand(expiries[i], &cursors[i], max_rows));
+		tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
+	}
+
+	return (Datum) 0;
+}

@@ -1,0 +1,887 @@
+/*-------------------------------------------------------------------------
+ *
+ * worker.c
+ *	  The worker of one database, and the view of all.
+ *
+ * A pass goes through the ledgers and removes what has expired; at its end it
+ * settles what can be settled meanwhile: it writes down how transactions that
+ * called Stripe have ended, and looks again at events that wait for their call.
+ *
+ * A worker goes on with the pass where the last one has stopped, and stops
+ * itself after SLICE_MS, so that a database can be renamed or copied.  What it has to know and to tell is in the database's entry of
+ * the table (databases.c); it says when the next is due:
+ *
+ *		after a slice				SLICE_GAP, in which others find the database
+ *									without a worker
+ *		after a pass				idempotency.expiry_interval after its beginning,
+ *									but not before the search for nothing has
+ *									taken no more than 1 / SEARCH_SHARE of the time
+ *		after an error				a delay that doubles, from MIN_BACKOFF to
+ *									MAX_BACKOFF; also where it was terminated, or
+ *									couldn't connect
+ *
+ * Between batches it pauses for PAUSE_SHARE of the time that the last one took,
+ * so that those who claim find processor, disk and WAL free.
+ *
+ * A worker that finds no extension says so, unless CREATE EXTENSION has
+ * committed since it came ("marks").
+ *
+ * It runs with the settings of its database, so that the project's own can be
+ * set there; those that could spoil its work are fixed.  It obeys
+ * default_transaction_read_only.
+ *
+ * The statements, and with them triggers of the table, run with the rights of
+ * the table's owner; so does the end of the transaction.
+ *
+ * src/worker.c
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include <signal.h>
+
+#include "access/table.h"
+#include "access/xact.h"
+#include "access/xlog.h"
+#include "catalog/pg_authid_d.h"
+#include "catalog/pg_extension_d.h"
+#include "commands/dbcommands.h"
+#include "commands/extension.h"
+#include "fmgr.h"
+#include "funcapi.h"
+#include "miscadmin.h"
+#include "pgstat.h"
+#include "portability/instr_time.h"
+#include "postmaster/bgworker.h"
+#include "postmaster/interrupt.h"
+#include "storage/ipc.h"
+#include "storage/latch.h"
+#include "storage/lmgr.h"
+#include "storage/proc.h"
+#include "tcop/tcopprot.h"
+#include "utils/acl.h"
+#include "utils/backend_status.h"
+#include "utils/builtins.h"
+#include "utils/guc.h"
+#include "utils/memutils.h"
+#include "utils/snapmgr.h"
+#include "utils/timestamp.h"
+#include "utils/varlena.h"
+
+#include "compat.h"
+#include "databases.h"
+#include "expiry.h"
+#include "settings.h"
+#include "settle.h"
+#include "settle_event.h"
+#include "shmem.h"
+
+/* Longest stay in a database. */
+#define SLICE_MS 3000
+
+/* From one stay to the next within a pass. */
+#define SLICE_GAP (300 * INT64CONST(1000))
+
+/* The pause after a batch, as a share of its own time. */
+#define PAUSE_SHARE 3.0
+
+/* Searching in vain may take one in so many seconds. */
+#define SEARCH_SHARE 25
+
+/* Between two tries after an error. */
+#define MIN_BACKOFF (5 * USECS_PER_SEC)
+#define MAX_BACKOFF (300 * USECS_PER_SEC)
+
+/* How long to wait for DROP EXTENSION and its like. */
+#define EXTENSION_LOCK_MS 1000
+
+/* Rows and events that are settled in one transaction. */
+#define SETTLE_BATCH 100
+
+/* The parts of a pass: one a kind of rows, and the settling. */
+#define NPARTS (nexpiries + 1)
+
+PGDLLEXPORT void idempotency_worker_main(Datum arg);
+
+PG_FUNCTION_INFO_V1(idempotency_worker_states);
+
+/* Columns of worker_states(). */
+enum
+{
+	W_DATABASE, W_STATUS, W_PID, W_LAST_RUN, W_REMOVED, W_REFUSED,
+	W_OLDEST_EXPIRED, W_LAST_ERROR, W_LAST_ERROR_AT, W_NEXT_RUN, W_NEXT_STEP,
+	W_NCOLUMNS
+};
+
+static bool wrote_result = false;
+
+/* ---------- the entry ---------- */
+
+/*
+ * The entry of our database, which can't go while we are in it.  The lock is
+ * held.
+ */
+static Database *
+own_entry(void)
+{
+	static Oid	dbid = InvalidOid;
+	Database   *db;
+
+	if (!OidIsValid(dbid))
+		dbid = DatumGetObjectId(MyBgworkerEntry->bgw_main_arg);
+	db = databases_find(dbid);
+	if (db == NULL || db->pid != MyProcPid)
+		elog(FATAL, "idempotency worker of database %u has lost its entry", dbid);
+	return db;
+}
+
+static void
+plan_next_run(Database *db, int64 delay)
+{
+	db->planned = delay;
+	db->next_run = GetCurrentTimestamp() + delay;
+}
+
+/* After so many failures in a row */
+static int64
+backoff(int failures)
+{
+	return Min(MIN_BACKOFF << Min(failures - 1, 10), MAX_BACKOFF);
+}
+
+/*
+ * The worker ends, and is no longer in the database (this runs after it has
+ * left the list of processes).
+ */
+static void
+leave(int code, Datum arg)
+{
+	Database   *db;
+
+	databases_lock(LW_EXCLUSIVE);
+	db = databases_find(DatumGetObjectId(arg));
+	if (db != NULL && db->pid == MyProcPid)
+	{
+		db->pid = 0;
+		if (!wrote_result)
+		{
+			db->outcome = RUN_FAILED;
+			db->failures++;
+			plan_next_run(db, backoff(db->failures));
+			strlcpy(db->error, "the worker was terminated, or could not connect",
+					DATABASE_ERROR_LEN);
+			db->error_at = GetCurrentTimestamp();
+		}
+	}
+	databases_unlock();
+}
+
+/*
+ * Come into the entry.  Returns false where the database is being dropped, or
+ * has a worker already.
+ */
+static bool
+enter(Oid dbid)
+{
+	Database   *db;
+	bool		entered = false;
+
+	databases_lock(LW_EXCLUSIVE);
+	db = databases_find(dbid);
+	if (db != NULL && db->pid == 0 && db->held_since == 0)
+	{
+		db->starting = false;
+		db->pid = MyProcPid;
+		entered = true;
+	}
+	databases_unlock();
+
+	if (entered)
+		on_shmem_exit(leave, ObjectIdGetDatum(dbid));
+	return entered;
+}
+
+/* ---------- settings ---------- */
+
+/*
+ * Settings of the database, or of a superuser, with which the work could go
+ * wrong, or wait.
+ */
+static void
+fix_settings(void)
+{
+	static const struct
+	{
+		const char *name;
+		const char *value;
+	}			fixed[] = {
+		{"default_transaction_isolation", "read committed"},
+		{"default_transaction_deferrable", "off"},
+		{"session_replication_role", "origin"},
+		{"row_security", "on"},
+		{"search_path", "pg_catalog, pg_temp"},
+		{"statement_timeout", "0"},
+		{"lock_timeout", "0"},
+		{"idle_in_transaction_session_timeout", "0"},
+		{TRANSACTION_TIMEOUT_SETTING, "0"},
+		/* what a crash takes back is removed again */
+		{"synchronous_commit", "off"},
+		{"max_parallel_workers_per_gather", "0"},
+		{"jit", "off"},
+	};
+	int			i;
+
+	for (i = 0; i < lengthof(fixed); i++)
+	{
+		if (fixed[i].name != NULL)
+			SetConfigOption(fixed[i].name, fixed[i].value, PGC_SUSET, PGC_S_OVERRIDE);
+	}
+}
+
+/* ---------- a run ---------- */
+
+typedef struct Run
+{
+	ExpiryCursor cursor;
+	int			sweep;			/* index of expiries */
+	instr_time	started;
+	int64		removed;
+	int64		refused;
+	TimestampTz oldest;			/* seen in this run */
+	RunOutcome	outcome;
+	bool		without;		/* no extension here */
+	uint32		marks;			/* when we came */
+	char		error[DATABASE_ERROR_LEN];
+} Run;
+
+static double
+milliseconds_since(instr_time then)
+{
+	instr_time	now;
+
+	INSTR_TIME_SET_CURRENT(now);
+	INSTR_TIME_SUBTRACT(now, then);
+	return INSTR_TIME_GET_MILLISEC(now);
+}
+
+/*
+ * Is the extension there, and does it stay until the end of the transaction?
+ */
+static bool
+lock_extension(void)
+{
+	Oid			extension = get_extension_oid("idempotency", true);
+	int			users_timeout = LockTimeout;
+
+	if (!OidIsValid(extension))
+		return false;
+
+	PG_TRY();
+	{
+		LockTimeout = EXTENSION_LOCK_MS;
+		LockDatabaseObject(ExtensionRelationId, extension, 0, AccessShareLock);
+	}
+	PG_FINALLY();
+	{
+		LockTimeout = users_timeout;
+	}
+	PG_END_TRY();
+
+	return get_extension_oid("idempotency", true) == extension;
+}
+
+/* A pass begins, or goes on. */
+static void
+begin_run(Run *run)
+{
+	Database   *db;
+
+	memset(run, 0, sizeof(Run));
+	INSTR_TIME_SET_CURRENT(run->started);
+	run->outcome = RUN_DONE;
+
+	databases_lock(LW_EXCLUSIVE);
+	db = own_entry();
+	run->marks = db->marks;
+	if (db->pass_started == 0)
+	{
+		db->pass_started = GetCurrentTimestamp();
+		db->sweep = 0;
+		ItemPointerSetInvalid(&db->cursor);
+		db->pass_searched = 0;
+		db->pass_refused = 0;
+		db->pass_left = 0;
+	}
+	run->sweep = db->sweep;
+	run->cursor.tid = db->cursor;
+	databases_unlock();
+}
+
+/* What a batch has done, for the view and for whoever goes on. */
+static void
+note_batch(Run *run, ExpiryBatch *batch)
+{
+	Database   *db;
+
+	run->removed += batch->removed;
+	run->refused += batch->refused;
+	if (batch->oldest != 0 && (run->oldest == 0 || batch->oldest < run->oldest))
+		run->oldest = batch->oldest;
+	if (batch->refusal != NULL && run->error[0] == '\0')
+		strlcpy(run->error, batch->refusal, sizeof(run->error));
+	if (batch->finished)
+	{
+		run->sweep++;
+		expiry_reset_cursor(&run->cursor);
+	}
+
+	databases_lock(LW_EXCLUSIVE);
+	db = own_entry();
+	db->removed += batch->removed;
+	db->pass_refused += batch->refused;
+	db->pass_searched += batch->searched;
+	if (batch->left != 0 && (db->pass_left == 0 || batch->left < db->pass_left))
+		db->pass_left = batch->left;
+	db->sweep = run->sweep;
+	db->cursor = run->cursor.tid;
+	databases_unlock();
+}
+
+/*
+ * Begin the transaction of a batch.  Returns false, and has ended it, where
+ * there is nothing to do in this database.
+ */
+static bool
+begin_batch(Run *run)
+{
+	SetCurrentStatementStartTimestamp();
+	StartTransactionCommand();
+
+	if (!lock_extension())
+	{
+		CommitTransactionCommand();
+		run->without = true;
+		return false;
+	}
+	if (!expiry || XactReadOnly)
+	{
+		CommitTransactionCommand();
+		run->outcome = !expiry ? RUN_OFF : RUN_READ_ONLY;
+		return false;
+	}
+	PushActiveSnapshot(GetTransactionSnapshot());
+	return true;
+}
+
+/*
+ * Whatever fires at the end of the transaction has the rights of the tables'
+ * owner, and no more.
+ */
+static void
+commit_batch(Oid owner)
+{
+	Oid			save_userid;
+	int			save_sec_context;
+
+	PopActiveSnapshot();
+	GetUserIdAndSecContext(&save_userid, &save_sec_context);
+	SetUserIdAndSecContext(owner, save_sec_context | SECURITY_LOCAL_USERID_CHANGE);
+	CommitTransactionCommand();
+	SetUserIdAndSecContext(save_userid, save_sec_context);
+}
+
+/* Leave the processor, the disk and the WAL to others for a while. */
+static void
+pause_after(instr_time started)
+{
+	static uint32 wait_event = 0;
+	double		pause = milliseconds_since(started) * PAUSE_SHARE;
+
+	if (wait_event == 0)
+		wait_event = wait_event_new("IdempotencyExpiryPause");
+	if (pause < 1)
+		return;
+	(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+					 (long) pause, wait_event);
+	ResetLatch(MyLatch);
+}
+
+/* Before each batch */
+static void
+check_for_signals(void)
+{
+	CHECK_FOR_INTERRUPTS();
+	if (ConfigReloadPending)
+	{
+		ConfigReloadPending = false;
+		ProcessConfigFile(PGC_SIGHUP);
+	}
+}
+
+/*
+ * The batches of one kind of rows, until there are no more or the time is over.
+ * Returns false where the run ends.
+ */
+static bool
+run_expiry(Run *run, Expiry *todo, MemoryContext context)
+{
+	char		activity[128];
+
+	snprintf(activity, sizeof(activity), "removing expired rows of idempotency.%s (%s)",
+			 todo->ledger->table, todo->name);
+
+	for (;;)
+	{
+		ExpiryBatch batch;
+		instr_time	started;
+
+		check_for_signals();
+		MemoryContextReset(context);
+		MemoryContextSwitchTo(context);
+
+		pgstat_report_activity(STATE_RUNNING, activity);
+		INSTR_TIME_SET_CURRENT(started);
+		memset(&batch, 0, sizeof(batch));
+		batch.expiry = todo;
+		batch.max_rows = expiry_batch_size;
+		batch.background = true;
+		batch.cursor = &run->cursor;
+		if (!begin_batch(run))
+			return false;
+		expiry_batch(&batch);
+		commit_batch(batch.owner);
+		MemoryContextSwitchTo(context);
+		note_batch(run, &batch);
+		pgstat_report_stat(true);
+		pgstat_report_activity(STATE_IDLE, NULL);
+
+		if (batch.gave_up)
+		{
+			run->outcome = RUN_FAILED;
+			return false;
+		}
+		if (milliseconds_since(run->started) > SLICE_MS)
+			return false;
+
+		pause_after(started);
+		if (batch.finished)
+			return true;
+	}
+}
+
+/*
+ * Settle what can be settled: stretch by stretch of the table of calls, and
+ * then the events.  Returns false where the run ends.
+ */
+static bool
+run_settling(Run *run, MemoryContext context)
+{
+	BlockNumber block = ItemPointerIsValid(&run->cursor.tid) ?
+		ItemPointerGetBlockNumber(&run->cursor.tid) : 0;
+	bool		events = false;
+	bool		finished = false;
+
+	while (!finished)
+	{
+		instr_time	started;
+		Relation	rel;
+		Oid			owner;
+		int			settled;
+		Database   *db;
+
+		check_for_signals();
+		MemoryContextReset(context);
+		MemoryContextSwitchTo(context);
+
+		pgstat_report_activity(STATE_RUNNING, "settling calls to Stripe");
+		INSTR_TIME_SET_CURRENT(started);
+		if (!begin_batch(run))
+			return false;
+		(void) set_config_option("lock_timeout", CppAsString2(EXTENSION_LOCK_MS), PGC_SUSET,
+								 PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
+		rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
+		owner = rel->rd_rel->relowner;
+		if (events)
+		{
+			settled = settle_kept_events(SETTLE_BATCH);
+			finished = settled < SETTLE_BATCH;
+		}
+		else
+		{
+			settled = settle_note_fates(SETTLE_BATCH, &block);
+			events = block == 0;
+		}
+		ledger_close(rel);
+		commit_batch(owner);
+		MemoryContextSwitchTo(context);
+		pgstat_report_stat(true);
+		pgstat_report_activity(STATE_IDLE, NULL);
+
+		/* what of the events there was no time for the next pass looks at */
+		if (finished || (events && milliseconds_since(run->started) > SLICE_MS))
+		{
+			finished = true;
+			run->sweep++;
+			expiry_reset_cursor(&run->cursor);
+		}
+		else
+			ItemPointerSet(&run->cursor.tid, block, FirstOffsetNumber);
+
+		databases_lock(LW_EXCLUSIVE);
+		db = own_entry();
+		if (settled == 0)
+			db->pass_searched += (int64) (milliseconds_since(started) * 1000);
+		db->sweep = run->sweep;
+		db->cursor = run->cursor.tid;
+		databases_unlock();
+
+		if (!finished && milliseconds_since(run->started) > SLICE_MS)
+			return false;
+		if (!finished)
+			pause_after(started);
+	}
+	return true;
+}
+
+/*
+ * An error ends the work on one ledger, and not that on the next.  "context"
+ * is where its text may be.
+ */
+static void
+note_error(Run *run, MemoryContext context)
+{
+	ErrorData  *error;
+
+	HOLD_INTERRUPTS();
+	MemoryContextSwitchTo(context);
+	error = CopyErrorData();
+
+	/* that somebody alters the table needn't be in the log */
+	if (error->sqlerrcode != ERRCODE_LOCK_NOT_AVAILABLE)
+		EmitErrorReport();
+	AbortCurrentTransaction();
+	MemoryContextSwitchTo(context);
+	FlushErrorState();
+	RESUME_INTERRUPTS();
+
+	run->outcome = RUN_FAILED;
+	strlcpy(run->error, error->message, sizeof(run->error));
+
+	/* this pass is done with that one */
+	run->sweep++;
+	expiry_reset_cursor(&run->cursor);
+}
+
+/* Where the run has ended, say what came of it and when the next is due. */
+static void
+end_run(Run *run)
+{
+	Database   *db;
+	bool		new_error;
+	int			elapsed = (int) milliseconds_since(run->started);
+
+	databases_lock(LW_EXCLUSIVE);
+	db = own_entry();
+	if (run->without)
+	{
+		if (db->marks == run->marks)
+			db->known = DATABASE_WITHOUT;
+		else
+			db->next_run = 0;
+		db->pass_started = 0;
+		db->outcome = RUN_NONE;
+		wrote_result = true;
+		databases_unlock();
+		return;
+	}
+
+	db->known = DATABASE_WITH;
+	db->last_run = GetCurrentTimestamp();
+	db->sweep = run->sweep;
+	db->cursor = run->cursor.tid;
+	db->failures = run->outcome == RUN_FAILED ? db->failures + 1 : 0;
+
+	if (run->outcome == RUN_DONE && run->sweep < NPARTS)
+	{
+		/* the oldest that this run met stands for those it didn't reach */
+		db->oldest = run->oldest;
+		plan_next_run(db, SLICE_GAP);
+	}
+	else
+	{
+		TimestampTz now = db->last_run;
+		int64		delay = expiry_interval * USECS_PER_SEC;
+
+		if (run->outcome == RUN_DONE && db->pass_refused > 0)
+			run->outcome = RUN_REFUSED;
+		if (run->outcome == RUN_FAILED)
+			delay = backoff(db->failures);
+		else if (db->pass_started <= now)
+			delay = Max(delay - (now - db->pass_started),
+						db->pass_searched * (SEARCH_SHARE - 1));
+		plan_next_run(db, Max(delay, SLICE_GAP));
+
+		db->oldest = db->pass_left;
+		db->refused = db->pass_refused;
+
+		/* one that gave up goes on behind the rows that refused */
+		if (run->sweep >= NPARTS || run->outcome != RUN_FAILED)
+			db->pass_started = 0;
+	}
+	db->outcome = run->outcome;
+
+	new_error = run->error[0] != '\0' && strcmp(run->error, db->error) != 0;
+	if (run->error[0] != '\0')
+	{
+		strlcpy(db->error, run->error, DATABASE_ERROR_LEN);
+		db->error_at = db->last_run;
+	}
+	databases_unlock();
+	wrote_result = true;
+
+	if (run->outcome == RUN_OFF || run->outcome == RUN_READ_ONLY)
+		ereport(DEBUG1,
+				(errmsg_internal("idempotency worker: nothing removed, %s is %s",
+								 run->outcome == RUN_OFF ? "idempotency.expiry" :
+								 "default_transaction_read_only",
+								 run->outcome == RUN_OFF ? "off" : "on")));
+	else
+		ereport(run->refused > 0 && new_error ? LOG : DEBUG1,
+				(errmsg("idempotency worker: %lld expired rows removed, %lld refused, in %d ms",
+						(long long) run->removed, (long long) run->refused, elapsed),
+				 run->refused > 0 ? errdetail("Row %s.", run->error) : 0));
+}
+
+void
+idempotency_worker_main(Datum arg)
+{
+	Oid			dbid = DatumGetObjectId(arg);
+	MemoryContext context;
+	MemoryContext run_context;
+	Run			run;
+
+	if (!enter(dbid))
+		proc_exit(0);
+
+	pqsignal(SIGHUP, SignalHandlerForConfigReload);
+	pqsignal(SIGTERM, die);
+	BackgroundWorkerUnblockSignals();
+	BackgroundWorkerInitializeConnectionByOid(dbid, InvalidOid, 0);
+	pgstat_report_appname("idempotency worker");
+	fix_settings();
+
+	run_context = AllocSetContextCreate(TopMemoryContext, "idempotency worker",
+										ALLOCSET_DEFAULT_SIZES);
+	context = AllocSetContextCreate(TopMemoryContext, "idempotency worker batch",
+									ALLOCSET_DEFAULT_SIZES);
+	begin_run(&run);
+
+	while (run.sweep < NPARTS)
+	{
+		volatile bool more = false;
+		volatile bool failed = false;
+
+		PG_TRY();
+		{
+			more = run.sweep < nexpiries ?
+				run_expiry(&run, expiries[run.sweep], context) :
+				run_settling(&run, context);
+		}
+		PG_CATCH();
+		{
+			note_error(&run, run_context);
+			failed = true;
+		}
+		PG_END_TRY();
+		if (!more && !failed)
+			break;
+	}
+
+	end_run(&run);
+	proc_exit(0);
+}
+
+/* ---------- the view ---------- */
+
+/*
+ * The statement that adds us to shared_preload_libraries, NULL where that is
+ * done.  What is in the list is shown to those only who may see it anyway.
+ */
+static char *
+preload_statement(void)
+{
+	const char *old = GetConfigOption("shared_preload_libraries", true, false);
+	StringInfoData buf;
+	List	   *names = NIL;
+	ListCell   *lc;
+
+	initStringInfo(&buf);
+	appendStringInfoString(&buf, "ALTER SYSTEM SET shared_preload_libraries = ");
+	if (old != NULL && old[0] != '\0')
+	{
+		if (!has_privs_of_role(GetUserId(), ROLE_PG_READ_ALL_SETTINGS))
+			return pstrdup("-- as superuser, add idempotency to shared_preload_libraries and restart the server");
+		if (!SplitDirectoriesString(pstrdup(old), ',', &names))
+			names = NIL;
+	}
+	foreach(lc, names)
+	{
+		/* pg_upgrade's server has it in the list and runs nothing of ours */
+		if (strcmp(lfirst(lc), "idempotency") == 0)
+			return NULL;
+		appendStringInfo(&buf, "%s, ", quote_literal_cstr(lfirst(lc)));
+	}
+	appendStringInfoString(&buf, "'idempotency'; -- and restart the server");
+	return buf.data;
+}
+
+static const char *
+status_of(Database *db)
+{
+	if (!shmem_is_there())
+		return "not preloaded";
+	if (RecoveryInProgress())
+		return "standby";
+	if (db == NULL)
+		return "unknown";
+	if (db->pid != 0)
+		return "running";
+	if (max_workers == 0)
+		return "stopped";
+	if (!db->startable)
+		return "no connections";
+	if (db->known == DATABASE_UNKNOWN)
+		return "unknown";
+	switch (db->outcome)
+	{
+		case RUN_NONE:
+			return "waiting";
+		case RUN_DONE:
+			return "idle";
+		case RUN_OFF:
+			return "off";
+		case RUN_READ_ONLY:
+			return "read only";
+		case RUN_REFUSED:
+			return "rows refused";
+		case RUN_FAILED:
+			return "failing";
+		case RUN_NO_SLOT:
+			return "no slot";
+	}
+	return NULL;
+}
+
+static char *
+next_step_of(Database *db, const char *name)
+{
+	const char *quoted = quote_identifier(name);
+
+	if (!shmem_is_there())
+		return preload_statement();
+	if (RecoveryInProgress() || db == NULL)
+		return NULL;
+	if (max_workers == 0)
+		return pstrdup("ALTER SYSTEM RESET idempotency.max_workers; SELECT pg_catalog.pg_reload_conf();");
+	if (!db->startable && db->known == DATABASE_WITH)
+		return psprintf("ALTER DATABASE %s ALLOW_CONNECTIONS true;", quoted);
+	switch (db->outcome)
+	{
+		case RUN_OFF:
+			return psprintf("ALTER DATABASE %s SET idempotency.expiry = on;", quoted);
+		case RUN_READ_ONLY:
+			return psprintf("ALTER DATABASE %s SET default_transaction_read_only = off;", quoted);
+		case RUN_NO_SLOT:
+			return psprintf("ALTER SYSTEM SET max_worker_processes = %d; -- and restart the server",
+							max_worker_processes + max_workers + 1);
+		case RUN_REFUSED:
+		case RUN_FAILED:
+			return pstrdup("SELECT * FROM idempotency.expire();");
+		default:
+			return NULL;
+	}
+}
+
+static void
+put_row(ReturnSetInfo *rsinfo, Oid dbid, Database *db)
+{
+	Datum		values[W_NCOLUMNS];
+	bool		nulls[W_NCOLUMNS];
+	char	   *name = get_database_name(dbid);
+	char	   *next_step;
+
+	if (name == NULL)
+		return;
+	memset(nulls, true, sizeof(nulls));
+
+#define PUT(column, value) (values[column] = (value), nulls[column] = false)
+#define PUT_TIME(column, time) \
+	do { if ((time) != 0) PUT(column, TimestampTzGetDatum(time)); } while (0)
+
+	PUT(W_DATABASE, CStringGetTextDatum(name));
+	PUT(W_STATUS, CStringGetTextDatum(status_of(db)));
+	if (db != NULL)
+	{
+		if (db->pid != 0)
+			PUT(W_PID, Int32GetDatum(db->pid));
+		PUT_TIME(W_LAST_RUN, db->last_run);
+		PUT(W_REMOVED, Int64GetDatum(db->removed));
+		PUT(W_REFUSED, Int64GetDatum(db->refused));
+		PUT_TIME(W_OLDEST_EXPIRED, db->oldest);
+		if (db->error[0] != '\0')
+			PUT(W_LAST_ERROR, CStringGetTextDatum(db->error));
+		PUT_TIME(W_LAST_ERROR_AT, db->error_at);
+		if (!RecoveryInProgress() && db->startable && max_workers > 0)
+			PUT_TIME(W_NEXT_RUN, db->next_run);
+	}
+	next_step = next_step_of(db, name);
+	if (next_step != NULL)
+		PUT(W_NEXT_STEP, CStringGetTextDatum(next_step));
+
+#undef PUT_TIME
+#undef PUT
+
+	tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
+}
+
+/*
+ * worker_states(): this database, and with the privileges of
+ * pg_read_all_stats the others that have the extension, too.
+ */
+Datum
+idempotency_worker_states(PG_FUNCTION_ARGS)
+{
+	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
+	bool		all = has_privs_of_role(GetUserId(), ROLE_PG_READ_ALL_STATS);
+	bool		own = false;
+	Database   *copy = NULL;
+	int			n = 0;
+	int			i;
+
+	InitMaterializedSRF(fcinfo, 0);
+
+	if (databases != NULL)
+	{
+		copy = palloc(MAX_DATABASES * sizeof(Database));
+		databases_lock(LW_SHARED);
+		n = databases->used;
+		memcpy(copy, databases->entries, n * sizeof(Database));
+		databases_unlock();
+	}
+
+	for (i = 0; i < n; i++)
+	{
+		if (copy[i].dbid == MyDatabaseId)
+		{
+			put_row(rsinfo, MyDatabaseId, &copy[i]);
+			own = true;
+		}
+		else if (all && copy[i].known == DATABASE_WITH)
+			put_row(rsinfo, copy[i].dbid, &copy[i]);
+	}
+	if (!own)
+		put_row(rsinfo, MyDatabaseId, NULL);
+
+	return (Datum) 0;
+}
