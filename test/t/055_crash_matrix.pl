@@ -117,10 +117,18 @@ sub begin_and_hold_at_stripe
 sub wait_for_order
 {
 	my ($payment) = @_;
+	my $held = $node->data_dir . '/debug_points/after-record.reached';
+	my $state;
 
-	$node->poll_query_until('postgres', qq{
-		SELECT wait_event_type IN ('Extension', 'Lock') FROM pg_stat_activity WHERE pid = $payment->{pid}})
-	  || die "$payment->{client} doesn't wait for the recorder";
+	wait_until(sub {
+		$state = sql($node, qq{
+			SELECT CASE WHEN state <> 'active' THEN 'has ended'
+				WHEN wait_event_type IN ('Extension', 'Lock') THEN 'waits' ELSE '' END
+			FROM pg_stat_activity WHERE pid = $payment->{pid}});
+		$state = 'has gone on' if $state eq '' && slurp_file($held) == $payment->{pid};
+		return $state ne '';
+	}, "$payment->{client} does nothing");
+	is($state, 'waits', "$payment->{client}: waits for the recorder") if $state ne 'waits';
 	return;
 }
 
@@ -406,7 +414,8 @@ sub pay_again
 {
 	my ($payment) = @_;
 
-	return sql($node, "BEGIN; SELECT pay('$payment->{client}'); COMMIT");
+	my ($status, $stdout, $stderr) = $node->psql('postgres', "BEGIN; SELECT pay('$payment->{client}'); COMMIT");
+	return $status == 0 ? $stdout : "fails: $stderr";
 }
 
 sub run_fault
