@@ -119,9 +119,13 @@ all install uninstall installcheck check clean:
 endif
 
 # Set up a private server in a temporary directory, as test/run says.
-.PHONY: test demo bench fuzz fake-stripe
+.PHONY: test torture demo bench fuzz fake-stripe
 test demo bench fuzz:
 	@test/run $@
+
+# payments under random faults; "make torture SECONDS=600 SEED=1"
+torture:
+	@test/run $@ $(or $(SECONDS),120) $(SEED)
 
 # a fake Stripe to try things on, until Ctrl-C; FAKE_STRIPE holds its options
 fake-stripe:

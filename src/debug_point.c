@@ -7,7 +7,8 @@
  * first word says what to do:
  *
  *	wait	write one's process id to NAME.reached and wait until the file is
- *			gone; interrupts are served meanwhile
+ *			gone, or says something else, which is then done; interrupts are
+ *			served meanwhile
  *	error	raise an error, once
  *	fatal	end the session, once
  *	kill	kill the process, and with it the server, once
@@ -69,16 +70,14 @@ debug_point(const char *name)
 		fclose(file);
 	}
 
-	if (strcmp(action, "wait") == 0)
+	while (strcmp(action, "wait") == 0)
 	{
-		while (access(path, F_OK) == 0)
-		{
-			CHECK_FOR_INTERRUPTS();
-			(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
-							 10, WAIT_EVENT_PG_SLEEP);
-			ResetLatch(MyLatch);
-		}
-		return;
+		CHECK_FOR_INTERRUPTS();
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+						 10, WAIT_EVENT_PG_SLEEP);
+		ResetLatch(MyLatch);
+		if (!read_action(path, action, sizeof(action)))
+			return;
 	}
 
 	/* whoever comes first */

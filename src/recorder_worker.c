@@ -719,7 +719,11 @@ run_batch(void)
 		}
 		run_notes(ORDER_BATCH - nbatch);
 
-		/* nobody waits for notes, and what is lost of them is found again */
+		/*
+		 * Nobody waits for notes, and what is lost of them is found again.
+		 * (It takes PGC_S_SESSION to be local: what comes from a source below
+		 * that becomes the default, for good.)
+		 */
 		if (nbatch == 0)
 			(void) set_config_option("synchronous_commit", "off", PGC_SUSET, PGC_S_SESSION,
 									 GUC_ACTION_LOCAL, true, 0, false);
