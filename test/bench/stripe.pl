@@ -6,8 +6,8 @@
 # compared with is curl_loop.c, libcurl in a loop on one connection.
 #
 #   overhead   a call's time less the loop's, beside two commits by hand; the
-#              three run one after the other, over and over, and the
-#              differences are those of one round
+#              three run one after the other, over and over in short rounds,
+#              and the differences are those of one round
 #   clients    100 sessions at once, one recorder
 #   replay     instructions of a recorded call, to stripe_lookup()'s
 #
@@ -16,11 +16,13 @@ use warnings;
 
 use IPC::Open2 ();
 
-our ($here, $dir, $base, $bindir, $sockets, $port, $pairs, $seconds, @over, %case, @single_user_options);
+our ($here, $dir, $base, $bindir, $major, $sockets, $port, $pairs, $seconds, @over, %case, @single_user_options);
 
 my $key = 'sk_test_of_the_bench_0123456789';
 my $params = q('{"amount": 2000, "currency": "eur", "confirm": true, "payment_method": "pm_card_visa"}');
-my $calls = 200;				# in a run
+my $calls = 100;				# in a round of one side
+my $rounds = 4 * $pairs;
+my %percentiles = (p5 => 0.05, p50 => 0.5, p99 => 0.99);
 
 sub compile
 {
@@ -93,8 +95,8 @@ sub overhead
 	my @sides = qw(call loop commits);
 	my $why_no_http;
 
-	report_head("stripe_call() against libcurl in a loop, medians of $pairs rounds of $calls calls each, ms",
-		'', 'stripe_call', 'loop', 'two commits by hand', 'call less loop', 'lowest to highest',
+	report_head("stripe_call() against libcurl in a loop, medians of $rounds rounds of $calls calls each, ms",
+		'', 'stripe_call', 'loop', 'two commits by hand', 'call less loop', 'its quartiles',
 		'call less loop and commits', 'bar', '', 'pgsql-http');
 	foreach my $fsync (qw(off on))
 	{
@@ -112,7 +114,7 @@ sub overhead
 				push @sides, 'http';
 			}
 		}
-		foreach my $round (0 .. $pairs - 1)
+		foreach my $round (0 .. $rounds - 1)
 		{
 			my %now;
 
@@ -120,23 +122,21 @@ sub overhead
 			foreach my $side (map { $sides[ ($_ + $round) % @sides ] } 0 .. $#sides)
 			{
 				my @times = $side{$side}->($responder->{url});
-				$now{$side} = { p50 => percentile(0.5, @times), p99 => percentile(0.99, @times) };
+				$now{$side} = { map { $_ => percentile($percentiles{$_}, @times) } keys %percentiles };
 			}
-			foreach my $what (qw(p50 p99))
+			foreach my $what (keys %percentiles)
 			{
 				push @{ $got{$_}{$what} }, $now{$_}{$what} foreach @sides;
 				push @{ $added{$what} }, $now{call}{$what} - $now{loop}{$what};
 				push @{ $beyond{$what} }, $now{call}{$what} - $now{loop}{$what} - $now{commits}{$what};
 			}
 		}
-		foreach my $what (qw(p50 p99))
+		foreach my $what (qw(p50 p5 p99))
 		{
 			my $measured = $fsync eq 'on' ? $beyond{$what} : $added{$what};
 			my @bar = $what eq 'p50' ? verdict("stripe_call, fsync $fsync, ms", median(@$measured), 1.00) : ('', '');
-			my @sorted = sort { $a <=> $b } @{ $added{$what} };
-
 			report_line("$what, fsync $fsync", (map { milliseconds(median(@{ $got{$_}{$what} })) } qw(call loop commits)),
-				milliseconds(median(@{ $added{$what} })), milliseconds($sorted[0]) . ' to ' . milliseconds($sorted[-1]),
+				milliseconds(median(@{ $added{$what} })), join(' to ', map { milliseconds(percentile($_, @{ $added{$what} })) } 0.25, 0.75),
 				milliseconds(median(@{ $beyond{$what} })), @bar,
 				$got{http} ? milliseconds(median(@{ $got{http}{$what} })) : '-');
 		}
@@ -148,15 +148,18 @@ sub overhead
 	return;
 }
 
-# Commits of all sessions that have ended
+# Commits of all sessions that have ended, and flushes of WAL to disk.
 sub commits
 {
+	my $flushes = $major >= 18 ? q{(SELECT sum(fsyncs) FROM pg_stat_io WHERE object = 'wal')}
+	  : '(SELECT wal_sync FROM pg_stat_wal)';
+
 	foreach my $try (1 .. 600)
 	{
-		my ($running, $committed) = split(/\|/, psql('-c', q{
+		my ($running, @counts) = split(/\|/, psql('-c', "
 			SELECT (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'idempotency recorder'),
-				(SELECT xact_commit FROM pg_stat_database WHERE datname = 'bench')}));
-		return $committed if !$running;
+				(SELECT xact_commit FROM pg_stat_database WHERE datname = 'bench'), $flushes"));
+		return @counts if !$running;
 		select(undef, undef, undef, 0.1);
 	}
 	die "the recorder stays\n";
@@ -172,7 +175,7 @@ sub clients
 		. "\\if :ok\n\\else\nSELECT 1 / 0;\n\\endif\n");
 	report_head("Sessions at once on one recorder, $time s each, fsync on",
 		'answer after', 'sessions', 'calls a second', 'p50, ms', 'p99, ms', 'p50 of the first third', 'of the last',
-		"recorder's commits a call");
+		"recorder's commits a call", 'flushes of WAL a call');
 	foreach my $case ([ 0, 1 ], [ 0, 100 ], [ 200, 100 ])
 	{
 		my ($delay, $sessions) = @$case;
@@ -181,11 +184,11 @@ sub clients
 
 		unlink glob("$dir/stripe_log*");
 		start_server($data, join(' ', stripe_options($responder->{url}), '-c', 'fsync=on'));
-		my $before = commits();
+		my @before = commits();
 		run("$dir/pgbench.log", "$bindir/pgbench", '-n', '-M', 'prepared', '-c', $sessions, '-j', $sessions > 1 ? 2 : 1,
 			'-T', $time, '-l', "--log-prefix=$dir/stripe_log", '-f', "$dir/stripe_call.sql",
 			'-h', $sockets, '-p', $port, '-U', 'bench', 'bench');
-		my $after = commits();
+		my @after = commits();
 		my $log = read_file("$dir/pgbench.log");
 		die "$log\npgbench failed\n" if $log !~ /^tps = ([\d.]+)/m || $log =~ /number of failed transactions: [1-9]|aborted/;
 		my $tps = $1;
@@ -207,7 +210,7 @@ sub clients
 		};
 		report_line($delay ? "$delay ms" : 'at once', $sessions, commas($tps),
 			(map { sprintf('%.1f', $_) } percentile(0.5, @times), percentile(0.99, @times), $third->(0.1, 0.4), $third->(0.7, 1)),
-			sprintf('%.2f', ($after - $before - @times) / @times));
+			sprintf('%.2f', ($after[0] - $before[0] - @times) / @times), sprintf('%.2f', ($after[1] - $before[1]) / @times));
 		stop_server();
 		stop_responder($responder);
 	}
