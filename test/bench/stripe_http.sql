@@ -13,6 +13,8 @@ DECLARE
 	started timestamptz;
 	ms float8[] := '{}';
 BEGIN
+	-- it keeps connections only with this option
+	PERFORM http_set_curlopt('CURLOPT_TCP_KEEPALIVE', '1');
 	FOR i IN 1 .. 20 + calls LOOP
 		started := pg_catalog.clock_timestamp();
 		SELECT h.status INTO status
