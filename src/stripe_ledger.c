@@ -456,13 +456,30 @@ busy(LedgerClaim *base)
 	claim->known = false;
 }
 
+/*
+ * Is this the request of the row, to the byte?  Most retries say exactly what
+ * was said before, and need no fingerprint, which is the dearest part of a
+ * replay.
+ */
+static bool
+is_recorded_request(StripeClaim *claim, LedgerRow *row)
+{
+	Jsonb	   *recorded;
+
+	if (claim->request == NULL || row->isnull[S_REQUEST])
+		return false;
+	recorded = DatumGetJsonbP(row->values[S_REQUEST]);
+	return VARSIZE(recorded) == VARSIZE(claim->request) &&
+		memcmp(recorded, claim->request, VARSIZE(recorded)) == 0;
+}
+
 static LedgerDecision
 decide(LedgerClaim *base, LedgerRow *row, TimestampTz now)
 {
 	StripeClaim *claim = (StripeClaim *) base;
 	const char *outcome = stripe_row_outcome(row);
 
-	if (!row->isnull[S_FINGERPRINT] &&
+	if (!row->isnull[S_FINGERPRINT] && !is_recorded_request(claim, row) &&
 		!request_matches(&claim->print, DatumGetByteaPP(row->values[S_FINGERPRINT])))
 	{
 		answer_known(claim, STRIPE_OTHER_REQUEST, row);
