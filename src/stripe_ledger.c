@@ -685,6 +685,10 @@ stripe_refuse_own_row(Relation rel, Operation *op)
 /*
  * Answer a claim by a look at what is committed now, if that will do;
  * otherwise set wants_write.  Raises IK006 as above.
+ *
+ * A row that can be taken over while somebody is writing it isn't called busy
+ * here: mostly that is the recorder, noting how its last caller has ended, and
+ * the recorder has done so when it comes to this claim.
  */
 void
 stripe_claim_look(StripeClaim *claim, Relation rel)
@@ -699,7 +703,7 @@ stripe_claim_look(StripeClaim *claim, Relation rel)
 	if (row.found == FOUND_ROW &&
 		decide(&claim->base, &row, GetCurrentTimestamp()) == LEDGER_ANSWER)
 		return;
-	if (TransactionIdIsValid(row.busy))
+	if (row.found == FOUND_TWIN)
 		busy(&claim->base);
 	else if (row.found != FOUND_ROW && claim->resend)
 		refuse_unclaimed(claim->op);
