@@ -83,7 +83,7 @@ foreach my $id (qw(completed failed unknown held free))
 }
 my $body = '{"id": "pi_1", "object": "payment_intent"}';
 sql($node, qq{
-	SELECT idempotency.stripe_record('payment', operation_id, token, http_status => status, response => body)
+	SELECT idempotency.stripe_record('payment', operation_id, token, http_status => v.status, response => v.body)
 	FROM idempotency.stripe_idempotency_keys
 		JOIN (VALUES ('completed', 200, '$body'::jsonb), ('failed', 402, '{"error": {"type": "card_error"}}'),
 			('unknown', 500, '{"error": {"type": "api_error"}}'),

@@ -16,8 +16,9 @@ use Test::More;
 
 needs_debug_points();
 
+# what workers do here, the test does, in its own time
 my $node = new_node('main', debug => 1, init => { allows_streaming => 1 },
-	conf => "idempotency.stripe_record_timeout = 60s\n");
+	conf => "idempotency.stripe_record_timeout = 60s\nidempotency.expiry = off\n");
 sql($node, 'CREATE TABLE orders (id text)');
 
 sub orphans

@@ -120,7 +120,7 @@ sub wait_for_order
 	my $held = $node->data_dir . '/debug_points/after-record.reached';
 	my $state;
 
-	wait_until(sub {
+	wait_for(sub {
 		$state = sql($node, qq{
 			SELECT CASE WHEN state <> 'active' THEN 'has ended'
 				WHEN wait_event_type IN ('Extension', 'Lock') THEN 'waits' ELSE '' END
@@ -145,11 +145,11 @@ sub fail_at
 
 	append_to_file("$file.new", "error\n");
 	rename "$file.new", $file or die "could not change $point: $!";
-	wait_until(sub { !-e $file }, "nobody fails at $point");
+	wait_for(sub { !-e $file }, "nobody fails at $point");
 	return;
 }
 
-sub wait_until
+sub wait_for
 {
 	my ($condition, $otherwise) = @_;
 
