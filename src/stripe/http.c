@@ -411,6 +411,10 @@ initialize(void)
 			curl_multi_cleanup(new_multi);
 			refuse_memory();
 		}
+#if LIBCURL_VERSION_NUM >= 0x081400
+		/* its resolver's threads aren't waited for; see QUICK_EXIT below */
+		(void) curl_multi_setopt(new_multi, CURLMOPT_QUICK_EXIT, 1L);
+#endif
 		multi = new_multi;
 	}
 }
