@@ -41,11 +41,6 @@ PG_FUNCTION_INFO_V1(idempotency_stripe_acknowledge);
 /* How much of the table settle_note_fates() looks at in one go. */
 #define NOTE_BLOCKS 1024
 
-#define WHERE_KEY \
-	" WHERE account OPERATOR(pg_catalog.=) $1" \
-	" AND operation_type OPERATOR(pg_catalog.=) $2" \
-	" AND operation_id OPERATOR(pg_catalog.=) $3"
-
 /* $4, $5: token and outcome that were seen */
 static OwnerStatement settle = {
 	"UPDATE idempotency.stripe_idempotency_keys SET outcome = $6::idempotency.outcome,"
@@ -55,7 +50,7 @@ static OwnerStatement settle = {
 	" lease = NULL, lease_expires_at = NULL, caller_life = NULL, caller_vxid = NULL,"
 	" settled = pg_catalog.jsonb_build_object('was', $9, 'by', $10, 'at', $8, 'note', $11,"
 	" 'evidence', $12)"
-	WHERE_KEY
+	STRIPE_WHERE_KEY
 	" AND token OPERATOR(pg_catalog.=) $4"
 	" AND outcome OPERATOR(pg_catalog.=) $5::idempotency.outcome",
 	12, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID,
@@ -65,7 +60,7 @@ static OwnerStatement settle = {
 static OwnerStatement acknowledge = {
 	"UPDATE idempotency.stripe_idempotency_keys SET acknowledged ="
 	" pg_catalog.jsonb_build_object('by', $4, 'at', $5, 'note', $6)"
-	WHERE_KEY " AND acknowledged IS NULL",
+	STRIPE_WHERE_KEY " AND acknowledged IS NULL",
 	6, {TEXTOID, TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TEXTOID}
 };
 

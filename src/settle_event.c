@@ -56,13 +56,6 @@
 /* As many events as may wait for one call and are looked at together. */
 #define KEPT_EVENTS_MAX 20
 
-#define WHERE_KEY \
-	" WHERE account OPERATOR(pg_catalog.=) $1" \
-	" AND operation_type OPERATOR(pg_catalog.=) $2" \
-	" AND operation_id OPERATOR(pg_catalog.=) $3"
-
-#define OUTCOME_IS(label) "outcome OPERATOR(pg_catalog.=) '" label "'::idempotency.outcome"
-
 /* What of a call is looked at; the order of columns is CALL_COLUMNS. */
 typedef enum CallColumn
 {
@@ -83,7 +76,7 @@ typedef struct Call
 } Call;
 
 static OwnerStatement find_call = {
-	CALL_COLUMNS WHERE_KEY,
+	CALL_COLUMNS STRIPE_WHERE_KEY,
 	3, {TEXTOID, TEXTOID, TEXTOID}
 };
 
@@ -100,7 +93,7 @@ static OwnerStatement find_call_by_object = {
 
 /* $4: the token that was seen */
 static OwnerStatement lock_call = {
-	CALL_COLUMNS WHERE_KEY
+	CALL_COLUMNS STRIPE_WHERE_KEY
 	" AND token OPERATOR(pg_catalog.=) $4"
 	" AND (" OUTCOME_IS("unknown") " OR " OUTCOME_IS("in_progress") ")"
 	" FOR UPDATE SKIP LOCKED",
@@ -116,7 +109,7 @@ static OwnerStatement settle_call = {
 	" lease = NULL, lease_expires_at = NULL, caller_life = NULL, caller_vxid = NULL,"
 	" settled = pg_catalog.jsonb_build_object('was', outcome, 'by', 'event'::pg_catalog.text,"
 	" 'at', $6, 'note', NULL::pg_catalog.text, 'evidence', $13)"
-	WHERE_KEY
+	STRIPE_WHERE_KEY
 	" AND token OPERATOR(pg_catalog.=) $4"
 	" AND (" OUTCOME_IS("unknown") " OR " OUTCOME_IS("in_progress") ")",
 	13, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TEXTOID, TIMESTAMPTZOID, TEXTOID,

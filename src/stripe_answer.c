@@ -11,38 +11,8 @@
  */
 #include "postgres.h"
 
+#include "json_member.h"
 #include "stripe_answer.h"
-
-/* A member of a JSON object, if there is one. */
-static bool
-get_member(JsonbContainer *object, const char *name, JsonbValue *value)
-{
-	return object != NULL && JsonContainerIsObject(object) &&
-		getKeyJsonValueFromContainer(object, name, strlen(name), value) != NULL;
-}
-
-/* A string member of a JSON object, palloc'd, or NULL. */
-char *
-stripe_string_member(JsonbContainer *object, const char *name)
-{
-	JsonbValue	value;
-
-	if (!get_member(object, name, &value) || value.type != jbvString)
-		return NULL;
-	return pnstrdup(value.val.string.val, value.val.string.len);
-}
-
-/* An object member of a JSON object, or NULL. */
-static JsonbContainer *
-object_member(JsonbContainer *object, const char *name)
-{
-	JsonbValue	value;
-
-	if (!get_member(object, name, &value) || value.type != jbvBinary ||
-		!JsonContainerIsObject(value.val.binary.data))
-		return NULL;
-	return value.val.binary.data;
-}
 
 /*
  * The object that a refused call left behind: a declined card leaves its
@@ -56,10 +26,10 @@ resource_of_error(JsonbContainer *error, StripeBody *body)
 
 	for (i = 0; i < lengthof(members); i++)
 	{
-		char	   *id = stripe_string_member(object_member(error, members[i]), "id");
+		char	   *id = json_string_member(json_object_member(error, members[i]), "id");
 
 		if (id == NULL)
-			id = stripe_string_member(error, members[i]);
+			id = json_string_member(error, members[i]);
 		if (id != NULL)
 		{
 			body->resource_id = id;
@@ -84,7 +54,7 @@ void
 stripe_read_body(Jsonb *json, StripeBody *body)
 {
 	JsonbContainer *root = json != NULL ? &json->root : NULL;
-	JsonbContainer *error = object_member(root, "error");
+	JsonbContainer *error = json_object_member(root, "error");
 	JsonbValue	value;
 
 	memset(body, 0, sizeof(StripeBody));
@@ -92,22 +62,22 @@ stripe_read_body(Jsonb *json, StripeBody *body)
 
 	if (error != NULL)
 	{
-		if (get_member(root, "error", &value))
+		if (json_member(root, "error", &value))
 			body->error = JsonbValueToJsonb(&value);
-		body->error_type = stripe_string_member(error, "type");
-		body->error_code = stripe_string_member(error, "code");
+		body->error_type = json_string_member(error, "type");
+		body->error_code = json_string_member(error, "code");
 		resource_of_error(error, body);
 	}
 	else
 	{
-		body->resource_id = stripe_string_member(root, "id");
-		body->resource_type = stripe_string_member(root, "object");
+		body->resource_id = json_string_member(root, "id");
+		body->resource_type = json_string_member(root, "object");
 	}
 
 	drop_if_long(&body->resource_id);
 	drop_if_long(&body->resource_type);
 
-	body->livemode_isnull = !(get_member(root, "livemode", &value) && value.type == jbvBool);
+	body->livemode_isnull = !(json_member(root, "livemode", &value) && value.type == jbvBool);
 	if (!body->livemode_isnull)
 		body->livemode = value.val.boolean;
 }

@@ -30,6 +30,5 @@ typedef struct StripeBody
 } StripeBody;
 
 extern void stripe_read_body(Jsonb *json, StripeBody *body);
-extern char *stripe_string_member(JsonbContainer *object, const char *name);
 
 #endif							/* IDEMPOTENCY_STRIPE_ANSWER_H */

@@ -29,14 +29,6 @@
 #include "settings.h"
 #include "stripe_ledger.h"
 
-/* The whole key; in every statement $1 to $3. */
-#define WHERE_KEY \
-	" WHERE account OPERATOR(pg_catalog.=) $1" \
-	" AND operation_type OPERATOR(pg_catalog.=) $2" \
-	" AND operation_id OPERATOR(pg_catalog.=) $3"
-
-#define OUTCOME_IS(label) "outcome OPERATOR(pg_catalog.=) '" label "'::idempotency.outcome"
-
 #define IS_SETTLED(cutoff) \
 	"(" OUTCOME_IS("failed") " OR (" OUTCOME_IS("completed") \
 	" AND (callers IS NULL OR acknowledged IS NOT NULL)))" \
@@ -119,7 +111,7 @@ Expiry		stripe_body_expiry = {
 		" history = (SELECT pg_catalog.jsonb_agg(h.value OPERATOR(pg_catalog.-) 'error'::pg_catalog.text"
 		" ORDER BY h.ordinality)"
 		" FROM pg_catalog.jsonb_array_elements(history) WITH ORDINALITY h)"
-		WHERE_KEY " AND token OPERATOR(pg_catalog.=) $4"
+		STRIPE_WHERE_KEY " AND token OPERATOR(pg_catalog.=) $4"
 		" AND " IS_SETTLED("$5") " AND " HAS_BODY,
 		6, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TIMESTAMPTZOID}
 	}
@@ -133,7 +125,7 @@ Expiry		stripe_expiry = {
 	},
 	{
 		"DELETE FROM idempotency.stripe_idempotency_keys"
-		WHERE_KEY " AND token OPERATOR(pg_catalog.=) $4"
+		STRIPE_WHERE_KEY " AND token OPERATOR(pg_catalog.=) $4"
 		" AND " IS_SETTLED("$5"),
 		6, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TIMESTAMPTZOID}
 	}

@@ -58,6 +58,7 @@
 #include "caller.h"
 #include "compat.h"
 #include "errors.h"
+#include "json_member.h"
 #include "result.h"
 #include "settings.h"
 #include "stripe_answer.h"
@@ -73,14 +74,6 @@ static const char *const stripe_columns[S_NCOLUMNS] = {
 	"callers", "callers_system", "settled", "acknowledged"
 };
 
-/* The whole key; in every statement $1 to $3. */
-#define WHERE_KEY \
-	" WHERE account OPERATOR(pg_catalog.=) $1" \
-	" AND operation_type OPERATOR(pg_catalog.=) $2" \
-	" AND operation_id OPERATOR(pg_catalog.=) $3"
-
-#define OUTCOME_IS(label) "outcome OPERATOR(pg_catalog.=) '" label "'::idempotency.outcome"
-
 Ledger		stripe_calls = {
 	"stripe_idempotency_keys", stripe_columns, S_NCOLUMNS,
 	3, {S_ACCOUNT + 1, S_OPERATION_TYPE + 1, S_OPERATION_ID + 1},
@@ -92,7 +85,7 @@ Ledger		stripe_calls = {
 		" fingerprint, past_tokens, request, response, error, history,"
 		" method, path, api_version, body, caller_life, caller_vxid,"
 		" callers, callers_system, settled, acknowledged"
-		" FROM idempotency.stripe_idempotency_keys" WHERE_KEY,
+		" FROM idempotency.stripe_idempotency_keys" STRIPE_WHERE_KEY,
 		3, {TEXTOID, TEXTOID, TEXTOID}
 	}
 };
@@ -140,7 +133,7 @@ static OwnerStatement take_over = {
 	" WHEN callers_system OPERATOR(pg_catalog.=) $19"
 	" THEN pg_catalog.array_append(callers, $18) ELSE ARRAY[$18] END,"
 	" callers_system = $19"
-	WHERE_KEY
+	STRIPE_WHERE_KEY
 	" AND token OPERATOR(pg_catalog.=) $20"
 	" AND $8 IS NULL"
 	" AND (" OUTCOME_IS("not_executed") " OR " OUTCOME_IS("unknown")
@@ -151,7 +144,7 @@ static OwnerStatement take_over = {
 
 static OwnerStatement renew_claim = {
 	"UPDATE idempotency.stripe_idempotency_keys SET lease_expires_at = $5"
-	WHERE_KEY " AND token OPERATOR(pg_catalog.=) $4",
+	STRIPE_WHERE_KEY " AND token OPERATOR(pg_catalog.=) $4",
 	5, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID}
 };
 
@@ -174,7 +167,7 @@ static OwnerStatement record_outcome = {
 	" THEN NULL ELSE first_sent_at END,"
 	" callers = CASE WHEN $15 THEN NULL ELSE callers END,"
 	" lease = NULL, lease_expires_at = NULL, caller_life = NULL, caller_vxid = NULL"
-	WHERE_KEY
+	STRIPE_WHERE_KEY
 	" AND token OPERATOR(pg_catalog.=) $4"
 	" AND NOT (" OUTCOME_IS("completed") " OR " OUTCOME_IS("failed") ")"
 	" RETURNING outcome, uncertain, resource_id",
@@ -189,14 +182,14 @@ static OwnerStatement release_claim = {
 	" first_sent_at = CASE WHEN first_sent_at OPERATOR(pg_catalog.=) claimed_at"
 	" THEN NULL ELSE first_sent_at END,"
 	" lease = NULL, lease_expires_at = NULL, caller_life = NULL, caller_vxid = NULL"
-	WHERE_KEY " AND token OPERATOR(pg_catalog.=) $4 AND " OUTCOME_IS("in_progress"),
+	STRIPE_WHERE_KEY " AND token OPERATOR(pg_catalog.=) $4 AND " OUTCOME_IS("in_progress"),
 	4, {TEXTOID, TEXTOID, TEXTOID, INT8OID}
 };
 
 static OwnerStatement extend_lease = {
 	"UPDATE idempotency.stripe_idempotency_keys SET lease = COALESCE($6, lease),"
 	" lease_expires_at = $5 OPERATOR(pg_catalog.+) COALESCE($6, lease)"
-	WHERE_KEY " AND token OPERATOR(pg_catalog.=) $4 AND " OUTCOME_IS("in_progress")
+	STRIPE_WHERE_KEY " AND token OPERATOR(pg_catalog.=) $4 AND " OUTCOME_IS("in_progress")
 	" RETURNING lease_expires_at",
 	6, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, INTERVALOID}
 };
@@ -219,7 +212,7 @@ static OwnerStatement reopen = {
 	" request = NULL, response = NULL, error = NULL, method = NULL, path = NULL,"
 	" api_version = NULL, body = NULL, caller_life = NULL, caller_vxid = NULL,"
 	" callers = '{}'::pg_catalog.xid8[], settled = NULL, acknowledged = NULL"
-	WHERE_KEY
+	STRIPE_WHERE_KEY
 	" AND token OPERATOR(pg_catalog.=) $5"
 	" AND outcome OPERATOR(pg_catalog.=) $8::idempotency.outcome",
 	10, {TEXTOID, TEXTOID, TEXTOID, INT8OID, INT8OID, TIMESTAMPTZOID, TEXTOID,
@@ -229,7 +222,7 @@ static OwnerStatement reopen = {
 /* $4: what they become, $5: what they were when the fate was asked for */
 static OwnerStatement set_callers = {
 	"UPDATE idempotency.stripe_idempotency_keys SET callers = $4, callers_system = $6"
-	WHERE_KEY " AND callers OPERATOR(pg_catalog.=) $5",
+	STRIPE_WHERE_KEY " AND callers OPERATOR(pg_catalog.=) $5",
 	6, {TEXTOID, TEXTOID, TEXTOID, XID8ARRAYOID, XID8ARRAYOID, INT8OID}
 };
 
@@ -428,8 +421,8 @@ resend_may_settle(LedgerRow *row)
 		error = &DatumGetJsonbP(row->values[S_ERROR])->root;
 	memset(&answer, 0, sizeof(answer));
 	answer.http_status = DatumGetInt32(row->values[S_HTTP_STATUS]);
-	answer.error_type = stripe_string_member(error, "type");
-	answer.error_code = stripe_string_member(error, "code");
+	answer.error_type = json_string_member(error, "type");
+	answer.error_code = json_string_member(error, "code");
 	return stripe_resend_may_settle(&answer, is_of_api_v2(row));
 }
 

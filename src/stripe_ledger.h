@@ -42,6 +42,14 @@ enum
 	S_NCOLUMNS
 };
 
+/* In statements: the whole key, which is $1 to $3 in each. */
+#define STRIPE_WHERE_KEY \
+	" WHERE account OPERATOR(pg_catalog.=) $1" \
+	" AND operation_type OPERATOR(pg_catalog.=) $2" \
+	" AND operation_id OPERATOR(pg_catalog.=) $3"
+
+#define OUTCOME_IS(label) "outcome OPERATOR(pg_catalog.=) '" label "'::idempotency.outcome"
+
 /* One operation, its arguments checked. */
 typedef struct Operation
 {
