@@ -133,3 +133,7 @@ SELECT idempotency.grant_role('app', 'stripe_caller');
 GRANT USAGE ON SCHEMA shop TO app;
 GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA shop TO app;
 GRANT USAGE ON SEQUENCE shop.naive_number TO app;
+
+-- the role of its endpoint for Stripe's events
+CREATE ROLE hooks LOGIN;
+SELECT idempotency.grant_role('hooks', 'webhook');
