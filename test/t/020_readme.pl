@@ -1,10 +1,12 @@
 
 # The README keeps its word: its SQL runs as it stands and answers as it says,
 # and its reference has every function, parameter, column, setting and error.
+# The SQL of doc/policy.md and doc/runbook.md runs, too.
 
 use strict;
 use warnings;
 
+use Digest::SHA qw(hmac_sha256_hex);
 use FakeStripe;
 use FindBin;
 use PostgreSQL::Test::Cluster;
@@ -22,71 +24,97 @@ my $stripe = FakeStripe->start;
 my $node = stripe_node('main', $stripe, preload => 1, extension => 0);
 
 #
-# Every block marked sql, in order, in one psql.  A line "--> a | b" is a row
-# that comes back.  Blocks marked sql-error name the SQLSTATE that they raise.
+# Every block of a page that is marked sql, in order, in one psql.  A line
+# "--> a | b" is a row that comes back.  Blocks marked sql-error name the
+# SQLSTATE that they raise.  "<!--sql ... -->", which no reader sees, makes what
+# the next block is about; it may use :event and :signature, which is by
+# whsec_test_1.
 #
 
-my @blocks;
-while ($readme =~ /^```(sql|sql-error)\n(.*?)^```$/gms)
-{
-	my ($kind, $text) = ($1, $2);
-	my $line = 1 + (substr($readme, 0, $-[0]) =~ tr/\n//);
-	my $sqlstate = '00000';
+my $event = '{"id": "evt_Example", "object": "event", "type": "refund.created", "created": 1795300000,'
+  . ' "data": {"object": {"id": "re_Example", "object": "refund"}}}';
+my $now = time;
+my @variables = ('-v', "event=$event", '-v', "signature=t=$now,v1=" . hmac_sha256_hex("$now.$event", 'whsec_test_1'));
 
-	if ($kind eq 'sql-error')
+sub run_page
+{
+	my ($page, $text, $database) = @_;
+	my @blocks;
+
+	while ($text =~ /^(?:```(sql|sql-error)|<!--(sql))\n(.*?)^(?:```|-->)$/gms)
 	{
-		($sqlstate) = $text =~ /\A-- ERROR ([0-9A-Z]{5}):/
-		  or die "README.md:$line: no \"-- ERROR nnnnn:\"";
+		my ($kind, $statements) = ($1 // $2, $3);
+		my $sqlstate = '00000';
+
+		if ($kind eq 'sql-error')
+		{
+			($sqlstate) = $statements =~ /\A-- ERROR ([0-9A-Z]{5}):/
+			  or die "$page: no \"-- ERROR nnnnn:\" in $statements";
+		}
+		push @blocks,
+		  {
+			line => 1 + (substr($text, 0, $-[0]) =~ tr/\n//),
+			text => $statements,
+			sqlstate => $sqlstate,
+			rows => [ $statements =~ /^--> (.*)$/gm ]
+		  };
 	}
-	push @blocks,
-	  {
-		line => $line,
-		text => $text,
-		sqlstate => $sqlstate,
-		rows => [ $text =~ /^--> (.*)$/gm ]
-	  };
+
+	my $script = '';
+	foreach my $block (@blocks)
+	{
+		$script .= '\set ON_ERROR_STOP '
+		  . ($block->{sqlstate} eq '00000' ? 'on' : 'off') . "\n"
+		  . "\\set LAST_ERROR_SQLSTATE 00000\n"
+		  . $block->{text}
+		  . "\\echo @@ $block->{line} :LAST_ERROR_SQLSTATE\n";
+	}
+
+	my ($rc, $stdout, $stderr) =
+	  $node->psql($database, $script, extra_params => [ '-F', ' | ', @variables ]);
+	is($rc, 0, "psql runs all of $page") or diag($stderr);
+
+	foreach my $block (@blocks)
+	{
+		my $where = "$page:$block->{line}";
+		my @rows = @{ $block->{rows} };
+
+		if ($stdout !~ s/\A(.*?)^@@ $block->{line} (\w+)(?:\n|\z)//ms)
+		{
+			fail("$where: not reached");
+			last;
+		}
+		my ($output, $sqlstate) = ($1, $2);
+
+		is($sqlstate, $block->{sqlstate}, "$where: SQLSTATE");
+		foreach my $row (split /\n/, $output)
+		{
+			shift @rows if @rows && $row eq $rows[0];
+		}
+		is_deeply(\@rows, [], "$where: no row missing") or diag($output);
+	}
+	return @blocks;
 }
+
+my @blocks = run_page('README.md', $readme, 'postgres');
 cmp_ok(scalar(@blocks), '>', 10, 'the README has blocks of SQL');
 
-my $script = '';
-foreach my $block (@blocks)
+my %page = map { $_ => slurp_file("$top/$_") } 'doc/policy.md', 'doc/runbook.md';
+foreach my $page (sort keys %page)
 {
-	$script .= '\set ON_ERROR_STOP '
-	  . ($block->{sqlstate} eq '00000' ? 'on' : 'off') . "\n"
-	  . "\\set LAST_ERROR_SQLSTATE 00000\n"
-	  . $block->{text}
-	  . "\\echo @@ $block->{line} :LAST_ERROR_SQLSTATE\n";
-}
+	my ($database) = $page =~ /(\w+)\.md/;
 
-my ($rc, $stdout, $stderr) =
-  $node->psql('postgres', $script, extra_params => [ '-F', ' | ' ]);
-is($rc, 0, 'psql runs all of them') or diag($stderr);
-
-foreach my $block (@blocks)
-{
-	my $where = "README.md:$block->{line}";
-	my @rows = @{ $block->{rows} };
-
-	if ($stdout !~ s/\A(.*?)^@@ $block->{line} (\w+)(?:\n|\z)//ms)
-	{
-		fail("$where: not reached");
-		last;
-	}
-	my ($output, $sqlstate) = ($1, $2);
-
-	is($sqlstate, $block->{sqlstate}, "$where: SQLSTATE");
-	foreach my $row (split /\n/, $output)
-	{
-		shift @rows if @rows && $row eq $rows[0];
-	}
-	is_deeply(\@rows, [], "$where: no row missing") or diag($output);
+	$node->safe_psql('postgres', "CREATE DATABASE $database");
+	$node->safe_psql($database, 'CREATE EXTENSION idempotency');
+	cmp_ok(scalar(run_page($page, $page{$page}, $database)), '>', 3, "$page has blocks of SQL");
 }
 
 #
-# Functions to copy are those that sql/wrappers.sql tests.
+# Functions to copy are those that sql/wrappers.sql tests, but for those that
+# need a Stripe: the page itself tests them.
 #
 
-foreach my $block (grep { $_->{text} =~ /CREATE FUNCTION/ } @blocks)
+foreach my $block (grep { $_->{text} =~ /CREATE FUNCTION/ && $_->{text} !~ /stripe_call\(/ } @blocks)
 {
 	foreach my $statement (split /\n\n(?=CREATE|-- a|-- the)/, $block->{text})
 	{
@@ -193,22 +221,37 @@ foreach my $label (
 	like($readme, qr/^\| .*`$label->[1]`.* \|/m, "README.md has $label->[0] $label->[1]");
 }
 
+# The table of settings: what pg_settings says, and nothing that isn't there.
+my ($settings) = $readme =~ /^\| setting \| unit, range \|[^\n]*\n\|[-|]+\|\n((?:\|[^\n]*\n)+)/m;
+my %documented;
+my %unit = (s => 'seconds', ms => 'milliseconds', kB => 'kilobytes', '' => '(?:rows|workers|number)');
+
+foreach my $row (split /\n/, $settings // '')
+{
+	my ($name) = $row =~ /^\| `([\w.]+)` \|/ or fail("README.md names a setting: $row");
+
+	ok(!$documented{$name}, "README.md has setting $name once");
+	$documented{$name} = $row;
+}
+
 foreach my $setting (
 	rows_of(q{LOAD 'idempotency';
 		SELECT name, CASE source WHEN 'configuration file' THEN boot_val ELSE current_setting(name) END, context, vartype, min_val, max_val,
-			array_to_string(enumvals, '`, `')
+			array_to_string(enumvals, '`, `'), COALESCE(unit, '')
 		FROM pg_catalog.pg_settings WHERE name LIKE 'idempotency.%'}))
 {
-	my ($name, $default, $context, $type, $min, $max, $values) = @$setting;
+	my ($name, $default, $context, $type, $min, $max, $values, $unit) = @$setting;
 	my $who = $context eq 'user' ? 'anyone' : 'superuser';
 	my $range =
-		$type eq 'integer' ? "$min to $max"
-	  : $type eq 'enum' ? "`$values`"
-	  : '';
+		$type eq 'integer' ? qr/$unit{$unit}, \Q$min to $max\E/
+	  : $type eq 'enum' ? qr/\Q`$values`\E/
+	  : $type eq 'bool' ? qr/`on`, `off`/
+	  : qr/[^|]+/;
 
-	like($readme, qr/^\| `\Q$name\E` \|[^|]*\Q$range\E \| `\Q$default\E` \| $who \|/m,
-		"README.md has setting $name, its range, default and who may set it");
+	like(delete $documented{$name} // '', qr/^\| `\Q$name\E` \| $range \| `\Q$default\E` \| $who \| [^|]+\.[^|]* \|$/,
+		"README.md has setting $name, its unit, range, default and who may set it");
 }
+is(join(' ', sort keys %documented), '', 'README.md has no setting that is not there');
 
 while ($errors_h =~ /MAKE_SQLSTATE\(([^)]*)\)/g)
 {
@@ -257,16 +300,26 @@ foreach my $promise ($readme =~ /^(\| I\d+ \| .*)$/gm)
 	}
 }
 
-# links within the page lead somewhere
-my %anchor = map { (my $a = lc) =~ s/[^\w -]//g; $a =~ tr/ /-/; ($a => 1) }
-  $readme =~ /^#+ (.*)$/gm;
-foreach my $link ($readme =~ /\]\(#([^)]*)\)/g)
+# links lead somewhere
+my %anchors;
+foreach my $page ('README.md', map { s{\Q$top/\E}{}r } glob "$top/doc/*.md")
 {
-	ok($anchor{$link}, "README.md has a heading for #$link");
+	my $text = slurp_file("$top/$page");
+
+	$anchors{$page} = { map { (my $a = lc) =~ s/[^\w -]//g; $a =~ tr/ /-/; ($a => 1) } $text =~ /^#+ (.*)$/gm };
+	$page{$page} = $text;
 }
-foreach my $file ($readme =~ /\]\(([^#)][^)]*)\)/g)
+foreach my $page (sort keys %anchors)
 {
-	ok(-e "$top/$file", "README.md links to $file, which exists");
+	foreach my $link ($page{$page} =~ /\]\(([^)]*)\)/g)
+	{
+		next if $link =~ /^https:/;
+		my ($file, $anchor) = $link =~ /^([^#]*)#?(.*)$/;
+		my $target = $file eq '' ? $page : $page eq 'README.md' ? $file : "doc/$file" =~ s{^doc/\.\./}{}r;
+
+		ok(-e "$top/$target", "$page links to $target, which exists");
+		ok($anchors{$target}{$anchor}, "$page: $target has a heading for #$anchor") if $anchor ne '';
+	}
 }
 
 $node->stop;
