@@ -37,8 +37,15 @@ sql($node, "ALTER DATABASE postgres SET idempotency.webhook_secret_file = '$secr
 sql($node, PAYING_APPLICATION);
 
 my $receiver = WebhookReceiver->start($node);
-my $listener = $node->background_psql('postgres');
-$listener->query_safe('LISTEN idempotency_settled');
+my $listener = listener();
+
+sub listener
+{
+	my $session = $node->background_psql('postgres');
+
+	$session->query_safe('LISTEN idempotency_settled');
+	return $session;
+}
 
 # Stripe's endpoint is this one from now on; the events of the other aren't sent any more.
 my $endpoint;
@@ -375,6 +382,27 @@ $receiver->down();
 deliver_again($payment, 'payment_intent.succeeded', 200, 'up again');
 told($payment, [ [ 'completed', made_by_stripe($payment) ] ], 'who listens is told');
 is(orphan($payment), '', "$payment->{client}: no orphan, there is an order");
+retried($payment, '201 knows', 1);
+
+#
+# The server crashes in mid-call: nobody is left to write down that it was given up.
+#
+$receiver->down('*');
+$payment = begin_payment('hang_after');
+$payment->{requests} = 1;
+delivered($payment, [ map { "$_ 503" } @all ], 'the endpoint is down');
+$node->stop('immediate');
+$node->start;
+eval { $_->quit } foreach $payment->{session}, $listener;
+$stripe->wait_fault($payment->{fault}, gone => 1);
+$listener = listener();
+is(sql($node, "SELECT outcome FROM idempotency.stripe_idempotency_keys WHERE operation_id = '$payment->{operation}'"), 'in_progress',
+	"$payment->{client}: the row says that it is being called");
+$receiver->down();
+deliver_again($payment, 'payment_intent.succeeded', 200, 'up again');
+is(ledger($payment), 'completed ' . made_by_stripe($payment) . ' payment_intent.succeeded', "$payment->{client}: but nobody is left");
+told($payment, [ [ 'completed', made_by_stripe($payment) ] ], 'who listens is told');
+is(orphan($payment), 'completed rolled back', "$payment->{client}: an orphan");
 retried($payment, '201 knows', 1);
 
 #
