@@ -98,7 +98,8 @@ CREATE TYPE idempotency.stripe_key_info AS (
 	path text,
 	api_version text,
 	settled jsonb,
-	acknowledged jsonb
+	acknowledged jsonb,
+	reconciled jsonb
 );
 
 CREATE TYPE idempotency.webhook_claim_result AS (
@@ -209,6 +210,7 @@ CREATE TABLE idempotency.stripe_idempotency_keys (
 	callers_system bigint,
 	settled jsonb,
 	acknowledged jsonb,
+	reconciled jsonb,
 	PRIMARY KEY (account, operation_type, operation_id)
 ) WITH (fillfactor = 80, vacuum_truncate = off, toast.vacuum_truncate = off);
 
@@ -386,6 +388,13 @@ CREATE FUNCTION idempotency.stripe_get(path text, params jsonb DEFAULT '{}',
 RETURNS idempotency.stripe_call_result
 AS 'MODULE_PATHNAME', 'idempotency_stripe_get'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
+
+CREATE FUNCTION idempotency.stripe_reconcile(operation_type text DEFAULT NULL,
+	operation_id text DEFAULT NULL, account text DEFAULT '', max_requests integer DEFAULT 20)
+RETURNS TABLE (account text, operation_type text, operation_id text,
+	outcome idempotency.outcome, resource_id text, evidence jsonb)
+AS 'MODULE_PATHNAME', 'idempotency_stripe_reconcile'
+LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE ROWS 20;
 
 CREATE FUNCTION idempotency.stripe_settle(operation_type text, operation_id text,
 	outcome idempotency.outcome, resource_id text DEFAULT NULL, note text DEFAULT NULL,
