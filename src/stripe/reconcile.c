@@ -896,6 +896,7 @@ ask_about(Reconcile *r, Doubt *doubt)
 	static void (*const steps[ASK_NSTEPS]) (Reconcile *r, Doubt *doubt, Step *step) = {
 		ask_object, ask_search, ask_list, ask_events
 	};
+	bool		found = false;
 	int			i;
 
 	if (settle_by_kept_events(doubt->op.key, 0))
@@ -909,6 +910,10 @@ ask_about(Reconcile *r, Doubt *doubt)
 	{
 		Step	   *step = &doubt->steps[i];
 
+		/* what was found once needn't be looked for by other ways */
+		if (found && (i == ASK_SEARCH || i == ASK_LIST))
+			step->done = true;
+
 		step->page = PAGE;
 		while (step->path != NULL && !step->done && !doubt->known &&
 			   r->left > 0 && r->stopped == NULL)
@@ -920,6 +925,7 @@ ask_about(Reconcile *r, Doubt *doubt)
 			steps[i] (r, doubt, step);
 			MemoryContextSwitchTo(old);
 		}
+		found = found || step->found != NULL;
 	}
 
 	/* where there was no time to ask, it keeps its place */

@@ -229,7 +229,9 @@ is($stripe->effects(type => 'refund'), 1, 'refunded once');
 
 # a declined card
 lose('payment', 'declined', params => { %payment, payment_method => 'pm_card_chargeDeclined' });
+$since = last_arrival();
 $row = reconcile_one('payment', 'declined');
+is_deeply([ gets($since) ], [ '/v1/payment_intents/search', '/v1/events' ], 'what was found is not looked for again');
 has($row, { outcome => 'failed' }, 'declined');
 has($row->{evidence}, { found_by => 'idempotency_key', event_type => 'payment_intent.payment_failed' }, 'says the event');
 has(step($row, 'search')->{found}, { status => 'requires_payment_method' }, 'not the object, which may wait for many reasons');
