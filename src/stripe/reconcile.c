@@ -537,6 +537,13 @@ keep_string(Reconcile *r, const char *string)
 	return string == NULL ? NULL : MemoryContextStrdup(r->keep, string);
 }
 
+/* What could be an id, a type or a state; what is longer is something else. */
+static const char *
+short_string(const char *string)
+{
+	return string != NULL && strlen(string) <= STRIPE_ID_MAX ? string : NULL;
+}
+
 /*
  * One request.  Returns true where there is a body to look at.
  */
@@ -585,9 +592,10 @@ ask(Reconcile *r, Doubt *doubt, Step *step, const char *query, StripeReply *repl
 		return false;
 	}
 
-	problem = reply->body.error_code != NULL ? reply->body.error_code :
-		reply->body.error_type != NULL ? reply->body.error_type : reply->reason;
-	step->problem = keep_string(r, problem);
+	problem = short_string(reply->body.error_code);
+	if (problem == NULL)
+		problem = short_string(reply->body.error_type);
+	step->problem = keep_string(r, problem != NULL ? problem : reply->reason);
 
 	/* the same again may be answered later; anything else stays as it is */
 	step->done = reply->http_status != 0 && reply->http_status != 401 &&
@@ -607,13 +615,13 @@ note_found(Reconcile *r, Step *step, const char *id, const char *type, const cha
 
 	initStringInfo(&json);
 	appendStringInfoChar(&json, '{');
-	add_string(&json, "id", id);
-	add_string(&json, "type", type);
-	add_string(&json, "status", status);
+	add_string(&json, "id", short_string(id));
+	add_string(&json, "type", short_string(type));
+	add_string(&json, "status", short_string(status));
 	if (event != NULL)
 	{
 		add_string(&json, "stripe_event_id", event->id);
-		add_string(&json, "event_type", event->type);
+		add_string(&json, "event_type", short_string(event->type));
 	}
 	appendStringInfoChar(&json, '}');
 	step->found = json.data;
@@ -651,7 +659,7 @@ judge_object(Reconcile *r, Doubt *doubt, Step *step, JsonbValue *value, FoundBy 
 	else if (!deleted)
 		finding->outcome = outcome_of_object(object, doubt->request);
 
-	if (finding->outcome != NULL && is_of_mode(r, object))
+	if (finding->outcome != NULL && short_string(id) != NULL && is_of_mode(r, object))
 	{
 		finding->object_id = id;
 		finding->object_type = type;

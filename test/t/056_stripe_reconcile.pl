@@ -192,6 +192,37 @@ has($row, { outcome => 'completed' }, 'found by the list');
 is_deeply([ gets($since) ], [ '/v1/payment_intents/search', '/v1/payment_intents' ], 'which a search that finds nothing is followed by');
 has($row->{evidence}, { found_by => 'metadata', requests => 2 }, 'evidence');
 charged('payment', 'listed', 1);
+
+# a subscription that is over is in no list that doesn't ask for it
+sub made
+{
+	my ($id, $path, $params) = @_;
+
+	return stripe_call($node, 'made', $id, 'POST', $path, params => $params)->{resource_id};
+}
+my $product = made('product', '/v1/products', { name => 'p' });
+my $price = made('price', '/v1/prices', { currency => 'usd', unit_amount => 500, product => $product, recurring => { interval => 'month' } });
+$key = lose('subscription', 's', path => '/v1/subscriptions', params => { customer => made('customer', '/v1/customers', {}),
+		items => [ { price => $price } ], payment_behavior => 'default_incomplete' });
+my $subscription = ($stripe->effects(key => $key, type => 'subscription'))[0]{id};
+stripe_call($node, 'made', 'cancellation', 'DELETE', "/v1/subscriptions/$subscription");
+$row = reconcile_one('subscription', 's');
+has($row, { outcome => 'completed', resource_id => $subscription }, 'a subscription that is over');
+has(step($row, 'list')->{found}, { status => 'canceled' }, 'found by the list');
+
+# what belongs to something else
+my $transfer = made('transfer', '/v1/transfers', { amount => 1000, currency => 'usd', destination => 'acct_9' });
+lose('reversal', 'v', path => "/v1/transfers/$transfer/reversals", params => { amount => 300 });
+$since = last_arrival();
+$row = reconcile_one('reversal', 'v');
+has($row, { outcome => 'completed' }, 'a reversal');
+like($row->{resource_id}, qr/^trr_/, 'has its id');
+is_deeply([ gets($since) ], ["/v1/transfers/$transfer/reversals"], 'found in the list of its transfer');
+is($stripe->effects(type => 'transfer_reversal'), 1, 'reversed once');
+lose('session', 'x', path => '/v1/checkout/sessions', params => { mode => 'setup', currency => 'usd', success_url => 'https://example.com' });
+$row = reconcile_one('session', 'x');
+has($row, { outcome => 'completed' }, 'a checkout session');
+like($row->{resource_id}, qr/^cs_/, 'has its id');
 $stripe->settings(search_lag => 0);
 
 # the key isn't in the metadata
