@@ -19,6 +19,7 @@ idempotency.stripe_max_retries = 0
 idempotency.stripe_timeout = '10 s'
 idempotency.stripe_key_in_metadata = on
 idempotency.expiry = off
+lock_timeout = '10 s'
 log_statement = none
 });
 my $json = JSON::PP->new->utf8->canonical->allow_nonref;
