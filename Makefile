@@ -38,8 +38,11 @@ OBJS = \
 	src/stripe/form.o \
 	src/stripe/gateway.o \
 	src/stripe/path.o \
+	src/stripe/reconcile.o \
+	src/stripe/resource.o \
 	src/stripe/stripe_call.o \
 	src/stripe_answer.o \
+	src/stripe_effect.o \
 	src/stripe_expiry.o \
 	src/stripe_key.o \
 	src/stripe_keys.o \

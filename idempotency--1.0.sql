@@ -98,7 +98,8 @@ CREATE TYPE idempotency.stripe_key_info AS (
 	path text,
 	api_version text,
 	settled jsonb,
-	acknowledged jsonb
+	acknowledged jsonb,
+	reconciled jsonb
 );
 
 CREATE TYPE idempotency.webhook_claim_result AS (
@@ -209,6 +210,7 @@ CREATE TABLE idempotency.stripe_idempotency_keys (
 	callers_system bigint,
 	settled jsonb,
 	acknowledged jsonb,
+	reconciled jsonb,
 	PRIMARY KEY (account, operation_type, operation_id)
 ) WITH (fillfactor = 80, vacuum_truncate = off, toast.vacuum_truncate = off);
 
@@ -387,6 +389,13 @@ RETURNS idempotency.stripe_call_result
 AS 'MODULE_PATHNAME', 'idempotency_stripe_get'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
+CREATE FUNCTION idempotency.stripe_reconcile(operation_type text DEFAULT NULL,
+	operation_id text DEFAULT NULL, account text DEFAULT '', max_requests integer DEFAULT 20)
+RETURNS TABLE (account text, operation_type text, operation_id text,
+	outcome idempotency.outcome, resource_id text, evidence jsonb)
+AS 'MODULE_PATHNAME', 'idempotency_stripe_reconcile'
+LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE ROWS 20;
+
 CREATE FUNCTION idempotency.stripe_settle(operation_type text, operation_id text,
 	outcome idempotency.outcome, resource_id text DEFAULT NULL, note text DEFAULT NULL,
 	account text DEFAULT '')
@@ -547,13 +556,31 @@ ORDER BY COALESCE(e.lease_expires_at, e.processed_at, e.received_at);
 CREATE VIEW idempotency.stripe_unknown AS
 SELECT u.account, u.operation_type, u.operation_id, u.reason, u.idempotency_key,
 	u.generation, u.attempt, u.http_status, u.resource_id, u.request_id, u.livemode,
-	u.first_sent_at, u.claimed_at, u.recorded_at,
-	pg_catalog.format('SELECT idempotency.stripe_settle(%L, %L, outcome => %L, '
-		'resource_id => %L, note => %L, account => %L);', u.operation_type, u.operation_id,
-		'<completed, failed or not_executed>', '<id at Stripe, or leave it out>',
-		'<how you know>', u.account) AS next_step
+	u.first_sent_at, u.claimed_at, u.recorded_at, u.reconciled_at,
+	CASE WHEN u.resendable
+			THEN pg_catalog.format('SELECT * FROM idempotency.stripe_retry(%L, %L, account => %L);',
+				u.operation_type, u.operation_id, u.account)
+		WHEN u.askable
+			THEN pg_catalog.format('SELECT * FROM idempotency.stripe_reconcile(%L, %L, account => %L);',
+				u.operation_type, u.operation_id, u.account)
+		ELSE pg_catalog.format('SELECT idempotency.stripe_settle(%L, %L, outcome => %L, '
+			'resource_id => %L, note => %L, account => %L);', u.operation_type, u.operation_id,
+			'<completed, failed or not_executed>', '<id at Stripe, or leave it out>',
+			'<how you know>', u.account)
+	END AS next_step
 FROM (
-	SELECT s.*,
+	SELECT s.*, a.reconciled_at,
+		-- what the database has sent, while to send it again is safe and may help
+		s.method IS NOT NULL
+			AND s.outcome OPERATOR(pg_catalog.<>) 'mismatch'::idempotency.outcome
+			AND (s.http_status IS NULL OR s.http_status OPERATOR(pg_catalog.<>) 500)
+			AND s.first_sent_at OPERATOR(pg_catalog.>) (pg_catalog.clock_timestamp()
+				OPERATOR(pg_catalog.-) '22 hours'::interval) AS resendable,
+		-- until Stripe was asked all that it can be asked, since the last attempt
+		s.outcome OPERATOR(pg_catalog.<>) 'mismatch'::idempotency.outcome
+			AND (s.reconciled IS NULL
+				OR s.reconciled OPERATOR(pg_catalog.?) 'next'
+				OR a.reconciled_at OPERATOR(pg_catalog.<) s.claimed_at) AS askable,
 		CASE WHEN s.outcome OPERATOR(pg_catalog.=) 'unknown'::idempotency.outcome
 				THEN 'no definitive answer'
 			WHEN s.outcome OPERATOR(pg_catalog.=) 'mismatch'::idempotency.outcome
@@ -567,7 +594,8 @@ FROM (
 				OR s.lease_expires_at OPERATOR(pg_catalog.<=) pg_catalog.clock_timestamp()
 				THEN 'lease has lapsed'
 		END AS reason
-	FROM idempotency.stripe_idempotency_keys s
+	FROM idempotency.stripe_idempotency_keys s,
+		LATERAL (SELECT (s.reconciled OPERATOR(pg_catalog.->>) 'at')::timestamptz AS reconciled_at) a
 ) u
 WHERE u.reason IS NOT NULL
 ORDER BY u.first_sent_at;
@@ -731,6 +759,8 @@ COMMENT ON COLUMN idempotency.stripe_key_info.settled IS
 	'Who settled it, when, by which note or evidence, and what it was before; or NULL';
 COMMENT ON COLUMN idempotency.stripe_key_info.acknowledged IS
 	'Who acknowledged an orphan, when and with which note, or NULL';
+COMMENT ON COLUMN idempotency.stripe_key_info.reconciled IS
+	'What stripe_reconcile() has asked last without settling it, when, and what it has found, or NULL';
 
 COMMENT ON TYPE idempotency.webhook_claim_result IS
 	'Answer of stripe_webhook_claim(), stripe_webhook_next() and stripe_webhook_reclaim()';
@@ -877,6 +907,8 @@ COMMENT ON COLUMN idempotency.stripe_idempotency_keys.settled IS
 	'Who settled it, when, by which note or evidence, and what it was before; or NULL';
 COMMENT ON COLUMN idempotency.stripe_idempotency_keys.acknowledged IS
 	'Who acknowledged an orphan, when and with which note, or NULL';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.reconciled IS
+	'What stripe_reconcile() has asked last without settling it, when, and what it has found, or NULL';
 
 COMMENT ON TABLE idempotency.stripe_webhook_events IS
 	'Events that Stripe has sent, one row an event and consumer; change it through the functions only';
@@ -1005,8 +1037,10 @@ COMMENT ON COLUMN idempotency.stripe_unknown.livemode IS 'Stripe''s livemode, or
 COMMENT ON COLUMN idempotency.stripe_unknown.first_sent_at IS 'When this generation may have been sent first';
 COMMENT ON COLUMN idempotency.stripe_unknown.claimed_at IS 'When it was claimed last';
 COMMENT ON COLUMN idempotency.stripe_unknown.recorded_at IS 'When an outcome was recorded last, or NULL';
+COMMENT ON COLUMN idempotency.stripe_unknown.reconciled_at IS
+	'When stripe_reconcile() has asked Stripe about it last, or NULL';
 COMMENT ON COLUMN idempotency.stripe_unknown.next_step IS
-	'The statement to type, once you know what Stripe did';
+	'The statement to type: a retry, then asking Stripe, then what a person has found out';
 
 COMMENT ON VIEW idempotency.stripe_orphans IS
 	'What Stripe has done, or may have, for transactions that never committed, oldest first';
@@ -1118,6 +1152,13 @@ COMMENT ON FUNCTION idempotency.stripe_get(text, jsonb, text, interval) IS
 	'What Stripe or the network does is a result. Raises IK003, IK007, IK009, '
 	'IK010 where the library idempotency_stripe isn''t installed, '
 	'42501 for a path that idempotency.stripe_allowed_paths doesn''t allow, F0000 without a usable API key';
+COMMENT ON FUNCTION idempotency.stripe_reconcile(text, text, text, integer) IS
+	'Asks Stripe what came of operations whose outcome isn''t known, those asked about longest ago first, '
+	'and settles what is found, as stripe_settle(). Call it in FROM. Only reads there; commits with the caller. '
+	'operation_type: which (default all); operation_id: which one of that type (default all); account: default ''''; '
+	'max_requests: how many requests to Stripe, 1 to 1000 (default 20). '
+	'What Stripe or the network does is evidence. Raises IK003, also for one never claimed, IK009, '
+	'IK010 where the library idempotency_stripe isn''t installed, F0000 without a usable API key';
 COMMENT ON FUNCTION idempotency.stripe_settle(text, text, idempotency.outcome, text, text, text) IS
 	'Settles an operation whose outcome isn''t known, by somebody who has found out; keeps who, when and note, '
 	'and sends NOTIFY idempotency_settled. '

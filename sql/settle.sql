@@ -35,6 +35,23 @@ SELECT 1, now(), now(), now(), 1, 1, 'in_progress', false, '', 'refund', 'gone',
 FROM pg_control_system();
 
 SELECT operation_id, reason, attempt, http_status, resource_id FROM idempotency.stripe_unknown ORDER BY operation_id;
+-- what the database has sent is sent again, while that may help; then Stripe is asked; and what that
+-- hasn't told, a person has to find out
+SELECT operation_id, next_step FROM idempotency.stripe_unknown ORDER BY operation_id;
+BEGIN;
+UPDATE idempotency.stripe_idempotency_keys SET method = 'POST' WHERE operation_id IN ('unknown', 'sticky', 'gone', 'mismatch');
+SELECT operation_id, next_step FROM idempotency.stripe_unknown WHERE next_step LIKE '%stripe_retry%' ORDER BY operation_id;
+UPDATE idempotency.stripe_idempotency_keys SET first_sent_at = now() - interval '1 day' WHERE operation_id = 'unknown';
+SELECT operation_id, next_step FROM idempotency.stripe_unknown WHERE operation_id = 'unknown';
+UPDATE idempotency.stripe_idempotency_keys
+SET reconciled = jsonb_build_object('at', claimed_at + interval '1 minute', 'next', 'events') WHERE operation_id = 'sticky';
+SELECT operation_id, next_step FROM idempotency.stripe_unknown WHERE operation_id = 'sticky';
+UPDATE idempotency.stripe_idempotency_keys SET reconciled = jsonb_build_object('at', claimed_at - interval '1 minute')
+WHERE operation_id = 'sticky';
+SELECT operation_id, next_step FROM idempotency.stripe_unknown WHERE operation_id = 'sticky';
+ROLLBACK;
+UPDATE idempotency.stripe_idempotency_keys SET reconciled = jsonb_build_object('at', claimed_at + interval '1 minute')
+WHERE operation_id = 'sticky';
 SELECT next_step FROM idempotency.stripe_unknown WHERE operation_id = 'sticky';
 -- it can't be typed without thinking
 SELECT next_step FROM idempotency.stripe_unknown WHERE operation_id = 'sticky' \gexec
@@ -91,6 +108,18 @@ SELECT length(idempotency.stripe_reopen('refund', 'sticky')) > 36 AS reopened;
 SELECT settled, history -> 0 -> 'settled' -> 'note' AS note FROM idempotency.stripe_lookup('refund', 'sticky');
 
 --
+-- stripe_reconcile: its arguments
+--
+SELECT * FROM idempotency.stripe_reconcile(operation_id => 'held');
+SELECT * FROM idempotency.stripe_reconcile('refund', '');
+SELECT * FROM idempotency.stripe_reconcile('');
+SELECT * FROM idempotency.stripe_reconcile(account => NULL);
+SELECT * FROM idempotency.stripe_reconcile(account => 'acct 1');
+SELECT * FROM idempotency.stripe_reconcile(max_requests => 0);
+SELECT * FROM idempotency.stripe_reconcile(max_requests => 1001);
+SELECT * FROM idempotency.stripe_reconcile(max_requests => NULL);
+
+--
 -- stripe_acknowledge
 --
 SELECT operation_id, outcome, fate, resource_id, next_step FROM idempotency.stripe_orphans ORDER BY 1;
@@ -116,9 +145,11 @@ SET ROLE regress_observer;
 SELECT count(*) FROM idempotency.stripe_unknown;
 SELECT count(*) FROM idempotency.stripe_orphans;
 SELECT idempotency.stripe_settle('refund', 'held', 'completed');
+SELECT * FROM idempotency.stripe_reconcile();
 SET ROLE regress_operator;
 SELECT count(*) FROM idempotency.stripe_unknown;
 SELECT idempotency.stripe_settle('refund', 'held', 'completed');
+SELECT * FROM idempotency.stripe_reconcile(max_requests => 0);
 SELECT idempotency.stripe_acknowledge('refund', 'completed', 'note');
 RESET ROLE;
 DROP OWNED BY regress_operator, regress_observer;

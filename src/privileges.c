@@ -83,6 +83,7 @@ static const struct
 	{"EXECUTE ON FUNCTION idempotency.stripe_retry", KIND_STRIPE_CALLER | KIND_OPERATOR},
 	{"EXECUTE ON FUNCTION idempotency.stripe_get", KIND_STRIPE_CALLER | KIND_OPERATOR},
 	{"EXECUTE ON FUNCTION idempotency.stripe_namespace", KIND_OPERATOR},
+	{"EXECUTE ON FUNCTION idempotency.stripe_reconcile", KIND_OPERATOR},
 	{"EXECUTE ON FUNCTION idempotency.stripe_settle", KIND_OPERATOR},
 	{"EXECUTE ON FUNCTION idempotency.stripe_acknowledge", KIND_OPERATOR},
 	{"EXECUTE ON FUNCTION idempotency.stripe_webhook_verify", KIND_WEBHOOK | KIND_OPERATOR},

@@ -11,14 +11,13 @@
  *	- one of the object's metadata is its key (metadata);
  *	- the object is the one that the row knows by id (object).
  *
- * A call is settled only by an event about the very object that it was to make
- * or to change, which its path tells: a payment also touches charges, invoices
- * and balances, with the same key, and the retry has to be given the right id.
- * And what the event says must follow from it: that a payment intent was
- * created doesn't tell whether the confirmation in the same call was declined.
- * Where it doesn't follow, nothing is settled: the next event may say more,
- * and a person can.  So a row without a request, or whose request has no path,
- * is left alone.
+ * What an event says about a call, stripe_effect.c knows.  Where it says
+ * nothing, nothing is settled: the next event may say more, stripe_reconcile()
+ * can ask, and a person can tell.  So a row without a request, or whose request
+ * has no path, is left alone.
+ *
+ * What stripe_reconcile() has found out is written here, too: a call may be
+ * settled only while nobody is at it, whoever settles it.
  *
  * A recorded result is never changed.  Nothing here waits for a row that
  * somebody else holds: not the intake of events, which Stripe wants to be
@@ -50,6 +49,7 @@
 #include "json_member.h"
 #include "ledger.h"
 #include "settle_event.h"
+#include "stripe_effect.h"
 #include "stripe_ledger.h"
 #include "webhooks.h"
 
@@ -107,13 +107,21 @@ static OwnerStatement settle_call = {
 	" resource_id = $7, resource_type = $8, livemode = COALESCE($9, livemode),"
 	" request_id = COALESCE($10, request_id), response = $11, error = $12,"
 	" lease = NULL, lease_expires_at = NULL, caller_life = NULL, caller_vxid = NULL,"
-	" settled = pg_catalog.jsonb_build_object('was', outcome, 'by', 'event'::pg_catalog.text,"
+	" settled = pg_catalog.jsonb_build_object('was', outcome, 'by', $14,"
 	" 'at', $6, 'note', NULL::pg_catalog.text, 'evidence', $13)"
 	STRIPE_WHERE_KEY
 	" AND token OPERATOR(pg_catalog.=) $4"
 	" AND (" OUTCOME_IS("unknown") " OR " OUTCOME_IS("in_progress") ")",
-	13, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TEXTOID, TIMESTAMPTZOID, TEXTOID,
-	TEXTOID, BOOLOID, TEXTOID, JSONBOID, JSONBOID, JSONBOID}
+	14, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TEXTOID, TIMESTAMPTZOID, TEXTOID,
+	TEXTOID, BOOLOID, TEXTOID, JSONBOID, JSONBOID, JSONBOID, TEXTOID}
+};
+
+static OwnerStatement note_asked = {
+	"UPDATE idempotency.stripe_idempotency_keys SET reconciled = $5"
+	STRIPE_WHERE_KEY
+	" AND token OPERATOR(pg_catalog.=) $4"
+	" AND (" OUTCOME_IS("unknown") " OR " OUTCOME_IS("in_progress") ")",
+	5, {TEXTOID, TEXTOID, TEXTOID, INT8OID, JSONBOID}
 };
 
 /* $1: a key, $2 and $3: an object and its account, or NULL */
@@ -146,194 +154,6 @@ static OwnerStatement forget_pending_key = {
 	" AND consumer OPERATOR(pg_catalog.=) $3",
 	3, {TEXTOID, TEXTOID, TEXTOID}
 };
-
-/* ---------- what an event says about a call ---------- */
-
-/* How an event was found to be about a call. */
-typedef enum FoundBy
-{
-	BY_KEY,						/* its request caused the event */
-	BY_METADATA,
-	BY_OBJECT
-} FoundBy;
-
-static const char *const found_by_names[] = {"idempotency_key", "metadata", "object"};
-
-/* What was done to the object that a call is about. */
-typedef enum CallKind
-{
-	CALL_OTHER,					/* it is about another object */
-	CALL_CREATES,
-	CALL_CHANGES
-} CallKind;
-
-static bool
-ends_with(const char *string, const char *end)
-{
-	size_t		len = strlen(string);
-	size_t		endlen = strlen(end);
-
-	return len >= endlen && strcmp(string + len - endlen, end) == 0;
-}
-
-/*
- * The collection of an object type in a path: payment_intent is found at
- * payment_intents, checkout.session at checkout/sessions.
- */
-static char *
-collection_of_type(const char *type)
-{
-	char	   *collection = psprintf("%s%s", type, "ies");
-	size_t		len = strlen(type);
-	char	   *p;
-
-	if (len > 0 && type[len - 1] == 'y')
-		strcpy(collection + len - 1, "ies");
-	else
-		strcpy(collection + len, "s");
-	for (p = collection; *p != '\0'; p++)
-	{
-		if (*p == '.')
-			*p = '/';
-	}
-	return collection;
-}
-
-/*
- * Is the object the one that this path makes or changes?  *verb is what is done
- * to one that is changed, "" for an update, and belongs to the path.
- *
- * Three forms: /v1/COLLECTION; /v1/COLLECTION/ID, and a verb after it; and
- * /v1/COLLECTION/ID/COLLECTION, where the inner one is the type's own
- * (charges/ID/refunds) or named after both (transfers/ID/reversals:
- * transfer_reversal).
- */
-static CallKind
-call_kind(const char *path, const char *type, const char *id, const char **verb)
-{
-	char	   *collection = collection_of_type(type);
-	size_t		len = strlen(collection);
-	char	   *copy;
-	char	   *outer;
-	char	   *inner;
-
-	*verb = "";
-	if (strncmp(path, "/v1/", 4) == 0)
-		path += 4;
-	else if (strncmp(path, "/v2/", 4) == 0 && strncmp(collection, "v2/", 3) == 0)
-		path += 1;
-	else if (strncmp(path, "/v2/", 4) == 0)
-		path += 4;
-	else
-		return CALL_OTHER;
-
-	if (strcmp(path, collection) == 0)
-		return CALL_CREATES;
-
-	if (strncmp(path, collection, len) == 0 && path[len] == '/' &&
-		strncmp(path + len + 1, id, strlen(id)) == 0)
-	{
-		const char *rest = path + len + 1 + strlen(id);
-
-		if (*rest == '\0')
-			return CALL_CHANGES;
-		if (*rest == '/' && strchr(rest + 1, '/') == NULL && !ends_with(rest, "s"))
-		{
-			*verb = rest + 1;
-			return CALL_CHANGES;
-		}
-		return CALL_OTHER;
-	}
-
-	/* outer/ID/inner */
-	copy = pstrdup(path);
-	outer = copy;
-	inner = strrchr(copy, '/');
-	if (inner == NULL)
-		return CALL_OTHER;
-	*inner++ = '\0';
-	if (strrchr(outer, '/') == NULL)
-		return CALL_OTHER;
-	*strrchr(outer, '/') = '\0';
-	if (strcmp(inner, collection) == 0)
-		return CALL_CREATES;
-	if (ends_with(outer, "s") && len > strlen(outer))
-	{
-		size_t		n = strlen(outer) - 1;
-
-		if (strncmp(collection, outer, n) == 0 && collection[n] == '_' &&
-			strcmp(collection + n + 1, inner) == 0)
-			return CALL_CREATES;
-	}
-	if (strcmp(type, "fee_refund") == 0 && strcmp(outer, "application_fees") == 0 &&
-		strcmp(inner, "refunds") == 0)
-		return CALL_CREATES;
-	return CALL_OTHER;
-}
-
-/* Is a parameter of a request true?  Under either name that params go by. */
-static bool
-param_is_true(JsonbContainer *request, const char *name)
-{
-	static const char *const members[] = {"params", "body"};
-	int			i;
-
-	for (i = 0; i < lengthof(members); i++)
-	{
-		JsonbContainer *params = json_object_member(request, members[i]);
-		char	   *string = json_string_member(params, name);
-		bool		value = false;
-
-		if ((json_bool_member(params, name, &value) && value) ||
-			(string != NULL && strcmp(string, "true") == 0))
-			return true;
-	}
-	return false;
-}
-
-/*
- * What an event says about a call: its outcome, or NULL where it says nothing.
- *
- * A call that tries to move money at once can be answered 402 although its
- * object exists, so for such a call the object's existence, or an update of
- * it, tells nothing.  Elsewhere it is all there is to know.
- */
-static const char *
-outcome_of_event(const WebhookEvent *event, FoundBy found_by, Jsonb *request_jsonb)
-{
-	JsonbContainer *request = request_jsonb != NULL ? &request_jsonb->root : NULL;
-	char	   *path = json_string_member(request, "path");
-	char	   *method = json_string_member(request, "method");
-	const char *verb;
-	CallKind	kind;
-	bool		tries;
-	bool		failure;
-
-	if (path == NULL || event->object_id == NULL || event->object_type == NULL ||
-		(method != NULL && pg_strcasecmp(method, "POST") != 0))
-		return NULL;
-
-	path[strcspn(path, "?")] = '\0';
-	kind = call_kind(path, event->object_type, event->object_id, &verb);
-	if (kind == CALL_OTHER || (kind == CALL_CHANGES && found_by == BY_OBJECT))
-		return NULL;
-
-	if (kind == CALL_CREATES)
-		tries = strcmp(event->object_type, "charge") == 0 || param_is_true(request, "confirm");
-	else
-		tries = strcmp(verb, "confirm") == 0 || strcmp(verb, "pay") == 0 ||
-			strcmp(verb, "capture") == 0 || strcmp(verb, "increment_authorization") == 0;
-	failure = ends_with(event->type, ".payment_failed") ||
-		ends_with(event->type, ".setup_failed") || strcmp(event->type, "charge.failed") == 0;
-
-	if (!tries)
-		return failure && found_by == BY_KEY ? NULL : "completed";
-	if (failure)
-		return found_by == BY_KEY ? "failed" : NULL;
-	if (ends_with(event->type, ".created") || ends_with(event->type, ".updated"))
-		return NULL;
-	return kind == CALL_CREATES || found_by == BY_KEY ? "completed" : NULL;
-}
 
 /* ---------- settling ---------- */
 
@@ -404,6 +224,82 @@ typedef enum Settled
 	SETTLED_LATER				/* somebody has the row now */
 } Settled;
 
+typedef uint64 (*Execute) (Relation rel, OwnerStatement *statement, Datum *values,
+						   const char *nulls, Datum *out, bool *outnull, int nout);
+
+/*
+ * Lock a call, unless somebody else has, and see that nobody is at it.
+ */
+static bool
+lock_open_call(Relation rel, Call *call, int64 claimed_token, TimestampTz now, Execute execute)
+{
+	Datum		values[4];
+
+	memcpy(values, call->values, sizeof(values));
+	return execute(rel, &lock_call, values, NULL, call->values, call->isnull,
+				   CALL_NCOLUMNS) > 0 &&
+		call_is_open(call, claimed_token, now);
+}
+
+/* Write down what was found out about a call that is locked. */
+static bool
+write_finding(Relation rel, Call *call, const Finding *finding, TimestampTz now, Execute execute)
+{
+	Operation	op;
+	Datum		values[14];
+	char		nulls[] = "              ";
+
+	memcpy(values, call->values, 4 * sizeof(Datum));
+	set_text(values, nulls, 4, finding->outcome);
+	values[5] = TimestampTzGetDatum(now);
+	set_text(values, nulls, 6, finding->object_id);
+	set_text(values, nulls, 7, finding->object_type);
+	values[8] = BoolGetDatum(finding->livemode > 0);
+	nulls[8] = finding->livemode < 0 ? 'n' : ' ';
+	set_text(values, nulls, 9, finding->request_id);
+	set_jsonb(values, nulls, 10, finding->response);
+	set_jsonb(values, nulls, 11, finding->error);
+	set_jsonb(values, nulls, 12, finding->evidence);
+	set_text(values, nulls, 13, finding->by);
+	if (execute(rel, &settle_call, values, nulls, NULL, NULL, 0) == 0)
+		return false;
+
+	op.account = TextDatumGetCString(values[0]);
+	op.type = TextDatumGetCString(values[1]);
+	op.id = TextDatumGetCString(values[2]);
+	stripe_notify_settled(&op, finding->outcome, finding->object_id);
+	return true;
+}
+
+/*
+ * What an event that was found to be about a call says of it.  Returns false
+ * where it says nothing; by and evidence are left to be set.
+ */
+bool
+finding_of_event(const WebhookEvent *event, FoundBy found_by, Jsonb *request, Finding *finding)
+{
+	memset(finding, 0, sizeof(Finding));
+	finding->outcome = outcome_of_event(event, found_by, request);
+	if (finding->outcome == NULL)
+		return false;
+
+	finding->object_id = event->object_id;
+	finding->object_type = event->object_type;
+	finding->livemode = event->livemode_known ? event->livemode : -1;
+	if (found_by == BY_KEY)
+		finding->request_id = event->request_id;
+	if (strcmp(finding->outcome, "failed") == 0)
+	{
+		finding->error = json_member_copy(event->object, "last_payment_error");
+		if (finding->error == NULL)
+			finding->error = json_member_copy(event->object, "last_setup_error");
+	}
+	if (finding->error == NULL && event->object != NULL)
+		finding->response = json_member_copy(json_object_member(&event->json->root, "data"),
+											 "object");
+	return true;
+}
+
 /*
  * Settle a call by an event that was found to be about it.  "claimed_token" is
  * the token of a claim that this transaction has just made, or 0.
@@ -413,52 +309,53 @@ settle(Relation rel, Call *call, const WebhookEvent *event, FoundBy found_by,
 	   int64 claimed_token)
 {
 	TimestampTz now = GetCurrentTimestamp();
-	const char *outcome;
-	Jsonb	   *error = NULL;
-	Operation	op;
-	Datum		values[13];
-	char		nulls[] = "             ";
+	Finding		finding;
 
 	if (!outcome_is(call, "unknown") && !outcome_is(call, "in_progress"))
 		return SETTLED_NOT;
-	outcome = outcome_of_event(event, found_by, call->isnull[CALL_REQUEST] ? NULL :
-							   DatumGetJsonbP(call->values[CALL_REQUEST]));
-	if (outcome == NULL)
+	if (!finding_of_event(event, found_by, call->isnull[CALL_REQUEST] ? NULL :
+						  DatumGetJsonbP(call->values[CALL_REQUEST]), &finding))
 		return SETTLED_NOT;
 	if (!call_is_open(call, claimed_token, now))
 		return SETTLED_LATER;
 
-	memcpy(values, call->values, 4 * sizeof(Datum));
-	if (ledger_execute(rel, &lock_call, values, NULL, call->values, call->isnull,
-					   CALL_NCOLUMNS) == 0 ||
-		!call_is_open(call, claimed_token, now))
+	finding.by = "event";
+	finding.evidence = DatumGetJsonbP(evidence_of_event(event, found_by));
+	if (!lock_open_call(rel, call, claimed_token, now, ledger_execute) ||
+		!write_finding(rel, call, &finding, now, ledger_execute))
 		return SETTLED_LATER;
-
-	if (strcmp(outcome, "failed") == 0)
-	{
-		error = json_member_copy(event->object, "last_payment_error");
-		if (error == NULL)
-			error = json_member_copy(event->object, "last_setup_error");
-	}
-	set_text(values, nulls, 4, outcome);
-	values[5] = TimestampTzGetDatum(now);
-	set_text(values, nulls, 6, event->object_id);
-	set_text(values, nulls, 7, event->object_type);
-	values[8] = BoolGetDatum(event->livemode);
-	nulls[8] = event->livemode_known ? ' ' : 'n';
-	set_text(values, nulls, 9, found_by == BY_KEY ? event->request_id : NULL);
-	set_jsonb(values, nulls, 10, error == NULL && event->object != NULL ?
-			  json_member_copy(json_object_member(&event->json->root, "data"), "object") : NULL);
-	set_jsonb(values, nulls, 11, error);
-	values[12] = evidence_of_event(event, found_by);
-	if (ledger_execute(rel, &settle_call, values, nulls, NULL, NULL, 0) == 0)
-		return SETTLED_LATER;
-
-	op.account = TextDatumGetCString(values[0]);
-	op.type = TextDatumGetCString(values[1]);
-	op.id = TextDatumGetCString(values[2]);
-	stripe_notify_settled(&op, outcome, event->object_id);
 	return SETTLED;
+}
+
+/*
+ * Settle a call by what somebody has found out at Stripe, or with an outcome
+ * of NULL keep just what was asked.  "token" is the row's from before it was
+ * asked.  Doesn't wait: returns false, and leaves the row alone, where it isn't
+ * as it was, or somebody else has it.
+ */
+bool
+settle_by_finding(const Datum *key, int64 token, const Finding *finding)
+{
+	Relation	rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
+	TimestampTz now = GetCurrentTimestamp();
+	Call		call;
+	bool		written;
+
+	memcpy(call.values, key, 3 * sizeof(Datum));
+	call.values[CALL_TOKEN] = Int64GetDatum(token);
+	written = lock_open_call(rel, &call, 0, now, ledger_execute_latest);
+	if (written && finding->outcome != NULL)
+		written = write_finding(rel, &call, finding, now, ledger_execute_latest);
+	else if (written)
+	{
+		Datum		values[5];
+
+		memcpy(values, call.values, 4 * sizeof(Datum));
+		values[4] = JsonbPGetDatum(finding->evidence);
+		(void) ledger_execute_latest(rel, &note_asked, values, NULL, NULL, NULL, 0);
+	}
+	ledger_close(rel);
+	return written;
 }
 
 /*
@@ -468,7 +365,7 @@ settle(Relation rel, Call *call, const WebhookEvent *event, FoundBy found_by,
  * without naming it.  What comes from a connected account may not: its owner
  * chooses metadata and keys.
  */
-static bool
+bool
 may_be_of_account(const WebhookEvent *event, const char *account)
 {
 	return strcmp(event->account, account) == 0 ||

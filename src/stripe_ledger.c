@@ -71,7 +71,7 @@ static const char *const stripe_columns[S_NCOLUMNS] = {
 	"idempotency_key", "resource_id", "resource_type", "request_id",
 	"fingerprint", "past_tokens", "request", "response", "error", "history",
 	"method", "path", "api_version", "body", "caller_life", "caller_vxid",
-	"callers", "callers_system", "settled", "acknowledged"
+	"callers", "callers_system", "settled", "acknowledged", "reconciled"
 };
 
 Ledger		stripe_calls = {
@@ -84,7 +84,7 @@ Ledger		stripe_calls = {
 		" idempotency_key, resource_id, resource_type, request_id,"
 		" fingerprint, past_tokens, request, response, error, history,"
 		" method, path, api_version, body, caller_life, caller_vxid,"
-		" callers, callers_system, settled, acknowledged"
+		" callers, callers_system, settled, acknowledged, reconciled"
 		" FROM idempotency.stripe_idempotency_keys" STRIPE_WHERE_KEY,
 		3, {TEXTOID, TEXTOID, TEXTOID}
 	}
@@ -203,7 +203,8 @@ static OwnerStatement reopen = {
 	" 'http_status', http_status, 'resource_id', resource_id,"
 	" 'resource_type', resource_type, 'request_id', request_id, 'error', error,"
 	" 'first_sent_at', first_sent_at, 'recorded_at', recorded_at, 'reopened_at', $6,"
-	" 'reopened_by', $9, 'forced', $10, 'settled', settled, 'acknowledged', acknowledged),"
+	" 'reopened_by', $9, 'forced', $10, 'settled', settled, 'acknowledged', acknowledged,"
+	" 'reconciled', reconciled),"
 	" token = $4, attempt = 0, generation = generation OPERATOR(pg_catalog.+) 1,"
 	" idempotency_key = $7, outcome = 'not_executed'::idempotency.outcome,"
 	" uncertain = false, past_tokens = NULL, lease = NULL, lease_expires_at = NULL,"
@@ -211,7 +212,8 @@ static OwnerStatement reopen = {
 	" resource_id = NULL, resource_type = NULL, request_id = NULL, fingerprint = NULL,"
 	" request = NULL, response = NULL, error = NULL, method = NULL, path = NULL,"
 	" api_version = NULL, body = NULL, caller_life = NULL, caller_vxid = NULL,"
-	" callers = '{}'::pg_catalog.xid8[], settled = NULL, acknowledged = NULL"
+	" callers = '{}'::pg_catalog.xid8[], settled = NULL, acknowledged = NULL,"
+	" reconciled = NULL"
 	STRIPE_WHERE_KEY
 	" AND token OPERATOR(pg_catalog.=) $5"
 	" AND outcome OPERATOR(pg_catalog.=) $8::idempotency.outcome",

@@ -430,7 +430,8 @@ exchange(const StripeRequest *request, const ApiKey *key,
 		if (path_is_v2(request->target) && answer.http_status == 500)
 			reply->resend = true;
 
-		if (attempts > stripe_max_retries || response.too_large ||
+		if (attempts > stripe_max_retries || attempts == request->max_attempts ||
+			response.too_large ||
 			!stripe_retry_at_once(&answer, &class, response.should_retry, response.replayed))
 			break;
 

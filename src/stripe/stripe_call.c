@@ -56,6 +56,7 @@
 #include "stripe/form.h"
 #include "stripe/gateway.h"
 #include "stripe/path.h"
+#include "stripe/stripe_call.h"
 #include "stripe_ledger.h"
 
 PG_FUNCTION_INFO_V1(idempotency_stripe_get);
@@ -79,8 +80,7 @@ enum
  */
 #define ANSWER_ROOM (240 * 1024)
 
-/* Where the key goes with idempotency.stripe_key_in_metadata; Stripe takes 50 */
-#define METADATA_NAME "idempotency_key"
+/* Stripe takes so many */
 #define METADATA_MAX 50
 
 /* When to come back to what Stripe didn't do or didn't answer, in seconds. */
@@ -117,8 +117,8 @@ check_setting(const char *name, const char *value, const char *problem)
 				 errdetail_internal("%s", _(problem))));
 }
 
-static void
-check_settings(void)
+void
+check_stripe_settings(void)
 {
 	check_setting("idempotency.stripe_api_base", stripe_api_base,
 				  api_base_problem(stripe_api_base));
@@ -188,10 +188,10 @@ with_query(const char *path, Jsonb *params)
 /*
  * One line about a call: what became of it, and nothing of what was said.
  */
-static void
-log_call(const char *method, const char *path, const char *account,
-		 const char *operation, int generation, const char *idempotency_key,
-		 const StripeReply *reply, const char *outcome, bool live)
+void
+log_stripe_call(const char *method, const char *path, const char *account,
+				const char *operation, int generation, const char *idempotency_key,
+				const StripeReply *reply, const char *outcome, bool live)
 {
 	StringInfoData line;
 
@@ -261,7 +261,7 @@ idempotency_stripe_get(PG_FUNCTION_ARGS)
 
 	/* a copied database has to say first whose it is, also for this */
 	namespace_for_stripe(&ns);
-	check_settings();
+	check_stripe_settings();
 	path = argument_path(fcinfo, 0, "GET");
 	memset(&request, 0, sizeof(request));
 	request.method = "GET";
@@ -286,8 +286,8 @@ idempotency_stripe_get(PG_FUNCTION_ARGS)
 	}
 	PG_END_TRY();
 
-	log_call(request.method, path, request.account, NULL, 0, NULL, &reply,
-			 stripe_outcome_name(reply.outcome), live);
+	log_stripe_call(request.method, path, request.account, NULL, 0, NULL, &reply,
+					stripe_outcome_name(reply.outcome), live);
 
 	result_begin(&result, fcinfo, R_NCOLUMNS);
 	set_reply(&result, &reply, live);
@@ -594,9 +594,10 @@ run_call(Call *call)
 	send_call(call);
 	outcome = record_call(call);
 
-	log_call(claim->method, claim->path, call->call.account,
-			 psprintf("%s:%s", call->call.operation_type, call->call.operation_id),
-			 claim->generation, claim->idempotency_key, &call->reply, outcome, call->key.live);
+	log_stripe_call(claim->method, claim->path, call->call.account,
+					psprintf("%s:%s", call->call.operation_type, call->call.operation_id),
+					claim->generation, claim->idempotency_key, &call->reply, outcome,
+					call->key.live);
 
 	set_reply(&call->result, &call->reply, call->key.live);
 	result_set_enum(&call->result, R_OUTCOME, outcome);
@@ -637,7 +638,7 @@ idempotency_stripe_call(PG_FUNCTION_ARGS)
 	memset(&call, 0, sizeof(call));
 	begin_operation(&call.call, fcinfo, 5, "idempotency.stripe_call()");
 	call.call.method = argument_method(fcinfo, 2);
-	check_settings();
+	check_stripe_settings();
 	call.call.path = argument_path(fcinfo, 3, call.call.method);
 	call.params = argument_params(fcinfo, 4);
 	exchange_deadline(&call.deadline, argument_duration(fcinfo, 6, "timeout"));
@@ -658,7 +659,7 @@ idempotency_stripe_retry(PG_FUNCTION_ARGS)
 	memset(&call, 0, sizeof(call));
 	begin_operation(&call.call, fcinfo, 2, "idempotency.stripe_retry()");
 	call.call.resend = true;
-	check_settings();
+	check_stripe_settings();
 	exchange_deadline(&call.deadline, argument_duration(fcinfo, 3, "timeout"));
 
 	PG_RETURN_DATUM(finish_call(fcinfo, &call));

@@ -110,6 +110,7 @@ my %call = (
 	stripe_release => q{('payment', 'released', 1)},
 	stripe_extend => q{('payment', 'done', 1)},
 	stripe_reopen => q{('payment', 'released')},
+	stripe_reconcile => q{()},
 	stripe_settle => q{('payment', 'released', 'completed')},
 	stripe_acknowledge => q{('payment', 'done', 'note')},
 	stripe_lookup => q{('payment', 'done')},

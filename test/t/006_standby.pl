@@ -71,6 +71,7 @@ my %call = (
 	stripe_reopen => q{('payment', 'failed')},
 	stripe_call => q{('payment', 'next', 'POST', '/v1/customers')},
 	stripe_retry => q{('payment', 'next')},
+	stripe_reconcile => q{()},
 	stripe_settle => q{('payment', 'held', 'completed')},
 	stripe_acknowledge => q{('payment', 'done', 'note')},
 	stripe_namespace => q{('new')},

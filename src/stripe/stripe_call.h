@@ -1,0 +1,26 @@
+/*-------------------------------------------------------------------------
+ *
+ * stripe_call.h
+ *	  What the functions that call Stripe have in common.
+ *
+ * src/stripe/stripe_call.h
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef IDEMPOTENCY_STRIPE_CALL_H
+#define IDEMPOTENCY_STRIPE_CALL_H
+
+#include "postgres.h"
+
+#include "stripe/exchange.h"
+
+/* Where a call's key goes with idempotency.stripe_key_in_metadata */
+#define METADATA_NAME "idempotency_key"
+
+extern void check_stripe_settings(void);
+extern void log_stripe_call(const char *method, const char *path, const char *account,
+							const char *operation, int generation,
+							const char *idempotency_key, const StripeReply *reply,
+							const char *outcome, bool live);
+
+#endif							/* IDEMPOTENCY_STRIPE_CALL_H */
