@@ -218,6 +218,16 @@ is_before_send(OrderVerb verb)
 		verb == ORDER_SETTLE;
 }
 
+/*
+ * Is there nobody but us to try it again?  Nothing else notes that an open
+ * transaction has been given a result.
+ */
+static bool
+is_tried_again(OrderVerb verb)
+{
+	return !is_before_send(verb) || verb == ORDER_ADOPT;
+}
+
 static void
 copy_message(char *to, const char *from)
 {
@@ -373,7 +383,7 @@ order_failed(BatchEntry *entry, ErrorData *edata, bool opened)
 	bool		is_lock = sqlstate == ERRCODE_LOCK_NOT_AVAILABLE ||
 		sqlstate == ERRCODE_T_R_DEADLOCK_DETECTED;
 
-	if (!is_before_send(order->verb) && !is_final_refusal(sqlstate) &&
+	if (is_tried_again(order->verb) && !is_final_refusal(sqlstate) &&
 		(is_lock || order->failures < MAX_FAILURES))
 	{
 		entry->retry = true;

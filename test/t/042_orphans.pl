@@ -120,6 +120,20 @@ is(orphans(), '', 'one rolls back, the other is open');
 $other->query_safe('COMMIT');
 is(orphans(), '', 'and commits');
 
+# whatever happens to the recorder meanwhile
+foreach my $point ('recorder-taken', 'recorder-before-commit', 'recorder-after-commit')
+{
+	foreach my $action ('error', 'fatal')
+	{
+		$session->query_safe(qq{BEGIN; SELECT test_stripe_call('call', '$action $point'); ROLLBACK});
+		arm($node, $point, $action);
+		like($session->query_safe(qq{BEGIN; SELECT test_stripe_call('call', '$action $point'); COMMIT}), qr/^replay/,
+			"replayed, with '$action' at $point");
+		is(orphans(), '', 'and adopted');
+		disarm($node, $point);
+	}
+}
+
 # prepared transactions
 $session->query_safe(q{BEGIN; SELECT test_stripe_call('call', 'prepared'); PREPARE TRANSACTION 'p'});
 is(orphans(), '', 'a prepared transaction may still commit');
