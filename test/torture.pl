@@ -96,7 +96,7 @@ sub fail_over
 	my $old = $node;
 
 	# what a crash made visible before the standby had it, it has now
-	$old->poll_query_until('postgres', q{SELECT EXISTS (SELECT FROM pg_stat_replication
+	eventually(q{SELECT EXISTS (SELECT FROM pg_stat_replication
 		WHERE sync_state = 'sync' AND flush_lsn >= pg_current_wal_insert_lsn() - 1000000)}) or return;
 	$old->stop(choose('immediate', 'fast'));
 	$standby->append_conf('postgresql.conf', "synchronous_standby_names = ''");
@@ -121,6 +121,19 @@ sub try_sql
 	my ($status, $stdout) = eval { $node->psql('postgres', $statements) };
 
 	return defined $status && $status == 0 ? $stdout : undef;
+}
+
+# Return once a query answers t, or after a minute.
+sub eventually
+{
+	my ($query) = @_;
+
+	foreach (1 .. 600)
+	{
+		return 1 if (try_sql($query) // '') eq 't';
+		pause(0.1);
+	}
+	return 0;
 }
 
 #
@@ -237,7 +250,7 @@ foreach my $pid (sort { $a <=> $b } keys %children)
 }
 
 # callers that were killed are found out, and events that came too early looked at again
-$node->poll_query_until('postgres', q{SELECT NOT EXISTS (SELECT FROM idempotency.stripe_unknown WHERE operation_type = 'payment')
+eventually(q{SELECT NOT EXISTS (SELECT FROM idempotency.stripe_unknown WHERE operation_type = 'payment')
 	AND NOT EXISTS (SELECT FROM idempotency.stripe_orphans WHERE operation_type = 'payment')});
 
 symlink($_, "$directory/" . ($_ =~ s{.*/}{}r)) foreach @logs;

@@ -133,6 +133,12 @@ foreach my $point ('recorder-taken', 'recorder-before-commit', 'recorder-after-c
 		disarm($node, $point);
 	}
 }
+$session->query_safe(q{BEGIN; SELECT test_stripe_call('call', 'not started'); ROLLBACK});
+sql($node, q{SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE backend_type = 'idempotency recorder'});
+arm($node, 'recorder-start', 'error');
+like($session->query_safe(q{BEGIN; SELECT test_stripe_call('call', 'not started'); COMMIT}), qr/^replay/,
+	'replayed, while a recorder fails to start');
+is(orphans(), '', 'and adopted');
 
 # prepared transactions
 $session->query_safe(q{BEGIN; SELECT test_stripe_call('call', 'prepared'); PREPARE TRANSACTION 'p'});

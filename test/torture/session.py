@@ -15,6 +15,7 @@ The clock is the machine's, which is the database's as well.
 
 import datetime
 import json
+import os
 import random
 import time
 
@@ -69,8 +70,9 @@ class Session:
     # ---- life
 
     def run(self):
+        parent = os.getppid()
         for work, end in ((self.step, self.deadline), (self.finish, None)):
-            while end is None or time.time() < end:
+            while (end is None or time.time() < end) and os.getppid() == parent:
                 try:
                     work()
                     if end is None:
