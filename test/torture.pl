@@ -96,8 +96,9 @@ sub fail_over
 	my $old = $node;
 
 	# what a crash made visible before the standby had it, it has now
-	eventually(q{SELECT EXISTS (SELECT FROM pg_stat_replication
-		WHERE sync_state = 'sync' AND flush_lsn >= pg_current_wal_insert_lsn() - 1000000)}) or return;
+	my $visible = try_sql('SELECT pg_current_wal_flush_lsn()');
+	return unless defined $visible && eventually(qq{SELECT EXISTS (SELECT FROM pg_stat_replication
+		WHERE sync_state = 'sync' AND flush_lsn >= '$visible')});
 	$old->stop(choose('immediate', 'fast'));
 	$standby->append_conf('postgresql.conf', "synchronous_standby_names = ''");
 	$standby->promote;

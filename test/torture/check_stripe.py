@@ -71,6 +71,12 @@ def check_answers(calls, ledger, sent, violations):
     for call in calls:
         if not call.get("res"):
             continue
+        if call["op"] == "pay":
+            # whatever became of the transaction
+            if call["res"]["answer"][:3] in ("201", "402") and any(
+                    arrival["at"] > call["t1"] for arrival in sent[("payment", call["res"]["operation"])]):
+                violations.add("I7", f"payment:{call['res']['operation']}: sent again after its answer was known")
+            continue
         if call["op"] == "late":
             operation, res = ("late", call["args"]["operation"]), call["res"]
         elif call["op"] == "stripe_claim" and call["res"]["verdict"] == "replay":

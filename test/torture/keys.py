@@ -61,7 +61,7 @@ class KeysSession(Session):
         end = "rollback" if self.chance(0.2) else "commit"
         if got is not None:
             claimed, variant = got
-            self.pause(0.05)
+            self.pause(0.1)
             whim = self.random.random()
             if whim < 0.65:
                 self.record(claimed, variant)

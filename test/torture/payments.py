@@ -144,8 +144,7 @@ class LateSession(Session):
     def step(self):
         self.number += 1
         operation = f"{self.name} {self.number}"
-        for _ in range(3):
-            self.fault(operation)
+        self.fault(operation, times=self.random.choice((1, 3, 20)))
         start = time.time()
         while time.time() < start + self.WINDOW + 1.5:
             self.execute("SELECT r.* FROM idempotency.stripe_call('late', %s, 'POST', '/v1/payment_intents',"
@@ -154,12 +153,13 @@ class LateSession(Session):
                          (operation, operation), op="late", operation=operation)
             self.pause(1.2)
 
-    def fault(self, operation):
+    def fault(self, operation, times):
         connection = http.client.HTTPConnection(self.control, timeout=10)
         what = self.random.choice(("close_after", "reset_after", "close_before", "504"))
         try:
             connection.request("POST", "/_control/faults",
-                               '{"what": "%s", "match": {"body": "%s"}}' % (what, operation.replace(" ", "+")))
+                               '{"what": "%s", "times": %d, "match": {"body": "%s"}}'
+                               % (what, times, operation.replace(" ", "+")))
             connection.getresponse().read()
         finally:
             connection.close()
