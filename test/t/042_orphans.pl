@@ -140,6 +140,26 @@ like($session->query_safe(q{BEGIN; SELECT test_stripe_call('call', 'not started'
 	'replayed, while a recorder fails to start');
 is(orphans(), '', 'and adopted');
 
+# a retry that comes while the recorder is noting how the last caller ended isn't told that somebody else is at it
+my $third = $node->background_psql('postgres', on_error_stop => 0);
+$session->query_safe(q{BEGIN; SELECT test_stripe_call('call', 'noted', status => 0)});
+arm($node, 'recorder-taken', 'wait');
+$other->query_until(qr/begun/, "\\echo begun\nSELECT test_stripe_call('call', 'company');\n");
+wait_for_point($node, 'recorder-taken');
+$session->query_safe('ROLLBACK');
+select(undef, undef, undef, 0.5);
+arm($node, 'recorder-before-commit', 'wait');
+disarm($node, 'recorder-taken');
+wait_for_point($node, 'recorder-before-commit');
+is(sql($node, q{SELECT count(*) FROM idempotency.stripe_idempotency_keys t WHERE operation_id = 'noted' AND t.xmax <> 0}),
+	'1', 'the recorder is writing the row');
+$third->query_until(qr/begun/, "\\echo begun\nSELECT test_stripe_call('call', 'noted');\n");
+select(undef, undef, undef, 0.5);
+disarm($node, 'recorder-before-commit');
+like($third->query_safe('SELECT 1'), qr/claimed completed/, 'it claims when the recorder has done');
+$other->query_safe('SELECT 1');
+is(orphans(), '', 'and nobody is left alone');
+
 # prepared transactions
 $session->query_safe(q{BEGIN; SELECT test_stripe_call('call', 'prepared'); PREPARE TRANSACTION 'p'});
 is(orphans(), '', 'a prepared transaction may still commit');
