@@ -55,6 +55,7 @@
 #include "utils/snapmgr.h"
 #include "utils/wait_event.h"
 
+#include "background.h"
 #include "compat.h"
 #include "debug_point.h"
 #include "errors.h"
@@ -900,39 +901,16 @@ leave_if_idle(void)
 	return !have_slot;
 }
 
-/*
- * Settings that the database, or nobody, has a say in.
- */
 static void
 fix_settings(void)
 {
-	static const char *const settings[][2] = {
-		{"role", "none"},
-		{"search_path", "pg_catalog, pg_temp"},
-		{"default_transaction_isolation", "read committed"},
-		{"default_transaction_read_only", "off"},
-		{"default_transaction_deferrable", "off"},
-		{"session_replication_role", "origin"},
-		{"row_security", "on"},
-		{"lock_timeout", LOCK_TIMEOUT},
-		{"statement_timeout", "0"},
-		{"transaction_timeout", "0"},
-		{"idle_in_transaction_session_timeout", "0"},
-		{"idle_session_timeout", "0"},
-		{"max_parallel_workers_per_gather", "0"},
-		{"jit", "off"},
-		{"DateStyle", "ISO"}
-	};
-	int			i;
-
-	for (i = 0; i < lengthof(settings); i++)
-	{
-		/* not every version has every one */
-		if (GetConfigOption(settings[i][0], true, false) != NULL)
-			SetConfigOption(settings[i][0], settings[i][1], PGC_SUSET, PGC_S_OVERRIDE);
-	}
+	background_fix_settings();
+	background_set("role", "none");
+	background_set("default_transaction_read_only", "off");
+	background_set("lock_timeout", LOCK_TIMEOUT);
+	background_set("DateStyle", "ISO");
 	if (synchronous_commit < SYNCHRONOUS_COMMIT_ON)
-		SetConfigOption("synchronous_commit", "on", PGC_SUSET, PGC_S_OVERRIDE);
+		background_set("synchronous_commit", "on");
 }
 
 void

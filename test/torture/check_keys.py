@@ -8,7 +8,8 @@ tried to end it.
 import collections
 import math
 
-ABANDONED_RETENTION = 5
+from keys import ABANDONED_RETENTION
+
 # a lease isn't renewed for less
 SHORT_WAIT = 0.02
 

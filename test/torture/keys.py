@@ -5,6 +5,7 @@ it is.  Old tokens are kept and tried again, long after somebody else has claime
 """
 
 import datetime
+import time
 
 from psycopg.types.json import Jsonb
 
@@ -13,6 +14,8 @@ from session import Refused, Session
 KEYS = 10
 SCOPE = "torture"
 LEASES = (0.3, 0.6, 1.5)
+# idempotency.abandoned_retention, in seconds
+ABANDONED_RETENTION = 5
 
 
 def seconds(number):
@@ -25,15 +28,18 @@ class KeysSession(Session):
     def __init__(self, *args):
         super().__init__(*args)
         self.old = []
+        self.abandoned = []
         self.made = 0
 
     def step(self):
-        self.random.choices((self.in_one_transaction, self.with_a_lease, self.with_an_old_token),
-                            weights=(5, 5, 2))[0]()
+        if self.abandoned and self.abandoned[0][0] < time.time():
+            self.come_back()
+        self.random.choices((self.in_one_transaction, self.with_a_lease, self.with_an_old_token, self.abandon),
+                            weights=(10, 10, 4, 1))[0]()
         self.pause(0.02)
 
-    def claim(self, key, lease=None):
-        variant = "b" if self.chance(0.15) else "a"
+    def claim(self, key, lease=None, variant=None):
+        variant = variant or ("b" if self.chance(0.15) else "a")
         wait = self.chance(0.7)
         values = {"key": key, "scope": SCOPE, "request": Jsonb({"variant": variant}), "wait": wait}
         if lease is not None:
@@ -91,6 +97,19 @@ class KeysSession(Session):
         elif whim < 0.6:
             self.do("release", claimed)
         # otherwise it dies with its lease
+
+    def abandon(self):
+        """Die with a recovery point, with a key that nobody else comes for."""
+        key = f"{self.name} {self.transactions} {len(self.old)} {time.time()}"
+        got = self.claim(key, LEASES[0], variant="a")
+        if got is not None:
+            self.do("checkpoint", got[0], recovery_point=f"{self.name} abandoned")
+            self.abandoned.append((time.time() + ABANDONED_RETENTION + 3, key))
+
+    def come_back(self):
+        got = self.claim(self.abandoned.pop(0)[1], LEASES[0], variant="a")
+        if got is not None:
+            self.record(*got)
 
     def with_an_old_token(self):
         if not self.old:
