@@ -8,6 +8,7 @@ MODULE_big = idempotency
 OBJS = \
 	$(WIN32RES) \
 	src/arguments.o \
+	src/background.o \
 	src/caller.o \
 	src/databases.o \
 	src/debug_point.o \

@@ -78,13 +78,6 @@
 #define BGWORKER_INTERRUPTIBLE 0
 #endif
 
-/* 17: a timeout for whole transactions */
-#if PG_VERSION_NUM >= 170000
-#define TRANSACTION_TIMEOUT_SETTING "transaction_timeout"
-#else
-#define TRANSACTION_TIMEOUT_SETTING NULL
-#endif
-
 /* 18: a deferrable primary key has to be asked for */
 #if PG_VERSION_NUM >= 180000
 #define RelationGetPrimaryKeyIndexCompat(rel) RelationGetPrimaryKeyIndex(rel, false)

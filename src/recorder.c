@@ -79,6 +79,7 @@
 #define ANSWER_OVERHEAD		(8 * 1024)
 
 #define MAX_LOOKS			10
+#define ADOPT_TRIES			3
 
 /* This backend's order, if it has one, and the mapping of its segment. */
 static Order *my_order = NULL;
@@ -574,15 +575,24 @@ adopt(StripeClaim *claim)
 			return;
 	}
 
-	get_order(claim->op);
-	my_order->caller_xid = GetCurrentFullTransactionId();
-	if (submit(ORDER_ADOPT, true) == WAIT_ANSWERED)
+	for (i = 0; i < ADOPT_TRIES; i++)
 	{
-		bool		done = my_order->answer == ORDER_OK;
+		WaitResult	result;
 
-		take_order_back();
-		if (done)
-			return;
+		get_order(claim->op);
+		my_order->caller_xid = GetCurrentFullTransactionId();
+		result = submit(ORDER_ADOPT, true);
+		if (result == WAIT_ANSWERED)
+		{
+			bool		done = my_order->answer == ORDER_OK;
+
+			take_order_back();
+			if (done)
+				return;
+		}
+		/* one that could not start says little about the next one */
+		if (result != WAIT_NOT_STARTED)
+			break;
 	}
 	ereport(WARNING,
 			(errcode(ERRCODE_NO_RECORDER),

@@ -55,6 +55,7 @@
 #include "utils/snapmgr.h"
 #include "utils/wait_event.h"
 
+#include "background.h"
 #include "compat.h"
 #include "debug_point.h"
 #include "errors.h"
@@ -218,6 +219,16 @@ is_before_send(OrderVerb verb)
 		verb == ORDER_SETTLE;
 }
 
+/*
+ * Is there nobody but us to try it again?  Nothing else notes that an open
+ * transaction has been given a result.
+ */
+static bool
+is_tried_again(OrderVerb verb)
+{
+	return !is_before_send(verb) || verb == ORDER_ADOPT;
+}
+
 static void
 copy_message(char *to, const char *from)
 {
@@ -373,7 +384,7 @@ order_failed(BatchEntry *entry, ErrorData *edata, bool opened)
 	bool		is_lock = sqlstate == ERRCODE_LOCK_NOT_AVAILABLE ||
 		sqlstate == ERRCODE_T_R_DEADLOCK_DETECTED;
 
-	if (!is_before_send(order->verb) && !is_final_refusal(sqlstate) &&
+	if (is_tried_again(order->verb) && !is_final_refusal(sqlstate) &&
 		(is_lock || order->failures < MAX_FAILURES))
 	{
 		entry->retry = true;
@@ -890,39 +901,16 @@ leave_if_idle(void)
 	return !have_slot;
 }
 
-/*
- * Settings that the database, or nobody, has a say in.
- */
 static void
 fix_settings(void)
 {
-	static const char *const settings[][2] = {
-		{"role", "none"},
-		{"search_path", "pg_catalog, pg_temp"},
-		{"default_transaction_isolation", "read committed"},
-		{"default_transaction_read_only", "off"},
-		{"default_transaction_deferrable", "off"},
-		{"session_replication_role", "origin"},
-		{"row_security", "on"},
-		{"lock_timeout", LOCK_TIMEOUT},
-		{"statement_timeout", "0"},
-		{"transaction_timeout", "0"},
-		{"idle_in_transaction_session_timeout", "0"},
-		{"idle_session_timeout", "0"},
-		{"max_parallel_workers_per_gather", "0"},
-		{"jit", "off"},
-		{"DateStyle", "ISO"}
-	};
-	int			i;
-
-	for (i = 0; i < lengthof(settings); i++)
-	{
-		/* not every version has every one */
-		if (GetConfigOption(settings[i][0], true, false) != NULL)
-			SetConfigOption(settings[i][0], settings[i][1], PGC_SUSET, PGC_S_OVERRIDE);
-	}
+	background_fix_settings();
+	background_set("role", "none");
+	background_set("default_transaction_read_only", "off");
+	background_set("lock_timeout", LOCK_TIMEOUT);
+	background_set("DateStyle", "ISO");
 	if (synchronous_commit < SYNCHRONOUS_COMMIT_ON)
-		SetConfigOption("synchronous_commit", "on", PGC_SUSET, PGC_S_OVERRIDE);
+		background_set("synchronous_commit", "on");
 }
 
 void

@@ -13,7 +13,8 @@
  * of a server: a regular file of the server's user that nobody else can
  * access, or one of root's that the server's group may read.
  *
- * Errors name the setting and its file, never what stands in it.
+ * Errors name the file, where its name is for everybody to see, never what
+ * stands in it.
  *
  * src/secret_file.c
  *
@@ -56,7 +57,7 @@ secret_problem(const char *secret, size_t len)
  * don't count.  A list of C strings, palloc'd.
  */
 static List *
-split_lines(const char *text, const char *source, const char *what)
+split_lines(const char *text, const char *what)
 {
 	List	   *secrets = NIL;
 	const char *p = text;
@@ -81,7 +82,7 @@ split_lines(const char *text, const char *source, const char *what)
 		if (secret_problem(start, end - start) != NULL)
 			ereport(ERROR,
 					(errcode(ERRCODE_CONFIG_FILE_ERROR),
-					 errmsg("%s %s has a line that can't be a secret", what, source),
+					 errmsg("%s has a line that can't be a secret", what),
 					 errdetail_internal("%s", _(secret_problem(start, end - start)))));
 		secrets = lappend(secrets, pnstrdup(start, end - start));
 	}
@@ -90,80 +91,124 @@ split_lines(const char *text, const char *source, const char *what)
 }
 
 /*
- * Read a file of secrets, one a line.
- *
- * "what" is the setting that names it, for messages.  Returns a list of C
- * strings, which isn't empty.  Raises ERRCODE_CONFIG_FILE_ERROR, or what
- * belongs to the errno, for a file that can't be read or mustn't be used.
+ * Refuse a file that others than the server and root can read.
  */
-List *
-secret_file_read(const char *path, const char *what)
+static void
+check_file(int fd, const char *what)
 {
-	char		buffer[SECRET_FILE_MAX_BYTES + 1];
 	struct stat st;
-	ssize_t		nread = 0;
-	List	   *secrets;
-	int			fd;
 
-	/* a FIFO mustn't block */
-	fd = OpenTransientFile(path, O_RDONLY | O_NONBLOCK | PG_BINARY);
-	if (fd < 0)
-		ereport(ERROR,
-				(errcode_for_file_access(),
-				 errmsg("could not open file \"%s\": %m", path),
-				 errdetail("It is named by %s.", what)));
 	if (fstat(fd, &st) != 0)
 		ereport(ERROR,
 				(errcode_for_file_access(),
-				 errmsg("could not stat file \"%s\": %m", path)));
+				 errmsg("could not stat %s: %m", what)));
 
 	if (!S_ISREG(st.st_mode))
 		ereport(ERROR,
 				(errcode(ERRCODE_CONFIG_FILE_ERROR),
-				 errmsg("%s \"%s\" is not a regular file", what, path)));
+				 errmsg("%s is not a regular file", what)));
+
+#if !defined(WIN32) && !defined(__CYGWIN__)
 	if (st.st_uid != geteuid() && st.st_uid != 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_CONFIG_FILE_ERROR),
-				 errmsg("%s \"%s\" must be owned by the server's user or root", what, path)));
+				 errmsg("%s must be owned by the server's user or root", what)));
 	if ((st.st_uid == geteuid() && (st.st_mode & (S_IRWXG | S_IRWXO)) != 0) ||
 		(st.st_uid != geteuid() && (st.st_mode & (S_IWGRP | S_IXGRP | S_IRWXO)) != 0))
 		ereport(ERROR,
 				(errcode(ERRCODE_CONFIG_FILE_ERROR),
-				 errmsg("%s \"%s\" can be accessed by others", what, path),
+				 errmsg("%s can be accessed by others", what),
 				 errdetail("It must have permissions 0600 or less if it belongs to the server's user, 0640 or less if to root."),
 				 errhint("chmod 600, and consider the secret in it known.")));
-	if (st.st_size > SECRET_FILE_MAX_BYTES)
+#endif
+}
+
+/*
+ * Read a file that holds a secret into a buffer of this size, as a string.
+ *
+ * "what" is what messages call it.  Raises ERRCODE_CONFIG_FILE_ERROR, or what
+ * belongs to the errno, for a file that can't be read, mustn't be used or is
+ * too large; the buffer is wiped then.
+ */
+void
+secret_file_load(const char *path, const char *what, char *buffer, size_t size)
+{
+	int			flags = O_RDONLY | PG_BINARY;
+	size_t		len = 0;
+	int			fd;
+
+#ifdef O_NONBLOCK
+	flags |= O_NONBLOCK;		/* a FIFO doesn't hold us up */
+#endif
+#ifdef O_NOCTTY
+	flags |= O_NOCTTY;
+#endif
+
+	fd = OpenTransientFile(path, flags);
+	if (fd < 0)
 		ereport(ERROR,
-				(errcode(ERRCODE_CONFIG_FILE_ERROR),
-				 errmsg("%s \"%s\" is larger than %d bytes", what, path, SECRET_FILE_MAX_BYTES)));
+				(errcode_for_file_access(),
+				 errmsg("could not open %s: %m", what)));
+	check_file(fd, what);
 
-	while (nread < SECRET_FILE_MAX_BYTES)
+	while (len < size)
 	{
-		ssize_t		n = read(fd, buffer + nread, SECRET_FILE_MAX_BYTES - nread);
+		ssize_t		nread = read(fd, buffer + len, size - len);
 
-		if (n < 0 && errno == EINTR)
+		if (nread < 0 && errno == EINTR)
 			continue;
-		if (n < 0)
+		if (nread < 0)
+		{
+			int			save_errno = errno;
+
+			explicit_bzero(buffer, size);
+			errno = save_errno;
 			ereport(ERROR,
 					(errcode_for_file_access(),
-					 errmsg("could not read file \"%s\": %m", path)));
-		if (n == 0)
+					 errmsg("could not read %s: %m", what)));
+		}
+		if (nread == 0)
 			break;
-		nread += n;
+		len += nread;
 	}
 	CloseTransientFile(fd);
-	buffer[nread] = '\0';
 
-	if (strlen(buffer) != nread)
+	if (len == size)
+	{
+		explicit_bzero(buffer, size);
 		ereport(ERROR,
 				(errcode(ERRCODE_CONFIG_FILE_ERROR),
-				 errmsg("%s \"%s\" has a zero byte in it", what, path)));
-	secrets = split_lines(buffer, psprintf("\"%s\"", path), what);
+				 errmsg("%s is larger than %zu bytes", what, size - 1)));
+	}
+	buffer[len] = '\0';
+	if (strlen(buffer) != len)
+	{
+		explicit_bzero(buffer, size);
+		ereport(ERROR,
+				(errcode(ERRCODE_CONFIG_FILE_ERROR),
+				 errmsg("%s has a zero byte in it", what)));
+	}
+}
+
+/*
+ * Read a file of secrets, one a line.
+ *
+ * Returns a list of C strings, which isn't empty.  Raises errors as above.
+ */
+List *
+secret_file_read(const char *path)
+{
+	char		buffer[SECRET_FILE_MAX_BYTES + 1];
+	char	   *what = psprintf("file \"%s\"", path);
+	List	   *secrets;
+
+	secret_file_load(path, what, buffer, sizeof(buffer));
+	secrets = split_lines(buffer, what);
 	explicit_bzero(buffer, sizeof(buffer));
 	if (secrets == NIL)
 		ereport(ERROR,
 				(errcode(ERRCODE_CONFIG_FILE_ERROR),
-				 errmsg("%s \"%s\" is empty", what, path)));
+				 errmsg("%s is empty", what)));
 
 	return secrets;
 }
@@ -173,11 +218,12 @@ secret_file_read(const char *path, const char *what)
  * one a line.  NIL where it isn't set or empty.
  */
 List *
-secret_environment_read(const char *variable, const char *what)
+secret_environment_read(const char *variable)
 {
 	const char *value = getenv(variable);
 
-	return value == NULL ? NIL : split_lines(value, variable, what);
+	return value == NULL ? NIL :
+		split_lines(value, psprintf("environment variable %s", variable));
 }
 
 /* check_hook of a setting that names such a file: an absolute path, or nothing */

@@ -15,8 +15,9 @@
 #include "nodes/pg_list.h"
 #include "utils/guc.h"
 
-extern List *secret_file_read(const char *path, const char *what);
-extern List *secret_environment_read(const char *variable, const char *what);
+extern void secret_file_load(const char *path, const char *what, char *buffer, size_t size);
+extern List *secret_file_read(const char *path);
+extern List *secret_environment_read(const char *variable);
 extern const char *secret_problem(const char *secret, size_t len);
 extern bool secret_file_check_setting(char **newval, void **extra, GucSource source);
 

@@ -80,9 +80,9 @@ webhook_secrets(FunctionCallInfo fcinfo, int argno, WebhookSecret **secrets)
 		return secrets_of_argument(PG_GETARG_ARRAYTYPE_P(argno), secrets);
 
 	if (webhook_secret_file[0] != '\0')
-		list = secret_file_read(webhook_secret_file, "idempotency.webhook_secret_file");
+		list = secret_file_read(webhook_secret_file);
 	else
-		list = secret_environment_read("IDEMPOTENCY_WEBHOOK_SECRET", "environment variable");
+		list = secret_environment_read("IDEMPOTENCY_WEBHOOK_SECRET");
 	if (list_length(list) > WEBHOOK_SECRETS_MAX)
 		ereport(ERROR,
 				(errcode(ERRCODE_CONFIG_FILE_ERROR),

@@ -26,9 +26,7 @@
  * A worker that finds no extension says so, unless CREATE EXTENSION has
  * committed since it came ("marks").
  *
- * It runs with the settings of its database, so that the project's own can be
- * set there; those that could spoil its work are fixed.  It obeys
- * default_transaction_read_only.
+ * It obeys default_transaction_read_only.
  *
  * The statements, and with them triggers of the table, run with the rights of
  * the table's owner; so does the end of the transaction.
@@ -69,6 +67,7 @@
 #include "utils/timestamp.h"
 #include "utils/varlena.h"
 
+#include "background.h"
 #include "compat.h"
 #include "databases.h"
 #include "expiry.h"
@@ -200,43 +199,6 @@ enter(Oid dbid)
 	if (entered)
 		on_shmem_exit(leave, ObjectIdGetDatum(dbid));
 	return entered;
-}
-
-/* ---------- settings ---------- */
-
-/*
- * Settings of the database, or of a superuser, with which the work could go
- * wrong, or wait.
- */
-static void
-fix_settings(void)
-{
-	static const struct
-	{
-		const char *name;
-		const char *value;
-	}			fixed[] = {
-		{"default_transaction_isolation", "read committed"},
-		{"default_transaction_deferrable", "off"},
-		{"session_replication_role", "origin"},
-		{"row_security", "on"},
-		{"search_path", "pg_catalog, pg_temp"},
-		{"statement_timeout", "0"},
-		{"lock_timeout", "0"},
-		{"idle_in_transaction_session_timeout", "0"},
-		{TRANSACTION_TIMEOUT_SETTING, "0"},
-		/* what a crash takes back is removed again */
-		{"synchronous_commit", "off"},
-		{"max_parallel_workers_per_gather", "0"},
-		{"jit", "off"},
-	};
-	int			i;
-
-	for (i = 0; i < lengthof(fixed); i++)
-	{
-		if (fixed[i].name != NULL)
-			SetConfigOption(fixed[i].name, fixed[i].value, PGC_SUSET, PGC_S_OVERRIDE);
-	}
 }
 
 /* ---------- a run ---------- */
@@ -669,7 +631,9 @@ idempotency_worker_main(Datum arg)
 	BackgroundWorkerUnblockSignals();
 	BackgroundWorkerInitializeConnectionByOid(dbid, InvalidOid, 0);
 	pgstat_report_appname("idempotency worker");
-	fix_settings();
+	background_fix_settings();
+	/* what a crash takes back is removed again */
+	background_set("synchronous_commit", "off");
 
 	run_context = AllocSetContextCreate(TopMemoryContext, "idempotency worker",
 										ALLOCSET_DEFAULT_SIZES);

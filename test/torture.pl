@@ -1,18 +1,21 @@
 
-# make torture: applications pay, in pairs that click on the same orders, while
-# everything that can be struck is struck at random.  In the end everybody has an
-# answer, and a checker compares what the application, the ledger and Stripe say.
+# make torture: sessions of every kind use the extension, while everything that
+# can be struck is struck at random, and the server moves to its standby.  In the
+# end everybody has an answer, and a checker proves the invariants from what the
+# sessions have written down, the ledgers, and what arrived at the fake Stripe.
 #
-# TORTURE_SECONDS and TORTURE_SEED: the seed gives the same faults and the same
-# intentions again, not the same interleaving.
+# test/torture/*.py: the sessions and the checker.  TORTURE_SECONDS and
+# TORTURE_SEED: the seed gives the same faults and the same intentions again, not
+# the same interleaving.
 
 use strict;
 use warnings;
 
+use Cwd qw(abs_path);
 use FakeStripe;
+use File::Basename qw(dirname);
 use IdempotencyTest;
 use PayingApplication;
-use POSIX ();
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use StripeTest;
@@ -23,21 +26,88 @@ needs_debug_points();
 
 my $seconds = $ENV{TORTURE_SECONDS} || 120;
 my $seed = $ENV{TORTURE_SEED} || int(rand(1_000_000_000));
-my $applications = 6;
+my $sessions = abs_path(dirname(__FILE__)) . '/torture';
+my @kinds = (([keys => 4], [paying => 4], [sending => 2], [late => 1], [events => 2]));
+my $webhook_secret = 'whsec_torture';
 
-diag("seed $seed, $seconds seconds, $applications applications");
+diag("seed $seed, $seconds seconds, " . join(', ', map { "$_->[1] $_->[0]" } @kinds));
 srand($seed);
 
 my $stripe = FakeStripe->start;
-my $node = stripe_node('main', $stripe, debug => 1, conf => q{
+my $directory = "$PostgreSQL::Test::Utils::tmp_check/torture";
+mkdir $directory;
+append_to_file("$directory/webhook_secret", $webhook_secret);
+chmod(0600, "$directory/webhook_secret");
+
+my $number = 1;
+my $node = stripe_node("main$number", $stripe, debug => 1, init => { allows_streaming => 1 }, conf => qq{
 restart_after_crash = on
 synchronous_commit = off
-log_statement = none
+log_statement = all
+wal_retrieve_retry_interval = 100ms
+idempotency.webhook_secret_file = '$directory/webhook_secret'
 idempotency.stripe_max_retries = 1
 idempotency.stripe_timeout = '5 s'
 idempotency.stripe_record_timeout = '5 s'
+idempotency.expiry_interval = '1 s'
+idempotency.abandoned_retention = '5 s'
 });
+my @logs = ($node->logfile);
 sql($node, PAYING_APPLICATION);
+sql($node, 'CREATE TABLE handled (event text, session text)');
+
+# Tell the sessions where to go.
+sub publish
+{
+	append_to_file("$directory/server.new", 'host=' . $node->host . ' port=' . $node->port . ' dbname=postgres');
+	rename "$directory/server.new", "$directory/server" or die "could not rename: $!";
+	return;
+}
+
+# Give the node a standby, without which nothing commits.
+my $standby;
+sub add_standby
+{
+	my $name = 'main' . ++$number;
+
+	$node->backup($name);
+	$standby = PostgreSQL::Test::Cluster->new($name);
+	$standby->init_from_backup($node, $name, has_streaming => 1);
+	$standby->append_conf('postgresql.conf', "primary_conninfo = '" . $node->connstr . " application_name=$name'");
+	$standby->start;
+	$standby->{stripe_key_file} = $node->{stripe_key_file};
+	push @logs, $standby->logfile;
+	set_synchronous('*');
+	return;
+}
+
+sub set_synchronous
+{
+	my ($names) = @_;
+
+	$node->append_conf('postgresql.conf', "synchronous_standby_names = '$names'");
+	$node->reload;
+	return;
+}
+
+# The node is gone, and its standby takes over, with all that anybody was told.
+sub fail_over
+{
+	my $old = $node;
+
+	# what a crash made visible before the standby had it, it has now
+	my $visible = try_sql('SELECT pg_current_wal_flush_lsn()');
+	return unless defined $visible && eventually(qq{SELECT EXISTS (SELECT FROM pg_stat_replication
+		WHERE sync_state = 'sync' AND flush_lsn >= '$visible')});
+	$old->stop(choose('immediate', 'fast'));
+	$standby->append_conf('postgresql.conf', "synchronous_standby_names = ''");
+	$standby->promote;
+	$node = $standby;
+	publish();
+	$old->clean_node;
+	add_standby();
+	return;
+}
 
 sub pause
 {
@@ -54,39 +124,17 @@ sub try_sql
 	return defined $status && $status == 0 ? $stdout : undef;
 }
 
-#
-# An application: one order after the other, each until it has an answer
-#
-
-sub is_declined { return $_[0] % 7 == 0 }
-
-sub application
+# Return once a query answers t, or after a minute.
+sub eventually
 {
-	my ($number, $deadline) = @_;
-	my $pair = int($number / 2);
+	my ($query) = @_;
 
-	srand($seed + $number);
-	for (my $n = 1; time < $deadline; $n++)
+	foreach (1 .. 600)
 	{
-		my $card = is_declined($n) ? 'pm_card_chargeDeclined' : 'pm_card_visa';
-		my $answer = '';
-
-		for (my $try = 1; $answer !~ /^(201|402) /; $try++)
-		{
-			# an order that isn't answered in the end is found by the checker
-			return if time > $deadline + 120;
-
-			my $whim = time > $deadline ? 1 : rand;
-			my $pay = $whim < 0.1 && !is_declined($n) ? "pay_in_savepoint('$pair $n')" : "pay('$pair $n', '$card')";
-			my $end = $whim > 0.1 && $whim < 0.25 ? 'ROLLBACK' : 'COMMIT';
-			# what the client is told must be on disk; the server's default isn't
-			my $got = try_sql("SET synchronous_commit = on; BEGIN; SELECT $pay; $end");
-
-			$answer = $end eq 'COMMIT' ? $got // '' : '';
-			pause(0.05) if $answer eq '';
-		}
+		return 1 if (try_sql($query) // '') eq 't';
+		pause(0.1);
 	}
-	return;
+	return 0;
 }
 
 #
@@ -113,7 +161,7 @@ sub one_of
 	return choose(split /\n/, $pids // '');
 }
 
-sub caller_pid { return one_of(q{query LIKE '%pay%' AND state <> 'idle'}) }
+sub caller_pid { return one_of(q{backend_type = 'client backend' AND state <> 'idle'}) }
 sub recorder_pid { return one_of(q{backend_type = 'idempotency recorder'}) }
 
 sub signal
@@ -144,28 +192,48 @@ my @strikes = (
 	[ kill_at_point => 4, sub { arm($node, choose(@points), 'kill') } ],
 	[ stripe => 40, sub { $stripe->fault(@{ choose(@at_stripe) }) } ],
 	[ restart => 1, sub { $node->restart } ],
-	[ crash => 1, sub { $node->stop('immediate'); $node->start } ]);
+	[ crash => 1, sub { $node->stop('immediate'); $node->start } ],
+	[ cut_off_standby => 1, sub { signal('pg_terminate_backend', one_of(q{backend_type = 'walsender'})) } ]);
 my @by_weight = map { my $strike = $_; ($strike) x $strike->[1] } @strikes;
 
+
+add_standby();
+publish();
 my $deadline = time + $seconds;
-my @children;
+my %children;
 
-foreach my $number (0 .. $applications - 1)
+# each endpoint gets all events
+my @endpoints = map { $stripe->webhook_endpoint(secrets => [$webhook_secret]) } 1 .. 2;
+
+foreach my $kind (@kinds)
 {
-	my $pid = fork() // die "could not fork: $!";
+	my ($name, $count) = @$kind;
 
-	if ($pid == 0)
+	foreach my $n (0 .. $count - 1)
 	{
-		eval { application($number, $deadline) };
-		print STDERR $@ if $@;
-		POSIX::_exit($@ ? 1 : 0);
+		my $pid = fork() // die "could not fork: $!";
+
+		if ($pid == 0)
+		{
+			open(STDERR, '>', "$directory/$name-$n.err") or die "could not open its log: $!";
+			exec('/usr/bin/python3', "$sessions/run.py", $directory, $name, $n, $seed, $deadline, $stripe->port,
+				$stripe->{control} =~ s{^http://}{}r, $endpoints[$n] // 0)
+			  or die "could not start a session: $!";
+		}
+		$children{$pid} = "$name-$n";
 	}
-	push @children, $pid;
 }
 
 my %struck;
+my $next_failover = time + 20 + rand(20);
 while (time < $deadline)
 {
+	if (time > $next_failover)
+	{
+		fail_over();
+		$struck{failover}++;
+		$next_failover = time + 40 + rand(40);
+	}
 	my $strike = choose(@by_weight);
 
 	$strike->[2]->();
@@ -174,83 +242,27 @@ while (time < $deadline)
 }
 disarm($node, $_) foreach @points;
 $stripe->clear_faults;
-foreach (1 .. 600)
-{
-	last if defined try_sql('SELECT true');
-	pause(0.1);
-}
-foreach my $pid (@children)
+wait_until_up($node);
+diag(join(', ', map { "$_ $struck{$_}" } sort keys %struck));
+foreach my $pid (sort { $a <=> $b } keys %children)
 {
 	waitpid($pid, 0);
-	is($?, 0, "application $pid has come to its end");
-}
-diag(join(', ', map { "$_ $struck{$_}" } sort keys %struck));
-
-#
-# The checker
-#
-
-# by operation id: what the client was told at last
-my %orders;
-foreach (split /\n/, sql($node, q{
-		SELECT key, idempotency.operation_uuid(key, 'user 1'), http_status,
-			COALESCE(response->>'payment', response->>'declined')
-		FROM idempotency.idempotency_keys WHERE scope = 'user 1'}))
-{
-	my ($key, $operation, $status, $response) = split /\|/;
-	$orders{$operation} = { key => $key, status => $status, response => $response };
+	is($?, 0, "$children{$pid} has come to its end") or diag(slurp_file("$directory/$children{$pid}.err"));
 }
 
-# what the application's table, the ledger and the fake say of each
-my %ledger;
-foreach (split /\n/, sql($node, q{
-		SELECT COALESCE(o.operation::text, s.operation_id), o.status, o.payment,
-			s.outcome, s.resource_id, s.idempotency_key, s.generation
-		FROM orders o FULL JOIN idempotency.stripe_idempotency_keys s
-			ON s.operation_type = 'payment' AND s.operation_id = o.operation::text}))
-{
-	my ($operation, @row) = split /\|/;
-	$ledger{$operation} = \@row;
-}
-my $payments = payments($stripe);
+# callers that were killed are found out, and events that came too early looked at again
+eventually(q{SELECT NOT EXISTS (SELECT FROM idempotency.stripe_unknown WHERE operation_type = 'payment')
+	AND NOT EXISTS (SELECT FROM idempotency.stripe_orphans WHERE operation_type = 'payment')});
 
-sub problem
-{
-	my ($operation) = @_;
-	my $order = $orders{$operation} or return 'the client has no answer';
-	my $sent = $payments->{$operation} or return 'nothing was sent';
-	my $row = $ledger{$operation} or return 'the ledger does not know it';
-	my ($status, $payment, $outcome, $resource, $key, $generation) = @$row;
-	my ($n) = $order->{key} =~ / (\d+)/;
-	my $charges = is_declined($n) ? 0 : 1;
-
-	return 'charged ' . @{ $sent->{charges} } . ' times' if @{ $sent->{charges} } != $charges;
-	return 'sent with ' . join(', ', sort keys %{ $sent->{keys} }) if join('', keys %{ $sent->{keys} }) ne $key;
-	return 'sent with different bytes' if keys %{ $sent->{bodies} } != 1;
-	return "of generation $generation" if $generation != 1;
-	return "$status, $outcome, $order->{status}"
-	  if "$status $outcome $order->{status}" ne ($charges ? 'succeeded completed 201' : 'declined failed 402');
-	return "another payment: $resource, $payment, $order->{response}"
-	  if $resource ne $payment || ($charges && ($resource ne $order->{response} || $resource ne $sent->{charges}[0]));
-	return;
-}
-
-my %all = map { $_ => 1 } keys %orders, keys %ledger, keys %$payments;
-my $requests = 0;
-$requests += $_->{requests} foreach values %$payments;
-diag(scalar(keys %all) . " operations, $requests requests, " . $stripe->charges . ' charges');
-cmp_ok(scalar(keys %all), '>', $applications, 'there was something to do');
-is_deeply([ map { my $problem = problem($_); $problem ? "$_: $problem" : () } sort keys %all ], [],
-	'each was charged once, by one key and the same bytes, and everybody agrees');
-# whose adoption the recorder couldn't note says so by a warning, and the next one does
-my $left = sql($node, 'SELECT count(*) FROM idempotency.stripe_orphans');
-diag("$left orphans to be adopted once more");
-sql($node, q{SELECT count(charge(operation_id::uuid, 0, 'pm_card_visa')) FROM idempotency.stripe_orphans}) if $left;
-is(sql($node, q{SELECT (SELECT count(*) FROM idempotency.stripe_orphans),
-		(SELECT count(*) FROM idempotency.stripe_unknown), (SELECT count(*) FROM idempotency.open_claims)}), '0|0|0',
-	'no orphan, nothing unknown, no claim left open');
+symlink($_, "$directory/" . ($_ =~ s{.*/}{}r)) foreach @logs;
+my ($stdout, $stderr) = ('', '');
+my $checked = IPC::Run::run([ '/usr/bin/python3', "$sessions/check.py", $directory, $node->connstr('postgres'),
+		$stripe->{control} =~ s{^http://}{}r, TEST_KEY, $webhook_secret ], '>', \$stdout, '2>', \$stderr);
+diag($stdout);
+ok($checked, 'every invariant holds') or diag($stderr);
 
 $node->stop;
+$standby->stop;
 $stripe->stop;
 
 done_testing();

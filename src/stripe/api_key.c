@@ -12,9 +12,8 @@
  *	  the postmaster was started with.
  *
  * It is never a setting's value, which every role could read in the catalogs.
- * The file must be one that nobody but the server reads, by the rules that
- * PostgreSQL has for ssl_key_file.  No message quotes it, or what else is in
- * the file.
+ * The file is one of secret_file.c's.  No message names it, as the setting is
+ * for superusers to see, or quotes what is in it.
  *
  * src/stripe/api_key.c
  *
@@ -22,13 +21,8 @@
  */
 #include "postgres.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
-#include "storage/fd.h"
-
 #include "errors.h"
+#include "secret_file.h"
 #include "settings.h"
 #include "stripe/api_key.h"
 
@@ -52,92 +46,6 @@ refuse_key(ApiKey *key, const char *problem)
 			 errmsg("no usable Stripe API key in %s", source_name()),
 			 errdetail_internal("%s", problem),
 			 errhint("It holds one secret key (sk_...) or restricted key (rk_...), and nothing else.")));
-}
-
-/*
- * Refuse a file that others than the server and root can read.
- */
-static void
-check_file(int fd)
-{
-	struct stat st;
-
-	if (fstat(fd, &st) != 0)
-		ereport(ERROR,
-				(errcode_for_file_access(),
-				 errmsg("could not stat %s: %m", source_name())));
-
-	if (!S_ISREG(st.st_mode))
-		ereport(ERROR,
-				(errcode(ERRCODE_CONFIG_FILE_ERROR),
-				 errmsg("%s is not a regular file", source_name())));
-
-#if !defined(WIN32) && !defined(__CYGWIN__)
-	if (st.st_uid != geteuid() && st.st_uid != 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_CONFIG_FILE_ERROR),
-				 errmsg("%s must be owned by the database user or root", source_name())));
-
-	if ((st.st_uid == geteuid() && (st.st_mode & (S_IRWXG | S_IRWXO))) ||
-		(st.st_uid == 0 && (st.st_mode & (S_IWGRP | S_IXGRP | S_IRWXO))))
-		ereport(ERROR,
-				(errcode(ERRCODE_CONFIG_FILE_ERROR),
-				 errmsg("%s has group or world access", source_name()),
-				 errdetail("File must have permissions u=rw (0600) or less if owned by the database user, or permissions u=rw,g=r (0640) or less if owned by root.")));
-#endif
-}
-
-/*
- * Read the file into key->secret.
- */
-static void
-read_file(ApiKey *key)
-{
-	int			fd;
-	int			flags = O_RDONLY | PG_BINARY;
-	ssize_t		nread;
-	size_t		len = 0;
-
-#ifdef O_NONBLOCK
-	flags |= O_NONBLOCK;		/* a fifo doesn't hold us up */
-#endif
-#ifdef O_NOCTTY
-	flags |= O_NOCTTY;
-#endif
-
-	fd = OpenTransientFile(stripe_api_key_file, flags);
-	if (fd < 0)
-		ereport(ERROR,
-				(errcode_for_file_access(),
-				 errmsg("could not open %s: %m", source_name())));
-	check_file(fd);
-
-	while (len < sizeof(key->secret))
-	{
-		nread = read(fd, key->secret + len, sizeof(key->secret) - len);
-		if (nread < 0 && errno == EINTR)
-			continue;
-		if (nread < 0)
-		{
-			int			save_errno = errno;
-
-			api_key_wipe(key);
-			errno = save_errno;
-			ereport(ERROR,
-					(errcode_for_file_access(),
-					 errmsg("could not read %s: %m", source_name())));
-		}
-		if (nread == 0)
-			break;
-		len += nread;
-	}
-	CloseTransientFile(fd);
-
-	if (len == sizeof(key->secret))
-		refuse_key(key, "It is longer than any key.");
-	key->secret[len] = '\0';
-	if (strlen(key->secret) != len)
-		refuse_key(key, "It has characters that no key has.");
 }
 
 static bool
@@ -203,7 +111,7 @@ api_key_read(ApiKey *key)
 	memset(key, 0, sizeof(ApiKey));
 
 	if (stripe_api_key_file[0] != '\0')
-		read_file(key);
+		secret_file_load(stripe_api_key_file, source_name(), key->secret, sizeof(key->secret));
 	else
 	{
 		const char *value = getenv(ENVIRONMENT_VARIABLE);

@@ -98,50 +98,61 @@ sub overhead
 	report_head("stripe_call() against libcurl in a loop, medians of $rounds rounds of $calls calls each, ms",
 		'', 'stripe_call', 'loop', 'two commits by hand', 'call less loop', 'its quartiles',
 		'call less loop and commits', 'bar', '', 'pgsql-http');
+	my (%got, %added, %beyond);
+
+	# the modes in turn, too
+	foreach my $half (0, 1)
+	{
+		foreach my $fsync ($half ? qw(on off) : qw(off on))
+		{
+			my $responder = responder(0);
+
+			start_server($data, join(' ', stripe_options($responder->{url}), '-c', "fsync=$fsync"));
+			if (!defined $why_no_http)
+			{
+				$why_no_http = psql('-c', q{SELECT count(*) FROM pg_available_extensions WHERE name = 'http'}) > 0
+				  ? '' : "it isn't installed";
+				if ($why_no_http eq '')
+				{
+					psql('-f', "$here/stripe_http.sql");
+					push @sides, 'http';
+				}
+			}
+			foreach my $round (0 .. $rounds / 2 - 1)
+			{
+				my %now;
+
+				# each goes first in its turn
+				foreach my $side (map { $sides[ ($_ + $round) % @sides ] } 0 .. $#sides)
+				{
+					my @times = $side{$side}->($responder->{url});
+					$now{$side} = { map { $_ => percentile($percentiles{$_}, @times) } keys %percentiles };
+				}
+				foreach my $what (keys %percentiles)
+				{
+					push @{ $got{$fsync}{$_}{$what} }, $now{$_}{$what} foreach @sides;
+					push @{ $added{$fsync}{$what} }, $now{call}{$what} - $now{loop}{$what};
+					push @{ $beyond{$fsync}{$what} }, $now{call}{$what} - $now{loop}{$what} - $now{commits}{$what};
+				}
+			}
+			stop_server();
+			stop_responder($responder);
+		}
+	}
 	foreach my $fsync (qw(off on))
 	{
-		my $responder = responder(0);
-		my (%got, %added, %beyond);
-
-		start_server($data, join(' ', stripe_options($responder->{url}), '-c', "fsync=$fsync"));
-		if (!defined $why_no_http)
-		{
-			$why_no_http = psql('-c', q{SELECT count(*) FROM pg_available_extensions WHERE name = 'http'}) > 0
-			  ? '' : "it isn't installed";
-			if ($why_no_http eq '')
-			{
-				psql('-f', "$here/stripe_http.sql");
-				push @sides, 'http';
-			}
-		}
-		foreach my $round (0 .. $rounds - 1)
-		{
-			my %now;
-
-			# each goes first in its turn
-			foreach my $side (map { $sides[ ($_ + $round) % @sides ] } 0 .. $#sides)
-			{
-				my @times = $side{$side}->($responder->{url});
-				$now{$side} = { map { $_ => percentile($percentiles{$_}, @times) } keys %percentiles };
-			}
-			foreach my $what (keys %percentiles)
-			{
-				push @{ $got{$_}{$what} }, $now{$_}{$what} foreach @sides;
-				push @{ $added{$what} }, $now{call}{$what} - $now{loop}{$what};
-				push @{ $beyond{$what} }, $now{call}{$what} - $now{loop}{$what} - $now{commits}{$what};
-			}
-		}
 		foreach my $what (qw(p50 p5 p99))
 		{
-			my $measured = $fsync eq 'on' ? $beyond{$what} : $added{$what};
-			my @bar = $what eq 'p50' ? verdict("stripe_call, fsync $fsync, ms", median(@$measured), 1.00) : ('', '');
-			report_line("$what, fsync $fsync", (map { milliseconds(median(@{ $got{$_}{$what} })) } qw(call loop commits)),
-				milliseconds(median(@{ $added{$what} })), join(' to ', map { milliseconds(percentile($_, @{ $added{$what} })) } 0.25, 0.75),
-				milliseconds(median(@{ $beyond{$what} })), @bar,
-				$got{http} ? milliseconds(median(@{ $got{http}{$what} })) : '-');
+			my @added = @{ $added{$fsync}{$what} };
+			my @beyond = @{ $beyond{$fsync}{$what} };
+			my @bar = $what eq 'p50'
+			  ? verdict("stripe_call, fsync $fsync, ms", median($fsync eq 'on' ? @beyond : @added), 1.00) : ('', '');
+			report_line("$what, fsync $fsync",
+				(map { milliseconds(median(@{ $got{$fsync}{$_}{$what} })) } qw(call loop commits)),
+				milliseconds(median(@added)), join(' to ', map { milliseconds(percentile($_, @added)) } 0.25, 0.75),
+				milliseconds(median(@beyond)), @bar,
+				$got{$fsync}{http} ? milliseconds(median(@{ $got{$fsync}{http}{$what} })) : '-');
 		}
-		stop_server();
-		stop_responder($responder);
 	}
 	print "\nThe bar holds for \"call less loop\" without fsync, and for \"call less loop and commits\" with it.\n";
 	print "pgsql-http: skipped, $why_no_http.\n" if $why_no_http ne '';
@@ -176,9 +187,13 @@ sub clients
 	report_head("Sessions at once on one recorder, $time s each, fsync on",
 		'answer after', 'sessions', 'calls a second', 'p50, ms', 'p99, ms', 'p50 of the first third', 'of the last',
 		"recorder's commits a call", 'flushes of WAL a call');
-	foreach my $case ([ 0, 1 ], [ 0, 100 ], [ 200, 100 ])
+	my $most;
+
+	# the last two: calls come by chance, whether the ones before have ended or not
+	foreach my $case ([ 0, 1 ], [ 0, 100 ], [ 200, 100 ], [ 0, 100, 0.5 ], [ 0, 100, 0.75 ])
 	{
-		my ($delay, $sessions) = @$case;
+		my ($delay, $sessions, $part) = @$case;
+		my @rate = defined $part ? ('--rate', int($part * $most)) : ();
 		my $responder = responder($delay);
 		my (@times, @at);
 
@@ -186,12 +201,13 @@ sub clients
 		start_server($data, join(' ', stripe_options($responder->{url}), '-c', 'fsync=on'));
 		my @before = commits();
 		run("$dir/pgbench.log", "$bindir/pgbench", '-n', '-M', 'prepared', '-c', $sessions, '-j', $sessions > 1 ? 2 : 1,
-			'-T', $time, '-l', "--log-prefix=$dir/stripe_log", '-f', "$dir/stripe_call.sql",
+			'-T', $time, @rate, '-l', "--log-prefix=$dir/stripe_log", '-f', "$dir/stripe_call.sql",
 			'-h', $sockets, '-p', $port, '-U', 'bench', 'bench');
 		my @after = commits();
 		my $log = read_file("$dir/pgbench.log");
 		die "$log\npgbench failed\n" if $log !~ /^tps = ([\d.]+)/m || $log =~ /number of failed transactions: [1-9]|aborted/;
 		my $tps = $1;
+		$most = $tps if !$delay && !@rate;
 
 		foreach my $file (glob("$dir/stripe_log*"))
 		{
@@ -208,7 +224,7 @@ sub clients
 			my ($from, $to) = map { $begin + ($end - $begin) * $_ } @_;
 			return percentile(0.5, @times[ grep { $at[$_] >= $from && $at[$_] <= $to } 0 .. $#at ]);
 		};
-		report_line($delay ? "$delay ms" : 'at once', $sessions, commas($tps),
+		report_line(($delay ? "$delay ms" : 'at once') . (@rate ? ", at $rate[1] calls a second" : ''), $sessions, commas($tps),
 			(map { sprintf('%.1f', $_) } percentile(0.5, @times), percentile(0.99, @times), $third->(0.1, 0.4), $third->(0.7, 1)),
 			sprintf('%.2f', ($after[0] - $before[0] - @times) / @times), sprintf('%.2f', ($after[1] - $before[1]) / @times));
 		stop_server();

@@ -29,7 +29,7 @@ our @EXPORT = qw(
   literal new_node sql run_fails claim claim_text call_text stripe_claim
   lapse_lease lapse_stripe_lease wait_for_lock extension_functions
   create_test_caller needs_debug_points arm disarm wait_for_point
-  expired_rows wait_until wait_until_expired
+  expired_rows wait_until wait_until_expired wait_until_up
 );
 
 my $json = JSON::PP->new->utf8->allow_nonref;
@@ -320,6 +320,29 @@ sub wait_for_lock
 	return $node->poll_query_until('postgres',
 		"SELECT wait_event_type = 'Lock' FROM pg_stat_activity WHERE pid = $pid")
 	  || die "backend $pid doesn't wait for a lock";
+}
+
+=pod
+
+=item wait_until_up($node)
+
+Return once the server accepts connections again.  (poll_query_until() dies
+where psql has been refused before the query is written to it.)
+
+=cut
+
+sub wait_until_up
+{
+	my ($node) = @_;
+
+	foreach (1 .. 1800)
+	{
+		my ($status) = eval { $node->psql('postgres', 'SELECT true') };
+
+		return if defined $status && $status == 0;
+		Time::HiRes::usleep(100_000);
+	}
+	die 'the server is still down';
 }
 
 =pod

@@ -103,19 +103,24 @@ $$;
 
 CREATE FUNCTION pay_in_savepoint(key text) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
-	token bigint := (SELECT c.token FROM idempotency.claim(key, 'user 1', request => jsonb_build_object(
-		'method', 'POST', 'path', '/orders', 'body', jsonb_build_object('card', 'pm_card_visa'))) c);
+	c idempotency.claim_result;
 	op uuid := idempotency.operation_uuid(key, 'user 1');
-	order_id bigint := begin_order(op);
+	order_id bigint;
 	r idempotency.stripe_call_result;
 BEGIN
+	SELECT * INTO c FROM idempotency.claim(key, 'user 1', request => jsonb_build_object(
+		'method', 'POST', 'path', '/orders', 'body', jsonb_build_object('card', 'pm_card_visa')));
+	IF c.verdict <> 'claimed' THEN
+		RETURN c.http_status || CASE c.verdict WHEN 'replay' THEN ' repeats' ELSE ' busy' END;
+	END IF;
+	order_id := begin_order(op);
 	BEGIN
 		PERFORM charge(op, order_id, 'pm_card_visa');
 		RAISE EXCEPTION 'rolled back';
 	EXCEPTION WHEN OTHERS THEN
 		r.outcome := 'unknown';
 	END;
-	RETURN conclude(key, token, op, r);
+	RETURN conclude(key, c.token, op, r);
 END
 $$;
 SQL

@@ -74,7 +74,7 @@ sub kill_backend
 
 	kill('KILL', $pid) == 1 or die "could not kill backend $pid: $!";
 	$node->wait_for_log(qr/all server processes terminated; reinitializing/, $offset);
-	$node->poll_query_until('postgres', 'SELECT true') or die 'server is still down';
+	wait_until_up($node);
 	return;
 }
 

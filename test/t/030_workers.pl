@@ -152,7 +152,7 @@ expired_rows($node, 5, db => 'two');
 $pid = sql($node, $launcher);
 kill('KILL', $pid) == 1 or die "could not kill the launcher: $!";
 $node->wait_for_log(qr/all server processes terminated; reinitializing/, $offset);
-$node->poll_query_until('postgres', 'SELECT true') or die 'server is still down';
+wait_until_up($node);
 expired_rows($node, 5, db => 'one');
 wait_until_expired($node, 'after a crash they start by themselves', db => 'one');
 wait_until_expired($node, 'everywhere', db => 'two');

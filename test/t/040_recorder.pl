@@ -289,7 +289,7 @@ foreach my $case (@cases)
 	if ($action eq 'kill')
 	{
 		$node->wait_for_log(qr/all server processes terminated; reinitializing/, $offset);
-		$node->poll_query_until('postgres', 'SELECT true') or die 'server is still down';
+		wait_until_up($node);
 	}
 
 	ok( $node->poll_query_until('postgres', qq{

@@ -301,7 +301,7 @@ my $offset = -s $node->logfile;
 arm($node, 'after-record', 'kill');
 $node->psql('spoiled', "SELECT test_stripe_call('call', 'durable')");
 $node->wait_for_log(qr/all server processes terminated; reinitializing/, $offset);
-$node->poll_query_until('postgres', 'SELECT true');
+wait_until_up($node);
 is(op('durable', db => 'spoiled'), 'completed|1|t', 'what is recorded there is on disk');
 delete $ENV{PGOPTIONS};
 $_->{run}->kill_kill foreach $s1, $s2, $s3;

@@ -120,6 +120,46 @@ is(orphans(), '', 'one rolls back, the other is open');
 $other->query_safe('COMMIT');
 is(orphans(), '', 'and commits');
 
+# whatever happens to the recorder meanwhile
+foreach my $point ('recorder-taken', 'recorder-before-commit', 'recorder-after-commit')
+{
+	foreach my $action ('error', 'fatal')
+	{
+		$session->query_safe(qq{BEGIN; SELECT test_stripe_call('call', '$action $point'); ROLLBACK});
+		arm($node, $point, $action);
+		like($session->query_safe(qq{BEGIN; SELECT test_stripe_call('call', '$action $point'); COMMIT}), qr/^replay/,
+			"replayed, with '$action' at $point");
+		is(orphans(), '', 'and adopted');
+		disarm($node, $point);
+	}
+}
+$session->query_safe(q{BEGIN; SELECT test_stripe_call('call', 'not started'); ROLLBACK});
+sql($node, q{SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE backend_type = 'idempotency recorder'});
+arm($node, 'recorder-start', 'error');
+like($session->query_safe(q{BEGIN; SELECT test_stripe_call('call', 'not started'); COMMIT}), qr/^replay/,
+	'replayed, while a recorder fails to start');
+is(orphans(), '', 'and adopted');
+
+# a retry that comes while the recorder is noting how the last caller ended isn't told that somebody else is at it
+my $third = $node->background_psql('postgres', on_error_stop => 0);
+$session->query_safe(q{BEGIN; SELECT test_stripe_call('call', 'noted', status => 0)});
+arm($node, 'recorder-taken', 'wait');
+$other->query_until(qr/begun/, "\\echo begun\nSELECT test_stripe_call('call', 'company');\n");
+wait_for_point($node, 'recorder-taken');
+$session->query_safe('ROLLBACK');
+select(undef, undef, undef, 0.5);
+arm($node, 'recorder-before-commit', 'wait');
+disarm($node, 'recorder-taken');
+wait_for_point($node, 'recorder-before-commit');
+is(sql($node, q{SELECT count(*) FROM idempotency.stripe_idempotency_keys t WHERE operation_id = 'noted' AND t.xmax <> 0}),
+	'1', 'the recorder is writing the row');
+$third->query_until(qr/begun/, "\\echo begun\nSELECT test_stripe_call('call', 'noted');\n");
+select(undef, undef, undef, 0.5);
+disarm($node, 'recorder-before-commit');
+like($third->query_safe('SELECT 1'), qr/claimed completed/, 'it claims when the recorder has done');
+$other->query_safe('SELECT 1');
+is(orphans(), '', 'and nobody is left alone');
+
 # prepared transactions
 $session->query_safe(q{BEGIN; SELECT test_stripe_call('call', 'prepared'); PREPARE TRANSACTION 'p'});
 is(orphans(), '', 'a prepared transaction may still commit');

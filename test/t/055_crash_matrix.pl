@@ -319,7 +319,7 @@ my @faults = (
 			$node->wait_for_log(qr/all server processes terminated; reinitializing/, $offset);
 			callers_have_left($payments);
 			sessions_have_ended($payments);
-			$node->poll_query_until('postgres', 'SELECT true') or die 'the server stays down';
+			wait_until_up($node);
 		},
 	},
 	{

@@ -1,0 +1,156 @@
+"""Calls sent: I1, I3, I4, I6, I7, I8."""
+
+import collections
+import json
+
+from payments import LateSession, is_declined
+
+
+def operation_of(key):
+    """Type and id: the key is type:id:UUID."""
+    operation_type, rest = key.split(":", 1)
+    return operation_type, rest.rsplit(":", 1)[0]
+
+
+def check(calls, arrivals, effects, connection, violations):
+    ledger = {(row["operation_type"], row["operation_id"]): row for row in connection.execute(
+        "SELECT * FROM idempotency.stripe_idempotency_keys")}
+    sent = collections.defaultdict(list)
+    for arrival in arrivals:
+        if arrival.get("key"):
+            sent[operation_of(arrival["key"])].append(arrival)
+    charges = collections.defaultdict(list)
+    for effect in effects:
+        charges[operation_of(effect["idempotency_key"])].append(effect)
+
+    for operation, requests in sent.items():
+        check_sent(operation, requests, ledger.get(operation), violations)
+    for operation, row in ledger.items():
+        check_row(operation, row, charges[operation], connection, violations)
+    check_answers(calls, ledger, sent, violations)
+    check_claims(calls, violations)
+    check_payments(calls, ledger, charges, connection, violations)
+
+
+def check_sent(operation, requests, row, violations):
+    """What arrived was known before, is what is recorded, and one key and the same bytes."""
+    name = ":".join(operation)
+    if row is None:
+        violations.add("I7", f"{name}: was sent, and the ledger doesn't know it")
+        return
+    keys = {arrival["key"] for arrival in requests}
+    if keys != {row["idempotency_key"]}:
+        violations.add("I3", f"{name}: sent with {sorted(keys)}, recorded is {row['idempotency_key']}")
+    if len({arrival["body"] for arrival in requests}) != 1:
+        violations.add("I3", f"{name}: sent with different bytes")
+    if row["body"] is not None and bytes(row["body"]).decode() != requests[0]["body"]:
+        violations.add("I7", f"{name}: sent is not what is recorded")
+    first = min(arrival["at"] for arrival in requests)
+    if row["first_sent_at"] is None or row["first_sent_at"].timestamp() > first:
+        violations.add("I7", f"{name}: first sent at {row['first_sent_at']}, arrived at {first:.3f}")
+    if operation[0] == "late":
+        late = max(arrival["at"] for arrival in requests) - row["first_sent_at"].timestamp()
+        if late > LateSession.WINDOW + 0.5:
+            violations.add("I8", f"{name}: sent again after {late:.1f} s")
+
+
+def check_row(operation, row, charges, connection, violations):
+    name = ":".join(operation)
+    if row["generation"] != 1:
+        violations.add("I3", f"{name}: generation {row['generation']}, which nobody reopened")
+    if len(charges) > 1:
+        violations.add("I3", f"{name}: charged {len(charges)} times")
+    if row["outcome"] == "completed" and not charges:
+        violations.add("I2", f"{name}: completed, and Stripe has no charge")
+    if row["outcome"] in ("failed", "not_executed") and charges:
+        violations.add("I2", f"{name}: {row['outcome']}, and Stripe has charged")
+
+
+def check_answers(calls, ledger, sent, violations):
+    """What was answered once stays so, at the ledger and on the way to Stripe."""
+    for call in calls:
+        if not call.get("res"):
+            continue
+        if call["op"] == "pay":
+            # whatever became of the transaction
+            if call["res"]["answer"][:3] in ("201", "402") and any(
+                    arrival["at"] > call["t1"] for arrival in sent[("payment", call["res"]["operation"])]):
+                violations.add("I7", f"payment:{call['res']['operation']}: sent again after its answer was known")
+            continue
+        if call["op"] == "late":
+            operation, res = ("late", call["args"]["operation"]), call["res"]
+        elif call["op"] == "stripe_claim" and call["res"]["verdict"] == "replay":
+            operation, res = ("transfer", call["args"]["operation"]), call["res"]
+        else:
+            continue
+        row = ledger.get(operation)
+        name = ":".join(operation)
+        if row is None:
+            violations.add("I6", f"{name}: was answered {res['outcome']}, and is gone")
+            continue
+        if res["idempotency_key"] is not None and res["idempotency_key"] != row["idempotency_key"]:
+            violations.add("I3", f"{name}: answered with key {res['idempotency_key']}, recorded {row['idempotency_key']}")
+        if res["outcome"] in ("completed", "failed"):
+            if row["outcome"] != res["outcome"] or row["resource_id"] != res["resource_id"]:
+                violations.add("I2", f"{name}: {res['outcome']} {res['resource_id']} became"
+                               f" {row['outcome']} {row['resource_id']}")
+            if any(arrival["at"] > call["t1"] for arrival in sent[operation]):
+                violations.add("I7", f"{name}: sent again after its answer was known")
+
+
+def check_claims(calls, violations):
+    """stripe_claim with a lease: one claimant, and a late token of the same generation doesn't contradict."""
+    by_operation = collections.defaultdict(list)
+    for call in calls:
+        if call["op"] in ("stripe_claim", "stripe_record"):
+            by_operation[call["args"]["operation"]].append(call)
+    for operation, of_operation in by_operation.items():
+        recorded = None
+        for call in of_operation:
+            if call["op"] == "stripe_record" and call["committed"] and not call["args"]["undone"]:
+                outcome = list(call["res"].values())[0]
+                if recorded is not None and outcome in ("completed", "failed") and outcome != recorded:
+                    violations.add("I4", f"transfer:{operation}: {outcome} after {recorded}")
+                if outcome in ("completed", "failed"):
+                    recorded = outcome
+            elif call["op"] == "stripe_claim" and call.get("res") and call["res"]["verdict"] == "claimed" \
+                    and recorded is not None:
+                violations.add("I2", f"transfer:{operation}: claimed after it was {recorded}")
+
+
+def check_payments(calls, ledger, charges, connection, violations):
+    """Client, application, ledger and Stripe agree on every payment, which has an answer."""
+    clicked = {}
+    for call in calls:
+        if call["op"] == "pay":
+            clicked[call["args"]["key"]] = call["args"]["declined"]
+    rows = {row["key"]: row for row in connection.execute("""
+        SELECT k.key, k.http_status, k.response, o.status, o.payment, idempotency.operation_uuid(k.key, 'user 1')::text AS operation
+        FROM idempotency.idempotency_keys k
+        LEFT JOIN orders o ON o.operation = idempotency.operation_uuid(k.key, 'user 1')
+        WHERE k.scope = 'user 1'""")}
+    for key, declined in clicked.items():
+        row = rows.get(key)
+        if row is None or row["http_status"] is None:
+            violations.add("I2", f"payment {key}: the client has no answer")
+            continue
+        entry = ledger.get(("payment", row["operation"]))
+        charged = charges[("payment", row["operation"])]
+        if entry is None:
+            violations.add("I6", f"payment {key}: the ledger doesn't know it")
+            continue
+        expected = (402, "declined", "failed", 0) if declined else (201, "succeeded", "completed", 1)
+        got = (row["http_status"], row["status"], entry["outcome"], len(charged))
+        if got != expected:
+            violations.add("I2", f"payment {key}: {got} instead of {expected}")
+        elif not declined and not row["payment"] == entry["resource_id"] == row["response"]["payment"] \
+                == charged[0]["payment_intent"]:
+            violations.add("I2", f"payment {key}: order {row['payment']}, ledger {entry['resource_id']},"
+                           f" client {json.dumps(row['response'])}, Stripe {charged[0]['payment_intent']}")
+    left = connection.execute("""
+        SELECT 'orphan ' || operation_type || ':' || operation_id AS text FROM idempotency.stripe_orphans WHERE operation_type = 'payment'
+        UNION ALL SELECT 'unknown ' || operation_type || ':' || operation_id FROM idempotency.stripe_unknown
+            WHERE operation_type = 'payment'
+        UNION ALL SELECT 'open claim ' || key FROM idempotency.open_claims WHERE scope = 'user 1'""").fetchall()
+    for row in left:
+        violations.add("I7", f"left over: {row['text']}")

@@ -1,0 +1,165 @@
+"""Calls sent: by an application that lets the database send (in pairs that click
+on the same orders), by one that sends itself, and by one that comes too late."""
+
+import http.client
+import time
+
+from session import Refused, Session
+
+
+def is_declined(number):
+    return number % 7 == 0
+
+
+class PayingSession(Session):
+    """One order after the other, each until it has an answer."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.pair = int(self.name.rsplit("-", 1)[1]) // 2
+        self.number = 0
+        self.answered = True
+
+    def step(self):
+        if self.answered:
+            self.number += 1
+            self.answered = False
+        self.click()
+
+    def finish(self):
+        # one that isn't answered in the end is found by the checker
+        while not self.answered and time.time() < self.deadline + self.PATIENCE:
+            self.click()
+            self.pause(0.05)
+
+    def click(self):
+        key = f"{self.pair} {self.number}"
+        card = "pm_card_chargeDeclined" if is_declined(self.number) else "pm_card_visa"
+        whim = 1 if self.is_over() else self.random.random()
+        if whim < 0.1 and not is_declined(self.number):
+            pay, values = "pay_in_savepoint(%s)", (key,)
+        else:
+            pay, values = "pay(%s, %s)", (key, card)
+        end = "rollback" if 0.1 < whim < 0.25 else "commit"
+        self.begin()
+        answer = self.execute(f"SELECT {pay} AS answer, idempotency.operation_uuid(%s, 'user 1') AS operation",
+                              values + (key,), op="pay", key=key, declined=is_declined(self.number))["answer"]
+        self.answered = self.end(end) and answer[:3] in ("201", "402")
+        if not self.answered:
+            self.pause(0.05)
+
+
+class SendingSession(Session):
+    """Sends by itself what it has claimed: dies, comes back late, records twice."""
+
+    def __init__(self, *args, port):
+        super().__init__(*args)
+        self.port = port
+        self.number = 0
+        self.settled = True
+        self.tokens = []
+
+    def step(self):
+        if self.settled:
+            self.number += 1
+            self.settled = False
+            self.tokens = []
+        self.attempt()
+
+    def finish(self):
+        while not self.settled and time.time() < self.deadline + self.PATIENCE:
+            self.attempt()
+            self.pause(0.1)
+
+    def attempt(self):
+        operation = f"{self.name} {self.number}"
+        got = self.call("stripe_claim", {"operation_type": "transfer", "operation_id": operation,
+                                         "lease": "300 ms"}, operation=operation)
+        if got["verdict"] == "replay":
+            self.settled = True
+        if got["verdict"] != "claimed":
+            self.pause(0.2)
+            return
+        self.tokens.append(got["token"])
+        calm = self.is_over()
+        if not calm and self.chance(0.15):
+            return  # dead before it has sent
+        answer = self.send(got["idempotency_key"], operation)
+        if not calm and self.chance(0.15):
+            return  # dead after it has sent
+        self.pause(0.4)
+        # an old token of this generation knows the same answer
+        token = self.random.choice(self.tokens)
+        values = {"operation_type": "transfer", "operation_id": operation, "token": token}
+        if answer is None:
+            self.record(values, operation)
+            return
+        status, body = answer
+        rollback = not calm and self.chance(0.2)
+        if rollback:
+            self.begin()
+        self.record({**values, "response": body, "http_status": status}, operation, undone=rollback)
+        if rollback:
+            self.end("rollback")
+
+    def record(self, values, operation, undone=False):
+        try:
+            self.call("stripe_record", values, operation=operation, token=values["token"],
+                      status=values.get("http_status"), undone=undone)
+        except Refused as refused:
+            if refused.sqlstate not in ("IK001", "IK002"):
+                raise
+            self.end("rollback")
+
+    def send(self, key, operation):
+        """Status and body; None where there is no answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=3)
+        try:
+            connection.request("POST", "/v1/charges",
+                               f"amount=300&currency=usd&source=tok_visa&metadata[operation]={operation.replace(' ', '+')}",
+                               {"Idempotency-Key": key, "Authorization": "Bearer sk_test_application",
+                                "Content-Type": "application/x-www-form-urlencoded"})
+            response = connection.getresponse()
+            body = response.read().decode("utf-8", "replace")
+            # what isn't JSON, or no final answer, is no answer
+            return (response.status, body) if body.startswith("{") else None
+        except (OSError, http.client.HTTPException):
+            return None
+        finally:
+            connection.close()
+
+
+class LateSession(Session):
+    """Stripe's window is two seconds here: answers are lost, and retries come
+    before and after its end."""
+
+    WINDOW = 2
+    settings = f"SET idempotency.stripe_resend_margin = '{24 * 3600 - WINDOW}s'; SET idempotency.stripe_max_retries = 0"
+
+    def __init__(self, *args, control):
+        super().__init__(*args)
+        self.control = control
+        self.number = 0
+
+    def step(self):
+        self.number += 1
+        operation = f"{self.name} {self.number}"
+        self.fault(operation, times=self.random.choice((1, 3, 20)))
+        start = time.time()
+        while time.time() < start + self.WINDOW + 1.5:
+            self.execute("SELECT r.* FROM idempotency.stripe_call('late', %s, 'POST', '/v1/payment_intents',"
+                         " pg_catalog.jsonb_build_object('amount', 400, 'currency', 'usd', 'confirm', true,"
+                         " 'payment_method', 'pm_card_visa', 'metadata', pg_catalog.jsonb_build_object('late', %s::text))) r",
+                         (operation, operation), op="late", operation=operation)
+            self.pause(1.2)
+
+    def fault(self, operation, times):
+        connection = http.client.HTTPConnection(self.control, timeout=10)
+        what = self.random.choice(("close_after", "reset_after", "close_before", "504"))
+        try:
+            connection.request("POST", "/_control/faults",
+                               '{"what": "%s", "times": %d, "match": {"body": "%s"}}'
+                               % (what, times, operation.replace(" ", "+")))
+            connection.getresponse().read()
+        finally:
+            connection.close()
