@@ -1,7 +1,7 @@
 
 # Days pass, for the server and its workers alike: every row goes when its time
 # has come, not before, and what is unresolved stays however old it is.  The
-# clock is moved by a library of our own (test/clock/clock.c).
+# clock is moved by test/perl/MovedClock.pm.
 
 use strict;
 use warnings;
@@ -10,6 +10,7 @@ use FindBin;
 use lib "$FindBin::RealBin/../perl";
 
 use IdempotencyTest;
+use MovedClock;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -17,33 +18,12 @@ use Test::More;
 my $tempdir = PostgreSQL::Test::Utils::tempdir();
 my $day = 86400;
 
-command_ok(
-	[
-		'gcc', '-shared', '-fPIC', '-o', "$tempdir/clock.so", "$FindBin::RealBin/../clock/clock.c", '-ldl'
-	],
-	'the clock is built');
-
+my $clock = MovedClock->new($tempdir);
 my $node = PostgreSQL::Test::Cluster->new('main');
 
-sub set_clock
-{
-	my ($seconds) = @_;
-
-	open(my $fh, -e "$tempdir/clock" ? '+<' : '>', "$tempdir/clock") or die "clock: $!";
-	binmode $fh;
-	print $fh pack('q', $seconds);
-	close($fh) or die "clock: $!";
-	return;
-}
-
-set_clock(0);
 $node->init;
 $node->append_conf('postgresql.conf', "shared_preload_libraries = 'idempotency'");
-{
-	local $ENV{LD_PRELOAD} = "$tempdir/clock.so";
-	local $ENV{CLOCK_FILE} = "$tempdir/clock";
-	$node->start;
-}
+$clock->around(sub { $node->start });
 sql($node, 'CREATE EXTENSION idempotency');
 my $beginning = sql($node, 'SELECT clock_timestamp()');
 
@@ -54,7 +34,7 @@ sub pass_to
 	my ($days) = @_;
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
 
-	set_clock($days * $day);
+	$clock->set($days * $day);
 	$node->reload;
 	return wait_until($node, qq{SELECT last_run >= timestamptz '$beginning' + interval '$days days'
 			AND status = 'idle' AND next_run > clock_timestamp()
@@ -143,13 +123,13 @@ $node->append_conf('postgresql.conf', 'idempotency.max_workers = 0');
 $node->reload;
 my $late = claim($node, 'late', lease => '1 hour');
 sql($node, "SELECT idempotency.record('late', 'test', $late->{token})");
-set_clock(1002.1 * $day);
+$clock->set(1002.1 * $day);
 is(claim($node, 'late', lease => '1 hour')->{verdict}, 'claimed', 'an expired key is absent without a worker');
 
 # The clock goes back by years: the next run isn't as far away.
 sql($node, 'ALTER DATABASE postgres RESET idempotency.expiry');
 $node->append_conf('postgresql.conf', 'idempotency.max_workers = 2');
-set_clock(0);
+$clock->set(0);
 sql($node, "ALTER DATABASE postgres SET idempotency.expiry_interval = '1s'");
 expired_rows($node, 5);
 $node->reload;

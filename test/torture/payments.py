@@ -143,7 +143,7 @@ class LateSession(Session):
 
     def step(self):
         self.number += 1
-        operation = f"{self.name} {self.number}"
+        operation = f"{self.name}-{self.number}"
         self.fault(operation, times=self.random.choice((1, 3, 20)))
         start = time.time()
         while time.time() < start + self.WINDOW + 1.5:
@@ -159,7 +159,7 @@ class LateSession(Session):
         try:
             connection.request("POST", "/_control/faults",
                                '{"what": "%s", "times": %d, "match": {"body": "%s"}}'
-                               % (what, times, operation.replace(" ", "+")))
+                               % (what, times, f"={operation}&"))
             connection.getresponse().read()
         finally:
             connection.close()

@@ -1,0 +1,128 @@
+
+# Stripe knows a key for a day.  The clocks of the server and of the fake Stripe are
+# moved over it: inside, the same key is sent again; past it nothing is, although
+# Stripe has forgotten what it did and would do it again.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/../perl";
+
+use FakeStripe;
+use IdempotencyTest;
+use MovedClock;
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use StripeTest;
+use Test::More;
+
+plan skip_all => 'python3 is not installed' if system('python3 -c 1 >/dev/null 2>&1') != 0;
+
+use constant { HOUR => 3600, MINUTE => 60 };
+
+my $clock = MovedClock->new(PostgreSQL::Test::Utils::tempdir());
+my $stripe = FakeStripe->start;
+my $node = stripe_node('main', $stripe, preload => 1, conf => "idempotency.stripe_max_retries = 0\n");
+$clock->around(sub { $node->restart });
+
+# Both clocks, so many seconds after the beginning; a call takes a moment by both.
+my $now = 0;
+sub pass_to
+{
+	my ($seconds) = @_;
+
+	$stripe->advance($seconds - $now);
+	$clock->set($seconds);
+	$now = $seconds;
+	return;
+}
+
+sub pay
+{
+	my ($id) = @_;
+
+	return stripe_call($node, 'payment', $id, 'POST', '/v1/payment_intents',
+		params => { amount => 500, currency => 'eur', confirm => JSON::PP::true, payment_method => 'pm_card_visa',
+			metadata => { id => $id } });
+}
+
+sub sent
+{
+	my ($id) = @_;
+
+	return scalar $stripe->arrivals(key => stripe_row($node, "idempotency.stripe_lookup('payment', '$id')")->{idempotency_key});
+}
+
+# all are charged, and no answer comes
+my @before = ('soon', 'next day', 'after a restart');
+my @after = ('a minute late', 'forgotten', 'a month late');
+my %key;
+foreach my $id (@before, @after)
+{
+	$stripe->fault('close_after');
+	my $r = pay($id);
+	is($r->{outcome}, 'unknown', "$id: the answer is lost");
+	$key{$id} = $r->{idempotency_key};
+}
+is($stripe->charges, 6, 'all are charged');
+
+sub is_sent_again
+{
+	my ($id) = @_;
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	my $r = pay($id);
+
+	is("$r->{outcome} $r->{idempotency_key}", "completed $key{$id}", "$id: completed, with the same key");
+	is(sent($id), 2, "$id: sent again");
+	is($stripe->charges(metadata => { id => $id }), 1, "$id: one charge");
+	return;
+}
+
+sub is_not_sent
+{
+	my ($id) = @_;
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	my $arrivals = $stripe->counts->{arrivals};
+
+	foreach my $r (pay($id), stripe_retry($node, 'payment', $id))
+	{
+		is("$r->{outcome} $r->{attempts} $r->{idempotency_key}", "unknown 0 $key{$id}", "$id: unknown, and nothing is tried");
+	}
+	is(stripe_claim($node, 'payment', $id)->{verdict}, 'unknown', "$id: nor is an application told to");
+	run_fails($node, "SELECT idempotency.stripe_reopen('payment', '$id')", 'IK002', "$id: it isn't reopened by accident");
+	is($stripe->counts->{arrivals}, $arrivals, "$id: nothing arrives");
+	is($stripe->charges(metadata => { id => $id }), 1, "$id: one charge");
+	like(sql($node, "SELECT next_step FROM idempotency.stripe_unknown WHERE operation_id = '$id'"),
+		qr/stripe_reconcile/, "$id: what to do");
+	return;
+}
+
+pass_to(12 * HOUR);
+is_sent_again('soon');
+pass_to(23 * HOUR - 2 * MINUTE);
+is_sent_again('next day');
+$clock->around(sub { $node->restart });
+is_sent_again('after a restart');
+
+# the margin of an hour has begun
+pass_to(23 * HOUR + MINUTE);
+is_not_sent('a minute late');
+pass_to(24 * HOUR + MINUTE);
+is_not_sent('forgotten');
+# Stripe would indeed charge again: it has forgotten the key
+is_deeply($stripe->control('GET', 'idempotency', { key => $key{forgotten} })->{keys}, [], 'Stripe has forgotten the key');
+
+# which is found out by reading
+is(sql($node, q{SELECT outcome || ' ' || (resource_id IS NOT NULL) FROM idempotency.stripe_reconcile('payment', 'forgotten')}),
+	'completed true', 'forgotten: found at Stripe');
+is(pay('forgotten')->{outcome}, 'completed', 'and replayed');
+
+pass_to(31 * 24 * HOUR);
+is_not_sent('a month late');
+is($stripe->charges, 6, 'six charges for six payments');
+
+$node->stop;
+$stripe->stop;
+
+done_testing();
