@@ -187,7 +187,8 @@ def send(claim):
         answer = intent.last_response
         return answer.code, answer.request_id, Jsonb(answer.data)
     except StripeError as error:
-        if not error.http_status:
+        # a 200 that isn't JSON tells nothing, as no answer does
+        if not error.http_status or error.http_status < 300:
             return None, None, None
         body = error.json_body if isinstance(error.json_body, dict) else None
         return error.http_status, error.request_id, body and Jsonb(body)

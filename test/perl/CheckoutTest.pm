@@ -147,7 +147,7 @@ sub persistent_checkout
 
 	while (($answer = checkout(@request))->{status} =~ /^(409|503)$/)
 	{
-		die 'no end of ' . $json->encode($answer) unless $tries-- > 0;
+		die 'no end of ' . $json->encode($answer) . "\n$log" unless $tries-- > 0;
 		Time::HiRes::usleep(100_000);
 	}
 	return $answer;
