@@ -211,15 +211,28 @@ async function webhook(body, signature) {
 
         if (e.verdict === 'in_progress')
             return problem(409, 'This event is being processed.', e.retry_after);
-        if (e.verdict === 'claimed') {
-            if (e.event_type === 'payment_intent.succeeded')
-                await db.query(`UPDATE orders SET state = 'paid', payment = $2 WHERE id::text = $1`,
-                    [e.event.data.object.metadata.order_id, e.object_id]);
-            await db.query('SELECT idempotency.stripe_webhook_record($1, $2, account => $3)',
-                [e.stripe_event_id, e.token, e.account]);
-        }
-        return { status: 200, body: {} };
+        if (e.verdict === 'replay')
+            return { status: 200, body: {} };
+
+        const failure = await handleEvent(db, e);
+        await db.query('SELECT idempotency.stripe_webhook_record($1, $2, error_message => $3, account => $4)',
+            [e.stripe_event_id, e.token, failure, e.account]);
+        return failure ? problem(503, failure) : { status: 200, body: {} };
     });
+}
+
+// What an event means for us: undefined, or why it has to come again.
+async function handleEvent(db, e) {
+    if (e.event_type !== 'payment_intent.succeeded')
+        return undefined;
+    const orderId = e.event.data.object.metadata.order_id;
+    if (!orderId)
+        return undefined;
+
+    const { rowCount } = await db.query(
+        `UPDATE orders SET state = 'paid', payment = $2 WHERE id::text = $1`, [orderId, e.object_id]);
+    // an event can be faster than the transaction that pays
+    return rowCount === 0 ? 'There is no such order, or not yet.' : undefined;
 }
 
 const checkouts = { '/checkout': checkout, '/checkout-by-sdk': checkoutBySdk };

@@ -204,14 +204,26 @@ def webhook(body, signature):
 
         if e["verdict"] == "in_progress":
             return problem(409, "This event is being processed.", e["retry_after"])
-        if e["verdict"] == "claimed":
-            if e["event_type"] == "payment_intent.succeeded":
-                metadata = e["event"]["data"]["object"]["metadata"]
-                db.execute("UPDATE orders SET state = 'paid', payment = %s WHERE id::text = %s",
-                           (e["object_id"], metadata.get("order_id")))
-            db.execute("SELECT idempotency.stripe_webhook_record(%s, %s, account => %s)",
-                       (e["stripe_event_id"], e["token"], e["account"]))
-        return 200, {}, {}
+        if e["verdict"] == "replay":
+            return 200, {}, {}
+
+        failure = handle_event(db, e)
+        db.execute("SELECT idempotency.stripe_webhook_record(%s, %s, error_message => %s, account => %s)",
+                   (e["stripe_event_id"], e["token"], failure, e["account"]))
+        return problem(503, failure) if failure else (200, {}, {})
+
+
+def handle_event(db, e):
+    """What an event means for us: None, or why it has to come again."""
+    if e["event_type"] != "payment_intent.succeeded":
+        return None
+    order = e["event"]["data"]["object"]["metadata"].get("order_id")
+    if order is None:
+        return None
+
+    done = db.execute("UPDATE orders SET state = 'paid', payment = %s WHERE id::text = %s", (e["object_id"], order))
+    # an event can be faster than the transaction that pays
+    return None if done.rowcount else "There is no such order, or not yet."
 
 
 CHECKOUTS = {"/checkout": checkout}

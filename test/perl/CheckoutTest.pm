@@ -337,19 +337,40 @@ sub test_checkout
 		$stripe->clear_faults;
 		is(checkout($path, $this)->{status}, 503, "$name: the retry after a 500") if $what eq '500';
 		my $before = arrivals($this);
-		is(deliver_events(), 0, "$name: events are taken");
+		is(scalar(deliver_events()), 0, "$name: events are taken");
 		is(state_of($this), 'paid', "$name: one of them settles it");
 		is_paid_once(checkout($path, $this), $this, "$name: the client comes back after all");
 		is(arrivals($this), $before, "$name: Stripe isn't asked again");
 	}
+
+	# an event that comes before the answer
+	$number = $stripe->fault('hang_after', %intents);
+	my $waiting = send_checkout($path, $key->('early'));
+	$stripe->wait_fault($number, holding => 1);
+	my @refused = deliver_events();
+	if ($path eq '/checkout')
+	{
+		is(scalar(@refused), 1, "$name: an event that is faster than the transaction has to come again");
+		is(sql($node, 'SELECT state, last_error FROM idempotency.stripe_webhook_pending'),
+			'failed|There is no such order, or not yet.', "$name: and the ledger says why");
+	}
+	else
+	{
+		is(scalar(@refused), 0, "$name: an event that is faster than the answer");
+		is(state_of($key->('early')), 'paid', "$name: is what the order says");
+	}
+	$stripe->release($number);
+	is_paid_once(answer_of($waiting), $key->('early'), "$name: the answer after the event");
+	$stripe->control('POST', 'webhooks/resend', { event => $_ }) foreach @refused;
+	is(scalar(deliver_events()), 0, "$name: the event comes again");
 	return;
 }
 
 # Take all events that Stripe has for the application there, each of them twice;
-# how many weren't accepted.
+# those that weren't accepted.
 sub deliver_events
 {
-	my $refused = 0;
+	my %refused;
 
 	while (my $event = $stripe->next_webhook(timeout_ms => 0))
 	{
@@ -360,10 +381,11 @@ sub deliver_events
 		{
 			my $answer = answer_of(
 				send_request('/stripe/webhook', { 'Stripe-Signature' => $headers{'stripe-signature'} }, $body));
-			$refused++ if $answer->{status} != 200;
+			$refused{ $json->decode($body)->{id} } = 1 if $answer->{status} != 200;
 		}
 	}
-	return $refused;
+	my @refused = sort keys %refused;
+	return @refused;
 }
 
 # What belongs to no way of paying
@@ -438,7 +460,7 @@ sub test_checkouts
 	is_paid_once(persistent_checkout('/checkout', 'restarted'), 'restarted', 'the server was restarted');
 
 	# all together
-	is(deliver_events(), 0, 'all events are taken');
+	is(scalar(deliver_events()), 0, 'all events are taken');
 	is($stripe->charges, sql($node, q{SELECT count(*) FROM orders WHERE state = 'paid'}), 'as many charges as paid orders');
 	is(sql($node, q{SELECT count(*) FROM orders WHERE state NOT IN ('paid', 'declined', 'requires_action')}), '0', 'no order is in doubt');
 	foreach my $view (qw(open_claims stripe_unknown stripe_orphans stripe_webhook_pending))
