@@ -343,6 +343,18 @@ sub test_checkout
 		is(arrivals($this), $before, "$name: Stripe isn't asked again");
 	}
 
+	# an event while it is asked again: the doubt that follows doesn't overwrite it
+	if ($path ne '/checkout')
+	{
+		$number = $stripe->fault('close_after', %intents, times => 3);
+		my $socket = send_checkout($path, $key->('meanwhile'));
+		$stripe->wait_fault($number, fired => 1);
+		is(scalar(deliver_events()), 0, "$name: an event between two attempts");
+		is(answer_of($socket)->{status}, 503, "$name: none of which is answered");
+		is(state_of($key->('meanwhile')), 'paid', "$name: stays paid");
+		is_paid_once(checkout($path, $key->('meanwhile')), $key->('meanwhile'), "$name: and is paid once");
+	}
+
 	# an event that comes before the answer
 	$number = $stripe->fault('hang_after', %intents);
 	my $waiting = send_checkout($path, $key->('early'));
