@@ -75,9 +75,10 @@ def amount(value, param):
 
 
 def boolean(value, param):
-    if value in (True, "true"):
+    # older versions of Stripe's library for Python send "True"
+    if value in (True, "true", "True"):
         return True
-    if value in (False, "false"):
+    if value in (False, "false", "False"):
         return False
     raise invalid(f"Invalid boolean: {value}", param=param)
 

@@ -1,0 +1,489 @@
+
+=pod
+
+=head1 NAME
+
+CheckoutTest - what both applications of examples/ have to stand
+
+=head1 DESCRIPTION
+
+Drives a checkout over HTTP, with a real server and the fake Stripe, through
+what goes wrong with payments.  What is counted in the end is the fake's count.
+
+=cut
+
+package CheckoutTest;
+
+use strict;
+use warnings;
+
+use Exporter 'import';
+use FakeStripe;
+use IdempotencyTest;
+use IO::Socket::INET;
+use IPC::Run;
+use JSON::PP;
+use MIME::Base64;
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use StripeTest;
+use Test::More;
+use Time::HiRes ();
+
+our @EXPORT = qw(test_checkouts run_program);
+
+my $json = JSON::PP->new->utf8->canonical;
+my ($node, $stripe, $port, $application, $command, $log);
+
+# An application that is left over ends with the test.
+END
+{
+	my $status = $?;
+	$application->kill_kill if $application;
+	$? = $status;
+}
+
+=pod
+
+=over
+
+=item run_program(@command)
+
+Run it for at most two minutes; its output, and whether it succeeded.
+
+=cut
+
+sub run_program
+{
+	my (@command) = @_;
+	my ($stdout, $stderr) = ('', '');
+	my $ok = eval {
+		IPC::Run::run(\@command, '<', \undef, '>', \$stdout, '2>', \$stderr, IPC::Run::timeout(120));
+	};
+
+	return ($stdout . $stderr . ($@ // ''), $ok);
+}
+
+#
+# The application
+#
+
+sub start_application
+{
+	local $ENV{PORT} = $port;
+	local $ENV{PGUSER} = 'shop';
+
+	$log = '';
+	$application = IPC::Run::start($command, '<', \undef, '>&', \$log);
+	my $tries = 10 * $PostgreSQL::Test::Utils::timeout_default;
+	until (IO::Socket::INET->new(PeerAddr => '127.0.0.1', PeerPort => $port))
+	{
+		die "it doesn't listen: $log" unless $tries-- > 0 && $application->pumpable;
+		Time::HiRes::usleep(100_000);
+	}
+	return;
+}
+
+sub kill_application
+{
+	$application->kill_kill(grace => 0);
+	undef $application;
+	return;
+}
+
+# Send a request, and don't wait for its answer.
+sub send_request
+{
+	my ($path, $headers, $body) = @_;
+	my $socket = IO::Socket::INET->new(PeerAddr => '127.0.0.1', PeerPort => $port, Timeout => 60) or die "connect: $!";
+
+	$body = $json->encode($body) if ref $body;
+	my %headers = (Host => 'localhost', Connection => 'close', 'Content-Length' => length($body), %$headers);
+	print $socket "POST $path HTTP/1.1\r\n"
+	  . join('', map { "$_: $headers{$_}\r\n" } grep { defined $headers{$_} } sort keys %headers)
+	  . "\r\n$body";
+	$socket->flush;
+	return $socket;
+}
+
+# Its answer: a hash of status, headers and body.
+sub answer_of
+{
+	my ($socket) = @_;
+
+	local $SIG{ALRM} = sub { die "no answer; the application says: $log" };
+	alarm $PostgreSQL::Test::Utils::timeout_default;
+	my $text = do { local $/; <$socket> } // '';
+	alarm 0;
+	my ($head, $body) = split /\r\n\r\n/, $text, 2;
+	my ($status) = ($head // '') =~ m{^HTTP/1\.[01] (\d+)} or return { status => 0, headers => {} };
+	my %headers = map { lc($_->[0]) => $_->[1] } map { [ split /: /, $_, 2 ] } split /\r\n/, $head =~ s/^[^\r]*\r\n//r;
+
+	$body = join '', $body =~ /\A(?:[0-9a-f]+\r\n(.*?)\r\n)+0\r\n/s if ($headers{'transfer-encoding'} // '') eq 'chunked';
+	return { status => $status, headers => \%headers, body => $json->decode($body) };
+}
+
+sub send_checkout
+{
+	my ($path, $key, %params) = @_;
+
+	return send_request(
+		$path,
+		{ Authorization => 'Bearer session-of-ada', 'Idempotency-Key' => $key, %{ $params{headers} // {} } },
+		$params{body} // { cart => $params{cart} // 'ada-1', payment_method => $params{card} // 'pm_card_visa' });
+}
+
+sub checkout
+{
+	return answer_of(send_checkout(@_));
+}
+
+# The answer as a client would see it who repeats its request while it is told to.
+sub persistent_checkout
+{
+	my (@request) = @_;
+	my $tries = 600;
+	my $answer;
+
+	while (($answer = checkout(@request))->{status} =~ /^(409|503)$/)
+	{
+		die 'no end of ' . $json->encode($answer) . "\n$log" unless $tries-- > 0;
+		Time::HiRes::usleep(100_000);
+	}
+	return $answer;
+}
+
+sub order_id
+{
+	my ($key) = @_;
+
+	return sql($node, 'SELECT idempotency.operation_uuid(' . literal($key) . q{, 'ada')});
+}
+
+sub state_of
+{
+	my ($key) = @_;
+
+	return sql($node, 'SELECT state FROM orders WHERE id = ' . literal(order_id($key)));
+}
+
+sub charges
+{
+	my ($key) = @_;
+
+	return $stripe->charges(metadata => { order_id => order_id($key) });
+}
+
+# How many requests have reached Stripe for an order.
+sub arrivals
+{
+	my ($key) = @_;
+	my $stripe_key = sql($node, q{SELECT idempotency.stripe_idempotency_key('payment', } . literal(order_id($key)) . ')');
+
+	return scalar($stripe->arrivals(key => $stripe_key));
+}
+
+# Let the lease of everything that a dead application holds go by.
+sub lapse_leases
+{
+	sql($node, q{
+		UPDATE idempotency.idempotency_keys SET lease_expires_at = clock_timestamp() - interval '1 microsecond'
+			WHERE recorded_at IS NULL AND lease_expires_at IS NOT NULL;
+		UPDATE idempotency.stripe_idempotency_keys SET lease_expires_at = clock_timestamp() - interval '1 microsecond'
+			WHERE recorded_at IS NULL AND lease_expires_at IS NOT NULL});
+	return;
+}
+
+sub is_paid_once
+{
+	my ($answer, $key, $name) = @_;
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+
+	return subtest $name => sub {
+		is($answer->{status}, 201, 'status') or diag($json->encode($answer), "\n$log");
+		is($answer->{body}{state}, 'paid', 'says that it is paid');
+		is($answer->{body}{order}, order_id($key), 'the order that the key names');
+		is(state_of($key), 'paid', 'the order is paid');
+		is(charges($key), 1, 'charged once');
+	};
+}
+
+#
+# What goes wrong, for one of the two ways to pay
+#
+
+sub test_checkout
+{
+	my ($path, $name) = @_;
+	my $key = sub { "$name-$_[0]" };
+	my %intents = (match => { path => '/v1/payment_intents' });
+	my ($answer, $again, $number);
+
+	note($path);
+
+	# as it should be
+	$answer = checkout($path, $key->('plain'));
+	is_paid_once($answer, $key->('plain'), "$name: a payment");
+	$again = checkout($path, '"' . $key->('plain') . '"');
+	is($again->{headers}{'idempotent-replayed'}, 'true', "$name: the same again, its key in quotes, is a replay");
+	is_deeply($again->{body}, $answer->{body}, "$name: of the same answer");
+	is(arrivals($key->('plain')), 1, "$name: and Stripe isn't asked");
+	is(checkout($path, $key->('plain'), cart => 'ada-2')->{status}, 422, "$name: another cart with the key");
+	is(charges($key->('plain')), 1, "$name: charges nothing");
+	is( checkout($path, $key->('plain'), headers => { Authorization => 'Bearer session-of-ben' }, cart => 'ben-1')->{status},
+		201, "$name: somebody else's key of the same text is another one");
+
+	# twenty clicks at once
+	my @clicks = map { answer_of($_) } map { send_checkout($path, $key->('clicks')) } 1 .. 20;
+	is(scalar(grep { $_->{status} !~ /^(201|409)$/ } @clicks), 0, "$name: twenty clicks are told 201 or 409")
+	  or diag($json->encode(\@clicks), "\n$log");
+	is(scalar(grep { $_->{status} == 409 && !$_->{headers}{'retry-after'} } @clicks), 0, "$name: and when to come back");
+	$answer = persistent_checkout($path, $key->('clicks'));
+	is_paid_once($answer, $key->('clicks'), "$name: twenty clicks are one payment");
+	is(scalar(grep { $_->{status} == 201 && $json->encode($_->{body}) ne $json->encode($answer->{body}) } @clicks),
+		0, "$name: and one answer");
+	is(arrivals($key->('clicks')), 1, "$name: by one request");
+
+	# a card that is declined
+	$answer = checkout($path, $key->('declined'), card => 'pm_card_chargeDeclined');
+	is("$answer->{status} $answer->{body}{reason}", '402 card_declined', "$name: a declined card");
+	$again = checkout($path, $key->('declined'), card => 'pm_card_chargeDeclined');
+	is("$again->{status} " . ($again->{headers}{'idempotent-replayed'} // ''), '402 true', "$name: stays declined");
+	is(checkout($path, $key->('declined'))->{status}, 422, "$name: another card with the key");
+	is(state_of($key->('declined')), 'declined', "$name: the order says so");
+	is(charges($key->('declined')), 0, "$name: nothing charged");
+	is_paid_once(checkout($path, $key->('other-card')), $key->('other-card'), "$name: another card, another key");
+
+	# a card that its holder has to confirm
+	$answer = checkout($path, $key->('action'), card => 'pm_card_authenticationRequired');
+	is("$answer->{status} $answer->{body}{state}", '201 requires_action', "$name: a payment to be confirmed");
+
+	# all answers lost, as often as it is tried
+	$stripe->fault('close_after', %intents, times => 3);
+	$answer = checkout($path, $key->('lost'));
+	is($answer->{status}, 503, "$name: a lost answer") or diag($log);
+	cmp_ok($answer->{headers}{'retry-after'} // 0, '>=', 1, "$name: with Retry-After");
+	is(state_of($key->('lost')), 'checking', "$name: the order is being checked");
+	is(charges($key->('lost')), 1, "$name: although it is charged");
+	is(checkout($path, $key->('lost'), cart => 'ada-2')->{status},
+		422, "$name: another cart with the key, though the claim was released");
+	is_paid_once(checkout($path, $key->('lost')), $key->('lost'), "$name: the retry after a lost answer");
+
+	# one lost answer, which is asked for again before the client hears of it
+	$stripe->fault('reset_after', %intents);
+	is_paid_once(checkout($path, $key->('lost-once')), $key->('lost-once'), "$name: one lost answer");
+	is(arrivals($key->('lost-once')), 2, "$name: two requests");
+
+	# answers that aren't Stripe's
+	foreach my $what (qw(not_json cut 502))
+	{
+		$stripe->fault($what, %intents, times => 3);
+		checkout($path, $key->($what));
+		$stripe->clear_faults;
+		is_paid_once(persistent_checkout($path, $key->($what)), $key->($what), "$name: $what");
+	}
+
+	# Stripe does nothing
+	$stripe->fault('429', %intents, times => 0);
+	$answer = checkout($path, $key->('busy'));
+	is($answer->{status}, 503, "$name: Stripe is busy");
+	$stripe->clear_faults;
+	is(charges($key->('busy')), 0, "$name: nothing charged");
+	is_paid_once(checkout($path, $key->('busy')), $key->('busy'), "$name: the retry when it isn't");
+
+	# the client leaves in the middle, and comes back
+	foreach my $what (qw(hang_before hang_after))
+	{
+		$number = $stripe->fault($what, %intents);
+		my $socket = send_checkout($path, $key->($what));
+		$stripe->wait_fault($number, holding => 1);
+		close($socket);
+		my $second = send_checkout($path, $key->($what));
+		$stripe->release($number);
+		is(answer_of($second)->{status} =~ /^(201|409)$/ ? 'ok' : 'not ok', 'ok', "$name: $what, the client comes back at once");
+		is_paid_once(persistent_checkout($path, $key->($what)), $key->($what), "$name: $what, and is charged once");
+		is(arrivals($key->($what)), 1, "$name: by one request");
+	}
+
+	# the application dies in the middle, before or after the charge
+	foreach my $what (qw(hang_in_use hang_after))
+	{
+		my $this = $key->("killed-$what");
+
+		$number = $stripe->fault($what, %intents);
+		my $socket = send_checkout($path, $this);
+		$stripe->wait_fault($number, holding => 1);
+		kill_application();
+		close($socket);
+		start_application();
+		if ($path ne '/checkout')
+		{
+			$answer = checkout($path, $this);
+			is($answer->{status}, 409, "$name: killed in $what, its lease is alive");
+			cmp_ok($answer->{headers}{'retry-after'} // 0, '>=', 1, "$name: with Retry-After");
+		}
+		$stripe->release($number);
+		lapse_leases();
+		is_paid_once(persistent_checkout($path, $this), $this, "$name: killed in $what, and repeated");
+	}
+
+	# answers that an event has to tell: lost ones, and a 500, which Stripe would only repeat
+	foreach my $what (qw(close_after 500))
+	{
+		my $this = $key->("event-$what");
+
+		$stripe->fault($what, %intents, times => 3, $what eq '500' ? (effect => JSON::PP::true) : ());
+		is(checkout($path, $this)->{status}, 503, "$name: no answer but $what");
+		$stripe->clear_faults;
+		is(checkout($path, $this)->{status}, 503, "$name: the retry after a 500") if $what eq '500';
+		my $before = arrivals($this);
+		is(scalar(deliver_events()), 0, "$name: events are taken");
+		is(state_of($this), 'paid', "$name: one of them settles it");
+		is_paid_once(checkout($path, $this), $this, "$name: the client comes back after all");
+		is(arrivals($this), $before, "$name: Stripe isn't asked again");
+	}
+
+	# an event while it is asked again: the doubt that follows doesn't overwrite it
+	if ($path ne '/checkout')
+	{
+		$number = $stripe->fault('close_after', %intents, times => 3);
+		my $socket = send_checkout($path, $key->('meanwhile'));
+		$stripe->wait_fault($number, fired => 1);
+		is(scalar(deliver_events()), 0, "$name: an event between two attempts");
+		is(answer_of($socket)->{status}, 503, "$name: none of which is answered");
+		is(state_of($key->('meanwhile')), 'paid', "$name: stays paid");
+		is_paid_once(checkout($path, $key->('meanwhile')), $key->('meanwhile'), "$name: and is paid once");
+	}
+
+	# an event that comes before the answer
+	$number = $stripe->fault('hang_after', %intents);
+	my $waiting = send_checkout($path, $key->('early'));
+	$stripe->wait_fault($number, holding => 1);
+	my @refused = deliver_events();
+	if ($path eq '/checkout')
+	{
+		is(scalar(@refused), 1, "$name: an event that is faster than the transaction has to come again");
+		is(sql($node, 'SELECT state, last_error FROM idempotency.stripe_webhook_pending'),
+			'failed|There is no such order, or not yet.', "$name: and the ledger says why");
+	}
+	else
+	{
+		is(scalar(@refused), 0, "$name: an event that is faster than the answer");
+		is(state_of($key->('early')), 'paid', "$name: is what the order says");
+	}
+	$stripe->release($number);
+	is_paid_once(answer_of($waiting), $key->('early'), "$name: the answer after the event");
+	$stripe->control('POST', 'webhooks/resend', { event => $_ }) foreach @refused;
+	is(scalar(deliver_events()), 0, "$name: the event comes again");
+	return;
+}
+
+# Take all events that Stripe has for the application there, each of them twice;
+# those that weren't accepted.
+sub deliver_events
+{
+	my %refused;
+
+	while (my $event = $stripe->next_webhook(timeout_ms => 0))
+	{
+		my $body = decode_base64($event->{body_base64});
+		my %headers = map { lc($_) => $event->{headers}{$_} } keys %{ $event->{headers} };
+
+		foreach (1 .. 2)
+		{
+			my $answer = answer_of(
+				send_request('/stripe/webhook', { 'Stripe-Signature' => $headers{'stripe-signature'} }, $body));
+			$refused{ $json->decode($body)->{id} } = 1 if $answer->{status} != 200;
+		}
+	}
+	my @refused = sort keys %refused;
+	return @refused;
+}
+
+# What belongs to no way of paying
+sub test_refusals
+{
+	my $status = sub { checkout('/checkout', @_)->{status} };
+	my $arrivals = $stripe->counts->{arrivals};
+
+	is($status->(undef), 400, 'no key');
+	is($status->('""'), 400, 'an empty key');
+	is($status->('x' x 256), 400, 'too long a key');
+	is($status->('refused', headers => { Authorization => undef }), 401, 'nobody');
+	is($status->('refused', headers => { Authorization => 'Bearer else' }), 401, 'somebody else');
+	is($status->('refused', body => '{"cart": '), 400, 'not JSON');
+	is($status->('refused', body => '[]'), 400, 'not an object');
+	is($status->('refused', body => '{"cart": 1}'), 400, 'not what is needed');
+	is($status->('refused', cart => 'ben-1'), 404, "somebody else's cart");
+	is(checkout('/nothing', 'refused')->{status}, 404, 'another path');
+	is($stripe->counts->{arrivals}, $arrivals, 'none of them asks Stripe');
+	is($status->('refused'), 201, 'and the key is still free');
+
+	my $event = '{"id": "evt_forged", "object": "event", "type": "payment_intent.succeeded"}';
+	is(answer_of(send_request('/stripe/webhook', {}, $event))->{status}, 400, 'an event without a signature');
+	is( answer_of(send_request('/stripe/webhook', { 'Stripe-Signature' => 't=' . time . ',v1=' . '0' x 64 }, $event))->{status},
+		400, 'and one with a forged one');
+	return;
+}
+
+=pod
+
+=item test_checkouts(\@command, sdk => 0)
+
+All of it, with the application that this command starts; its port is in PORT.
+Without sdk, only for the way that needs no library of Stripe's.
+
+=back
+
+=cut
+
+sub test_checkouts
+{
+	my ($given, %params) = @_;
+	my $examples = "$FindBin::RealBin/../../examples";
+	my $dir = PostgreSQL::Test::Utils::tempdir();
+
+	$command = $given;
+	$stripe = FakeStripe->start;
+	$stripe->webhook_endpoint(secrets => ['whsec_test_checkout']);
+	append_to_file("$dir/webhook_secrets", "whsec_test_checkout\n");
+	chmod 0600, "$dir/webhook_secrets";
+	$node = stripe_node('shop', $stripe, preload => 1,
+		conf => "max_connections = 60\nidempotency.webhook_secret_file = '$dir/webhook_secrets'\n");
+	sql($node, slurp_file("$examples/checkout-node/schema.sql"));
+	is( slurp_file("$examples/checkout-node/schema.sql"),
+		slurp_file("$examples/checkout-python/schema.sql"),
+		'the examples have one schema');
+
+	$port = PostgreSQL::Test::Cluster::get_free_port();
+	local $ENV{PGHOST} = $node->host;
+	local $ENV{PGPORT} = $node->port;
+	local $ENV{PGDATABASE} = 'postgres';
+	local $ENV{STRIPE_API_BASE} = $stripe->url;
+	local $ENV{STRIPE_API_KEY} = TEST_KEY;
+	start_application();
+
+	test_refusals();
+	test_checkout('/checkout', 'database');
+	test_checkout('/checkout-by-sdk', 'sdk') if $params{sdk} // 1;
+
+	# the server restarts under it
+	$node->restart;
+	is_paid_once(persistent_checkout('/checkout', 'restarted'), 'restarted', 'the server was restarted');
+
+	# all together
+	is(scalar(deliver_events()), 0, 'all events are taken');
+	is($stripe->charges, sql($node, q{SELECT count(*) FROM orders WHERE state = 'paid'}), 'as many charges as paid orders');
+	is(sql($node, q{SELECT count(*) FROM orders WHERE state NOT IN ('paid', 'declined', 'requires_action')}), '0', 'no order is in doubt');
+	foreach my $view (qw(open_claims stripe_unknown stripe_orphans stripe_webhook_pending))
+	{
+		is(sql($node, "SELECT count(*) FROM idempotency.$view"), '0', "nothing in $view");
+	}
+
+	kill_application();
+	$node->stop;
+	$stripe->stop;
+	return;
+}
+
+1;
