@@ -1111,6 +1111,7 @@ COMMENT ON FUNCTION idempotency.stripe_record(text, text, bigint, text, jsonb, i
 	'Records Stripe''s answer and returns the outcome. '
 	'resource_id: what was made (default the response''s id); response: the body as Stripe sent it, errors included; '
 	'http_status: 100 to 599, NULL: completed where there is a resource id, otherwise unknown; '
+	'a success other than 204 without id and response is unknown, as its body was cut; '
 	'request_id: Stripe''s Request-Id; account: default ''''. '
 	'A late token of the same generation may still record. Raises IK001 for a token of neither, '
 	'IK002 where another result is recorded, IK003, IK007 over idempotency.max_response_size, IK009';

@@ -448,3 +448,15 @@ ROLLBACK;
 SELECT idempotency.stripe_idempotency_key('payment', 'order_2') = :'key2' AS same_key;
 
 DELETE FROM idempotency.stripe_idempotency_keys;
+
+-- a success whose body was cut: done, nobody knows what; the same key fetches it
+SELECT token, idempotency_key AS key FROM idempotency.stripe_claim('payment', 'cut') \gset
+SELECT idempotency.stripe_record('payment', 'cut', :token, http_status => 200);
+SELECT verdict, idempotency_key = :'key' AS same_key, token FROM idempotency.stripe_claim('payment', 'cut') \gset
+SELECT :'verdict' AS verdict, :'same_key' AS same_key;
+SELECT idempotency.stripe_record('payment', 'cut', :token, http_status => 200, response => '{"id": "pi_cut", "object": "payment_intent"}');
+SELECT token FROM idempotency.stripe_claim('payment', 'nothing to say') \gset
+SELECT idempotency.stripe_record('payment', 'nothing to say', :token, http_status => 204);
+SELECT token FROM idempotency.stripe_claim('payment', 'refused') \gset
+SELECT idempotency.stripe_record('payment', 'refused', :token, http_status => 402);
+DELETE FROM idempotency.stripe_idempotency_keys WHERE operation_id IN ('cut', 'nothing to say', 'refused');

@@ -91,6 +91,8 @@ Ledger		stripe_calls = {
 };
 
 /* $4 to $19, which both ways to claim share */
+#define HTTP_NO_CONTENT 204
+
 #define CLAIM_NARGS 19
 #define CLAIM_ARGTYPES \
 	TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TIMESTAMPTZOID, \
@@ -784,7 +786,8 @@ stripe_explain_refusal(Relation rel, Operation *op, int64 token)
 
 /*
  * Make out an answer: the body and status as the application got them, 0 for
- * no status.
+ * no status.  A success without body or id is one that was cut, as stripe_call()
+ * takes it: it was done, and the same key fetches what was made.
  */
 void
 stripe_read_answer(Jsonb *response, int http_status, const char *resource_id,
@@ -807,7 +810,8 @@ stripe_read_answer(Jsonb *response, int http_status, const char *resource_id,
 
 		answer.http_status = http_status;
 		answer.sent = true;
-		answer.body_complete = true;
+		answer.body_complete = response != NULL || resource_id != NULL ||
+			http_status == HTTP_NO_CONTENT || http_status / 100 != 2;
 		answer.error_type = body.error_type;
 		answer.error_code = body.error_code;
 		result->outcome = stripe_classify(&answer).outcome;
