@@ -133,6 +133,11 @@ torture:
 test-majors:
 	@test/majors $(if $(MAJORS),-m '$(MAJORS)') $(if $(TESTS),-t '$(TESTS)') $(MAJORS_OPTIONS)
 
+# Debian's packages, built and tried in chroots (needs root, and Debian)
+.PHONY: deb
+deb:
+	@test/package $(DEB_OPTIONS)
+
 # a fake Stripe to try things on, until Ctrl-C; FAKE_STRIPE holds its options
 fake-stripe:
 	@test/run $@ $(FAKE_STRIPE)
