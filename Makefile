@@ -131,6 +131,17 @@ test demo bench fuzz:
 torture:
 	@test/run $@ $(or $(SECONDS),120) $(SEED)
 
+# The tests on every major, each in a chroot that this makes (needs root, and
+# Debian); "make test-majors MAJORS='17 18' TESTS=stripe", and test/majors has more.
+.PHONY: test-majors
+test-majors:
+	@test/majors $(if $(MAJORS),-m '$(MAJORS)') $(if $(TESTS),-t '$(TESTS)') $(MAJORS_OPTIONS)
+
+# Debian's packages, built and tried in chroots (needs root, and Debian)
+.PHONY: deb
+deb:
+	@test/package $(DEB_OPTIONS)
+
 # a fake Stripe to try things on, until Ctrl-C; FAKE_STRIPE holds its options
 fake-stripe:
 	@test/run $@ $(FAKE_STRIPE)

@@ -531,8 +531,16 @@ DECLARE
 BEGIN
 	a := idempotency.claim('table ' || n, 'shop', '1', lease => '1 hour');
 	b := idempotency.claim('table ' || n, 'shop', '1');
-	c := idempotency.claim(k, 'shop', '1', wait => n % 2 = 0);
-	PERFORM idempotency.record(k, 'shop', c.token, '{"a": 1}');
+	ASSERT idempotency.extend('table ' || n, 'shop', a.token) - clock_timestamp()
+		BETWEEN interval '59 minutes' AND interval '1 hour';
+	ASSERT idempotency.checkpoint('table ' || n, 'shop', a.token, 'p', lease => '2 hours') - clock_timestamp()
+		BETWEEN interval '119 minutes' AND interval '2 hours';
+	ASSERT idempotency.extend('table ' || n, 'shop', a.token) - clock_timestamp()
+		BETWEEN interval '119 minutes' AND interval '2 hours', 'the lease given last';
+	c := idempotency.claim(k, 'shop', '1', wait => n % 2 = 0, ttl => CASE n % 2 WHEN 0 THEN interval '3 days' END);
+	ASSERT idempotency.record(k, 'shop', c.token, '{"a": 1}') - clock_timestamp()
+		BETWEEN CASE n % 2 WHEN 0 THEN interval '71 hours' ELSE '23 hours' END
+			AND CASE n % 2 WHEN 0 THEN interval '72 hours' ELSE '24 hours' END;
 	d := idempotency.claim(k, 'shop', '1');
 	RAISE NOTICE '%: %, %, % %, % %, %, %', n, a.verdict, b.verdict, c.verdict, c.attempt, d.verdict, d.response,
 		(idempotency.claim(k, 'shop', '2')).verdict, (idempotency.lookup(k, 'shop')).status;

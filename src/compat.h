@@ -59,20 +59,6 @@
 	makeJsonLexContextCstringLen(json, len, encoding, need_escapes)
 #endif
 
-/* 17: a process has a number of its own */
-#if PG_VERSION_NUM >= 170000
-#define my_proc_number() MyProcNumber
-#else
-#define my_proc_number() (MyProc->pgprocno)
-#endif
-
-/* 17: wait events of an extension have names */
-#if PG_VERSION_NUM >= 170000
-#define wait_event_new(name) WaitEventExtensionNew(name)
-#else
-#define wait_event_new(name) PG_WAIT_EXTENSION
-#endif
-
 /* 19: CREATE DATABASE and its like ask such a worker to go */
 #ifndef BGWORKER_INTERRUPTIBLE
 #define BGWORKER_INTERRUPTIBLE 0
@@ -102,11 +88,6 @@
 #define WAIT_EVENT_NEW(name) WaitEventExtensionNew(name)
 #else
 #define WAIT_EVENT_NEW(name) PG_WAIT_EXTENSION
-#endif
-
-/* 19: a worker may be terminated for DROP DATABASE and the like */
-#if PG_VERSION_NUM < 190000
-#define BGWORKER_INTERRUPTIBLE 0
 #endif
 
 /* 17: intervals may be infinite */

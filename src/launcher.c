@@ -116,7 +116,7 @@ leave_database(Oid dbid)
 	if (databases == NULL)
 		return;
 	if (wait_event == 0)
-		wait_event = wait_event_new("IdempotencyDropDatabase");
+		wait_event = WAIT_EVENT_NEW("IdempotencyDropDatabase");
 
 	for (waits = 0; waits < DROP_WAITS; waits++)
 	{
@@ -452,7 +452,7 @@ launcher_enter(void)
 
 	databases_lock(LW_EXCLUSIVE);
 	databases->launcher_pid = MyProcPid;
-	databases->launcher_proc = my_proc_number();
+	databases->launcher_proc = MY_PROC_NUMBER;
 	for (i = 0; i < databases->used; i++)
 		databases->entries[i].starting = false;
 	databases_unlock();
@@ -472,7 +472,7 @@ idempotency_launcher_main(Datum arg)
 	BackgroundWorkerUnblockSignals();
 	BackgroundWorkerInitializeConnection(NULL, NULL, 0);
 	pgstat_report_appname("idempotency launcher");
-	wait_event = wait_event_new("IdempotencyLauncherMain");
+	wait_event = WAIT_EVENT_NEW("IdempotencyLauncherMain");
 
 	launcher_enter();
 	context = AllocSetContextCreate(TopMemoryContext, "idempotency launcher",

@@ -297,6 +297,29 @@ look_by_select(Ledger *ledger, Relation rel, const Datum *key, LedgerRow *row, b
 }
 
 /*
+ * Take a tuple apart.  A table may have more columns than this library knows
+ * and a LedgerRow has room for: those of a later version, until the server is
+ * restarted with that version's library, or somebody's own.
+ */
+static void
+deform_row(HeapTuple tuple, TupleDesc desc, LedgerRow *row)
+{
+	if (desc->natts <= LEDGER_MAX_COLUMNS)
+		heap_deform_tuple(tuple, desc, row->values, row->isnull);
+	else
+	{
+		Datum	   *values = palloc(desc->natts * sizeof(Datum));
+		bool	   *isnull = palloc(desc->natts * sizeof(bool));
+
+		heap_deform_tuple(tuple, desc, values, isnull);
+		memcpy(row->values, values, sizeof(row->values));
+		memcpy(row->isnull, isnull, sizeof(row->isnull));
+		pfree(values);
+		pfree(isnull);
+	}
+}
+
+/*
  * The look: one dirty scan of the primary key.
  *
  * On return row->values hold the committed version of the row, or our own
@@ -379,7 +402,7 @@ look(Ledger *ledger, Relation rel, const Datum *key, LedgerRow *row, bool latest
 	if (tuple != NULL)
 	{
 		row->found = FOUND_ROW;
-		heap_deform_tuple(tuple, RelationGetDescr(rel), row->values, row->isnull);
+		deform_row(tuple, RelationGetDescr(rel), row);
 	}
 	else if (TransactionIdIsValid(row->busy))
 		row->found = FOUND_TWIN;

@@ -14,7 +14,9 @@
  * occur.
  *
  * Plans are generic from the start: every statement names the whole primary
- * key, so a custom plan would be the same one, planned again.
+ * key, so a custom plan would be the same one, planned again.  Only
+ * owner_select(), which searches, leaves that to the planner: one that routes
+ * rows to other nodes may know no generic plan for a statement without a key.
  *
  * The user id is put back by hand on the normal way out and by the end of the
  * (sub)transaction on error.
@@ -35,12 +37,12 @@
 #include "owner_spi.h"
 
 static void
-prepare(OwnerStatement *statement)
+prepare(OwnerStatement *statement, int options)
 {
 	SPIPlanPtr	plan;
 
 	plan = SPI_prepare_cursor(statement->sql, statement->nargs, statement->argtypes,
-							  CURSOR_OPT_GENERIC_PLAN);
+							  options);
 	if (plan == NULL)
 		elog(ERROR, "SPI_prepare_cursor returned %s for %s",
 			 SPI_result_code_string(SPI_result), statement->sql);
@@ -63,7 +65,7 @@ execute(OwnerStatement *statement, Oid owner, Datum *values, const char *nulls,
 	SPI_connect();
 
 	if (statement->plan == NULL)
-		prepare(statement);
+		prepare(statement, CURSOR_OPT_GENERIC_PLAN);
 
 	rc = SPI_execute_snapshot(statement->plan, values, nulls, snapshot, InvalidSnapshot,
 							  read_only, true, 0);
@@ -151,7 +153,7 @@ owner_select(OwnerStatement *statement, Oid owner, Datum *values,
 	SPI_connect();
 
 	if (statement->plan == NULL)
-		prepare(statement);
+		prepare(statement, 0);
 
 	rc = SPI_execute_plan(statement->plan, values, NULL, false, 0);
 	if (rc != SPI_OK_SELECT)
@@ -184,7 +186,7 @@ owner_plan_is_local_scan(OwnerStatement *statement, Oid owner, Oid relid)
 	SPI_connect();
 
 	if (statement->plan == NULL)
-		prepare(statement);
+		prepare(statement, CURSOR_OPT_GENERIC_PLAN);
 
 	cplan = SPI_plan_get_cached_plan(statement->plan);
 	if (cplan != NULL)

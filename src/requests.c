@@ -27,6 +27,7 @@
 #include "miscadmin.h"
 #include "utils/builtins.h"
 #include "utils/jsonb.h"
+#include "utils/timestamp.h"
 #include "utils/uuid.h"
 
 #include "arguments.h"
@@ -188,6 +189,42 @@ static OwnerStatement release_claim = {
 	" WHERE scope OPERATOR(pg_catalog.=) $1 AND key OPERATOR(pg_catalog.=) $2"
 	" AND token OPERATOR(pg_catalog.=) $3 AND expires_at IS NULL",
 	3, {TEXTOID, TEXTOID, INT8OID}
+};
+
+/*
+ * The same for tables whose rows are somewhere else.  Citus refuses an UPDATE
+ * that adds an interval to a time if the interval is a column: that isn't
+ * IMMUTABLE, and nodes might disagree.  So the sum is the last parameter.
+ */
+static OwnerStatement record_result_elsewhere = {
+	"UPDATE idempotency.idempotency_keys SET recorded_at = $4, expires_at = $11,"
+	" http_status = $7, response = $8, response_headers = $9, response_body = $10,"
+	" lease = NULL, lease_expires_at = NULL, ttl = NULL,"
+	" recovery_point = NULL, recovery_data = NULL"
+	" WHERE scope OPERATOR(pg_catalog.=) $1 AND key OPERATOR(pg_catalog.=) $2"
+	" AND token OPERATOR(pg_catalog.=) $3 AND expires_at IS NULL"
+	" RETURNING expires_at",
+	11, {TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, INTERVALOID, INTERVALOID,
+	INT4OID, JSONBOID, JSONBOID, BYTEAOID, TIMESTAMPTZOID}
+};
+
+static OwnerStatement extend_lease_elsewhere = {
+	"UPDATE idempotency.idempotency_keys SET lease = COALESCE($5, lease),"
+	" lease_expires_at = $6"
+	" WHERE scope OPERATOR(pg_catalog.=) $1 AND key OPERATOR(pg_catalog.=) $2"
+	" AND token OPERATOR(pg_catalog.=) $3 AND expires_at IS NULL"
+	" RETURNING lease_expires_at",
+	6, {TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, INTERVALOID, TIMESTAMPTZOID}
+};
+
+static OwnerStatement set_checkpoint_elsewhere = {
+	"UPDATE idempotency.idempotency_keys SET lease = COALESCE($5, lease),"
+	" lease_expires_at = $8, recovery_point = $6, recovery_data = $7"
+	" WHERE scope OPERATOR(pg_catalog.=) $1 AND key OPERATOR(pg_catalog.=) $2"
+	" AND token OPERATOR(pg_catalog.=) $3 AND expires_at IS NULL"
+	" RETURNING lease_expires_at",
+	8, {TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, INTERVALOID, TEXTOID, JSONBOID,
+	TIMESTAMPTZOID}
 };
 
 /* ---------- expiry ---------- */
@@ -539,6 +576,63 @@ explain_refusal(Relation rel, text *key, text *scope, int64 token, LedgerRow *re
 }
 
 /*
+ * Run record_result, extend_lease, set_checkpoint, or another statement whose
+ * fourth parameter is the clock and its fifth a duration; or, where the rows
+ * are somewhere else, what has to be used there instead.
+ */
+static uint64
+execute_timed(Relation rel, OwnerStatement *statement, Datum *values, const char *nulls,
+			  Datum *out, bool *outnull)
+{
+	OwnerStatement *elsewhere = NULL;
+	Datum		evalues[OWNER_STATEMENT_MAX_ARGS];
+	char		enulls[OWNER_STATEMENT_MAX_ARGS];
+	Datum		duration = values[4];
+	int			column = K_LEASE;
+	int			last;
+
+	if (!requests.direct)
+	{
+		if (statement == &record_result)
+		{
+			elsewhere = &record_result_elsewhere;
+			column = K_TTL;
+		}
+		else if (statement == &extend_lease)
+			elsewhere = &extend_lease_elsewhere;
+		else if (statement == &set_checkpoint)
+			elsewhere = &set_checkpoint_elsewhere;
+	}
+	if (elsewhere == NULL)
+		return ledger_execute(rel, statement, values, nulls, out, outnull,
+							  out != NULL ? 1 : 0);
+
+	last = elsewhere->nargs - 1;
+	memcpy(evalues, values, last * sizeof(Datum));
+	memcpy(enulls, nulls, last);
+	enulls[last] = ' ';
+	if (nulls[4] == 'n')
+	{
+		LedgerRow	row;
+
+		if (ledger_execute(rel, &requests.select, values, NULL,
+						   row.values, row.isnull, requests.ncolumns) == 0)
+			return 0;
+		if (!row.isnull[column])
+			duration = row.values[column];
+		else if (column == K_TTL)
+			duration = values[5];
+		else
+			enulls[last] = 'n';
+	}
+	evalues[last] = (Datum) 0;
+	if (enulls[last] != 'n')
+		evalues[last] = DirectFunctionCall2(timestamptz_pl_interval, values[3], duration);
+
+	return ledger_execute(rel, elsewhere, evalues, enulls, out, outnull, 1);
+}
+
+/*
  * Run a statement that names the key and its token, until it has changed the
  * row or the reason why it can't is raised.  values[3] is set to the clock.
  * *out is its only column: the end of a lease, which starts when this returns.
@@ -551,7 +645,7 @@ fenced(Relation rel, OwnerStatement *statement, Datum *values, const char *nulls
 	int			races = 0;
 
 	values[3] = TimestampTzGetDatum(now);
-	while (ledger_execute(rel, statement, values, nulls, out, outnull, out != NULL ? 1 : 0) == 0)
+	while (execute_timed(rel, statement, values, nulls, out, outnull) == 0)
 	{
 		(void) explain_refusal(rel, key, scope, token, NULL);
 		ledger_lost_race(&requests, &races);
@@ -563,7 +657,7 @@ fenced(Relation rel, OwnerStatement *statement, Datum *values, const char *nulls
 	{
 		/* the row is this transaction's now, so that once more is at once */
 		values[3] = TimestampTzGetDatum(now);
-		if (ledger_execute(rel, statement, values, nulls, out, outnull, 1) != 1)
+		if (execute_timed(rel, statement, values, nulls, out, outnull) != 1)
 			elog(ERROR, "lost a row that this transaction has changed");
 	}
 }
@@ -651,7 +745,7 @@ idempotency_record(PG_FUNCTION_ARGS)
 		LedgerRow	row;
 
 		values[3] = TimestampTzGetDatum(clock);
-		if (ledger_execute(rel, &record_result, values, nulls, &expires_at, &isnull, 1) > 0)
+		if (execute_timed(rel, &record_result, values, nulls, &expires_at, &isnull) > 0)
 		{
 			if (ledger_has_waited(&now))
 				renew_recorded(rel, key, scope, token, clock, now, &expires_at);

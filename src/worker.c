@@ -62,9 +62,11 @@
 #include "utils/backend_status.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
+#include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
+#include "utils/tuplestore.h"
 #include "utils/varlena.h"
 
 #include "background.h"
@@ -361,7 +363,7 @@ pause_after(instr_time started)
 	double		pause = milliseconds_since(started) * PAUSE_SHARE;
 
 	if (wait_event == 0)
-		wait_event = wait_event_new("IdempotencyExpiryPause");
+		wait_event = WAIT_EVENT_NEW("IdempotencyExpiryPause");
 	if (pause < 1)
 		return;
 	(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,

@@ -1,23 +1,39 @@
 
 # pg_upgrade gives a cluster a new system identifier, keeps the databases' OIDs
 # and runs no script of an extension.  Every database must find itself where it
-# was: the same rows, the same keys, decided or not.
+# was: the same rows in every ledger, the same keys, decided or not.  The same
+# goes for what the new major's pg_dump takes out of the old one.
 #
-# The old cluster is of this major, too: that changes all of the above.  For
-# another one, set OLD_PG_CONFIG to its pg_config and OLD_TEMP_CONFIG to what
-# TEMP_CONFIG is for it.
+# Unless told otherwise the old cluster is of this major, too: that changes all
+# of the above.  For another one, set OLD_PG_CONFIG to its pg_config and
+# OLD_TEMP_CONFIG to what TEMP_CONFIG is for it; test/run does the latter, and
+# test/majors both.
 
 use strict;
 use warnings;
 
+use Digest::SHA qw(hmac_sha256_hex);
 use File::Basename qw(dirname);
+use File::Find qw(find);
 use FindBin;
 use lib "$FindBin::RealBin/../perl";
 
+use FakeStripe;
 use IdempotencyTest;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
+use StripeTest qw(TEST_KEY stripe_call stripe_retry);
 use Test::More;
+
+my $stripe = FakeStripe->start;
+my $dir = PostgreSQL::Test::Utils::tempdir();
+append_to_file("$dir/stripe_key", TEST_KEY . "\n");
+chmod 0600, "$dir/stripe_key";
+# no worker removes or settles anything while states are compared
+my $conf = "shared_preload_libraries = 'idempotency'\nidempotency.expiry = off\n"
+  . 'idempotency.stripe_api_base = ' . literal($stripe->url) . "\n"
+  . 'idempotency.stripe_api_key_file = ' . literal("$dir/stripe_key") . "\n"
+  . "idempotency.stripe_max_retries = 0\nidempotency.stripe_record_timeout = 60s\n";
 
 my $old;
 {
@@ -25,16 +41,34 @@ my $old;
 	$old = PostgreSQL::Test::Cluster->new('old',
 		install_path => $ENV{OLD_PG_CONFIG} && dirname(dirname($ENV{OLD_PG_CONFIG})));
 	$old->init;
+	$old->append_conf('postgresql.conf', $conf);
 }
 my $new = PostgreSQL::Test::Cluster->new('new');
 my @checksums =
   $old->pg_version->major < 18 && $new->pg_version->major >= 18 ? ('--no-data-checksums') : ();
 $new->init(extra => \@checksums);
+$new->append_conf('postgresql.conf', $conf);
 note('from ' . $old->pg_version . ' to ' . $new->pg_version);
 
 # Databases of every history: an ordinary one, one that was restored from a
 # dump, and copies by TEMPLATE with and without a decision.
 $old->start;
+
+# There are minor releases that can't upgrade any table: 17.12 writes a column
+# option that 18.6 doesn't know.  Then there is nothing to learn here.
+sql($old, 'CREATE DATABASE probe');
+sql($old, 'CREATE TABLE probe (a int)', db => 'probe');
+$new->start;
+my ($dumped) = run_command([ 'pg_dump', '--table=probe', $old->connstr('probe') ]);
+my ($status, undef, $why) = $new->psql('postgres', "\\set ON_ERROR_STOP 1\nBEGIN;\n$dumped\nROLLBACK");
+$new->stop;
+if ($status != 0)
+{
+	$old->stop;
+	plan skip_all => $old->pg_version . ' to ' . $new->pg_version . " can't upgrade any table: "
+	  . ($why =~ /(ERROR: .*)/)[0];
+}
+sql($old, 'DROP DATABASE probe');
 sql($old, 'CREATE DATABASE plain');
 sql($old, q{
 	CREATE EXTENSION idempotency;
@@ -50,7 +84,54 @@ sql($old, q{
 	SELECT idempotency.stripe_release('payment', 'released', c.token)
 		FROM idempotency.stripe_claim('payment', 'released', '{"amount": 5}') c;
 }, db => 'plain');
-my $dump = PostgreSQL::Test::Utils::tempdir() . '/plain.sql';
+
+# Calls that Stripe has answered, or not, for transactions that committed, or not
+my @payment = ('POST', '/v1/payment_intents');
+my %declined = (amount => 7, currency => 'eur', confirm => 'true', payment_method => 'pm_card_chargeDeclined');
+my %paid = (%declined, payment_method => 'pm_card_visa');
+my $orphan_call = "SELECT FROM idempotency.stripe_call('call', 'orphan', 'POST', '/v1/payment_intents',"
+  . q{'{"amount": 7, "currency": "eur", "confirm": "true", "payment_method": "pm_card_visa"}')};
+my @call = (db => 'plain', params => \%paid);
+is(stripe_call($old, 'call', 'paid', @payment, @call)->{outcome}, 'completed', 'a call');
+is(stripe_call($old, 'call', 'declined', @payment, @call, params => \%declined)->{outcome}, 'failed',
+	'one that is declined');
+$stripe->fault('close_after', match => { path => '/v1/payment_intents' });
+is(stripe_call($old, 'call', 'lost', @payment, @call)->{outcome}, 'unknown', 'one whose answer is lost');
+$stripe->fault('close_after', match => { path => '/v1/payment_intents' });
+is(stripe_call($old, 'call', 'settled', @payment, @call)->{outcome}, 'unknown', 'one that a person settles');
+sql($old, "BEGIN; $orphan_call; ROLLBACK; BEGIN; " . $orphan_call =~ s/orphan/seen/r . '; ROLLBACK;', db => 'plain');
+sql($old, q{SELECT idempotency.stripe_acknowledge('call', 'seen', 'refunded');
+	SELECT idempotency.stripe_settle('call', 'settled', 'completed', 'pi_s', 'seen in the Dashboard')}, db => 'plain');
+is(sql($old, 'SELECT operation_id, fate FROM idempotency.stripe_orphans', db => 'plain'),
+	'orphan|rolled back', 'an orphan');
+
+# Events: processed, failed, held, and one whose call isn't known
+sub receive
+{
+	my ($id, $more) = @_;
+	my $body = qq({"id": "$id", "object": "event",  "type": "a.b", "data": {"object": {"id": "o_$id"}}$more});
+	my $signature = 't=1795300000,v1=' . hmac_sha256_hex("1795300000.$body", 'whsec_test_upgrade');
+
+	return "SELECT FROM idempotency.stripe_webhook_receive('\\x" . unpack('H*', $body)
+	  . "', '$signature', '{whsec_test_upgrade}', '1000 years')";
+}
+sql($old, join(";\n",
+		receive('evt_1', ''),
+		receive('evt_2', ', "account": "acct_1", "livemode": true'),
+		receive('evt_3', ', "created": 1795300000, "name": "\u00e9 \\""'),
+		receive('evt_4', ', "request": {"id": "req_1", "idempotency_key": "t:1:018c2b5e-0000-8000-8000-000000000001"}'),
+		q{SELECT FROM idempotency.stripe_webhook_next() c, idempotency.stripe_webhook_record(
+			c.stripe_event_id, c.token, order_id => '018c2b5e-0000-7000-8000-000000000002')},
+		q{SELECT FROM idempotency.stripe_webhook_next() c, idempotency.stripe_webhook_record(
+			c.stripe_event_id, c.token, error_message => 'no', account => c.account)},
+		q{SELECT FROM idempotency.stripe_webhook_reclaim('evt_3', lease => '1 year')}), db => 'plain');
+
+# transaction ids mean nothing in another system: how callers ended is written
+# down, which the recorder and workers do
+wait_until($old, q{SELECT NOT EXISTS (SELECT FROM idempotency.stripe_idempotency_keys
+	WHERE cardinality(callers) > 0)}, 'how callers ended is written down', db => 'plain');
+
+my $dump = "$dir/plain.sql";
 sql($old, 'CREATE DATABASE restored');
 $old->command_ok([ 'pg_dump', '--file', $dump, $old->connstr('plain') ], 'pg_dump');
 $old->command_ok(
@@ -72,8 +153,15 @@ sub state_of
 	my $state = sql($node, q{
 		SET timezone = 'UTC';
 		SELECT md5(string_agg(t::text, E'\n' ORDER BY t::text)) FROM idempotency.idempotency_keys t;
-		SELECT md5(string_agg(t::text, E'\n' ORDER BY t::text))
+		SELECT md5(string_agg(t::text, E'\n' ORDER BY t::text)), count(body), count(response)
 			FROM idempotency.stripe_idempotency_keys t;
+		SELECT md5(string_agg(t::text, E'\n' ORDER BY t::text)), count(payload)
+			FROM idempotency.stripe_webhook_events t;
+		SELECT operation_id, outcome, fate FROM idempotency.stripe_orphans;
+		SELECT operation_id FROM idempotency.stripe_unknown ORDER BY 1;
+		SELECT p::text FROM idempotency.stripe_webhook_pending p;
+		SELECT c.stripe_event_id, c.verdict, c.event FROM (VALUES ('evt_1'), ('evt_3')) v (id),
+			LATERAL idempotency.stripe_webhook_reclaim(v.id) c;
 		SELECT c::text FROM idempotency.claim('done', 'test', '{"amount": 1}') c;
 		SELECT key, verdict FROM (VALUES ('done'), ('held')) v (key),
 			LATERAL idempotency.claim(key, 'test', '{"amount": 9}');
@@ -88,15 +176,34 @@ sub state_of
 		SELECT verdict, resource_id FROM idempotency.stripe_claim('payment', 'done', '{"amount": 3.0}');
 		SELECT verdict FROM idempotency.stripe_claim('payment', 'done', '{"amount": 4}');
 		SELECT verdict FROM idempotency.stripe_claim('payment', 'held');
+		SELECT l::text, idempotency.stripe_idempotency_key(s.operation_type, s.operation_id)
+			FROM idempotency.stripe_idempotency_keys s,
+				LATERAL idempotency.stripe_lookup(s.operation_type, s.operation_id) l
+			ORDER BY s.operation_id;
 	}, db => $db) unless $db eq 'undecided';
 
 	return $state;
 }
 
+# The namespaces, which a restore adds to
+sub namespaces
+{
+	my ($node, $db) = @_;
+
+	return sql($node, 'SELECT n::text FROM idempotency.namespace n ORDER BY 1', db => $db);
+}
+
+my %namespaces = map { $_ => namespaces($old, $_) } @decided, 'undecided';
 my %before = map { $_ => state_of($old, $_) } @decided, 'undecided';
 is($before{restored}, $before{plain}, 'a restored database is like its original');
 is($before{kept}, $before{plain}, 'a copy that keeps its namespace, too');
 isnt($before{renewed}, $before{plain}, 'a copy with a namespace of its own is not');
+foreach my $db (@decided)
+{
+	$new->command_ok(
+		[ 'pg_dump', '--format=custom', '--file', "$dir/$db.dump", $old->connstr($db) ],
+		"$db: the new pg_dump");
+}
 my $system = sql($old, 'SELECT system_identifier FROM pg_control_system()');
 $old->stop;
 
@@ -110,6 +217,17 @@ command_ok(
 		'-s', $new->host, '-p', $old->port, '-P', $new->port
 	],
 	'pg_upgrade');
+if (-d $new->data_dir . '/pg_upgrade_output.d')
+{
+	# it says why in files, which it leaves where it fails
+	find(
+		sub {
+			diag("$File::Find::name:\n" . join("\n", grep { defined } (split /\n/, slurp_file($_))[-20 .. -1]))
+			  if /\.log$/ && -s $_;
+		},
+		$new->data_dir . '/pg_upgrade_output.d');
+	BAIL_OUT('there is nothing to look at');
+}
 $new->append_conf('postgresql.conf', 'max_prepared_transactions = 10');
 $new->start;
 isnt(sql($new, 'SELECT system_identifier FROM pg_control_system()'),
@@ -118,7 +236,46 @@ isnt(sql($new, 'SELECT system_identifier FROM pg_control_system()'),
 foreach my $db (@decided, 'undecided')
 {
 	is(state_of($new, $db), $before{$db}, "$db: every row, the same answers and keys");
+	is(namespaces($new, $db), $namespaces{$db}, "$db: the same namespace");
 }
+foreach my $db (@decided)
+{
+	sql($new, "CREATE DATABASE ${db}_dumped");
+	$new->command_ok(
+		[ 'pg_restore', '--exit-on-error', '-d', $new->connstr("${db}_dumped"), "$dir/$db.dump" ],
+		"$db: pg_restore");
+	is(state_of($new, "${db}_dumped"), $before{$db}, "$db, restored: every row, the same answers and keys");
+}
+
+# What was sent from the old cluster is not sent again, or with the same key
+my $arrivals = $stripe->arrivals;
+my $charges = $stripe->charges;
+foreach my $db ('plain', 'plain_dumped')
+{
+	my @call = (db => $db, params => \%paid);
+
+	foreach my $id ('paid', 'settled', 'orphan')
+	{
+		my $answer = stripe_call($new, 'call', $id, @payment, @call);
+		is("$answer->{outcome} $answer->{replayed}", 'completed 1', "$db: $id is replayed");
+	}
+	is(stripe_call($new, 'call', 'declined', @payment, @call, params => \%declined)->{outcome},
+		'failed', "$db: so is a refusal");
+	is(sql($new, 'SELECT count(*) FROM idempotency.stripe_orphans', db => $db),
+		'0', "$db: the retry has adopted the orphan");
+}
+is($stripe->arrivals, $arrivals, 'nothing was sent');
+foreach my $db ('plain', 'plain_dumped')
+{
+	is(stripe_retry($new, 'call', 'lost', db => $db)->{outcome}, 'completed', "$db: what was lost is found");
+}
+is($stripe->arrivals, $arrivals + 2, 'by sending it again');
+is($stripe->charges, $charges, 'and nobody is charged twice');
+is(sql($new, q{SELECT stripe_event_id, attempt FROM idempotency.stripe_webhook_next('1 hour')}, db => 'plain'),
+	'evt_4|1', 'the event that waits longest is next');
+is(sql($new, q{SELECT verdict, attempt, last_error FROM idempotency.stripe_webhook_reclaim('evt_2', 'acct_1', '1 hour')},
+		db => 'plain'),
+	'claimed|2|no', 'a failed one is claimed again');
 
 foreach my $db (@decided)
 {
