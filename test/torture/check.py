@@ -25,6 +25,11 @@ import check_stripe
 class Violations:
     def __init__(self):
         self.found = collections.OrderedDict()
+        self.cases = collections.Counter()
+
+    def looked(self, invariant):
+        """One more case in which it could have been violated."""
+        self.cases[invariant] += 1
 
     def add(self, invariant, text):
         self.found.setdefault(invariant, []).append(text)
@@ -88,6 +93,7 @@ def look_for_secrets(connection, violations, directory, secrets):
     """I9: in what the servers logged, in every table and every catalog."""
     text = re.compile("|".join(re.escape(secret) for secret in secrets))
     for file in glob.glob(f"{directory}/*.log"):
+        violations.looked("I9")
         with open(file, encoding="utf-8", errors="replace") as lines:
             for number, line in enumerate(lines, 1):
                 if text.search(line):
@@ -118,6 +124,7 @@ def main(directory, conninfo, control, *secrets):
     counted = collections.Counter((call["op"], (call.get("res") or {}).get("verdict", "")) for call in calls)
     print("# " + ", ".join(f"{op} {verdict + ' ' if verdict else ''}{n}" for (op, verdict), n in sorted(counted.items())))
     print(f"# {len(calls)} calls, {len(arrivals)} requests at Stripe, {len(effects)} charges")
+    print("# cases: " + ", ".join(f"I{n} {violations.cases[f'I{n}']}" for n in range(1, 13)))
     sys.exit(1 if violations.report() else 0)
 
 

@@ -82,6 +82,7 @@ def check_key(key, calls, violations):
 def check_claimed(key, claim, holdings, violations):
     if claim["res"]["verdict"] != "claimed":
         return
+    violations.looked("I1")
     for holding in holdings:
         if holding.claim is not claim and holding.certain(claim):
             violations.add("I5" if holding.variant != claim["args"]["variant"] else "I1",
@@ -95,10 +96,12 @@ def check_replay(key, claim, results, violations):
     told = [name for name in ("response", "response_headers", "response_body", "recovery_point", "recovery_data", "token")
             if res[name] is not None]
     if res["verdict"] == "mismatch":
+        violations.looked("I5")
         if told or res["http_status"] != 422:
             violations.add("I5", f"{key}: a mismatch tells {told}, {res['http_status']}")
     if res["verdict"] != "replay":
         return
+    violations.looked("I11")
     if res["response"]["for"] != claim["args"]["variant"]:
         violations.add("I5", f"{key}: {claim['s']} is replayed the other request's response")
     if not any(result["args"]["response"] == res["response"] and result["args"]["body"] == res["response_body"]
@@ -124,6 +127,7 @@ def check_recorded(key, claims, results, violations):
             if not since <= claim["t0"] or not claim["t1"] < until:
                 continue
             res = claim["res"]
+            violations.looked("I2")
             if claim["args"]["variant"] != result["response"]["for"]:
                 if res["verdict"] != "mismatch":
                     violations.add("I5", f"{key}: {claim['s']} is answered {res['verdict']} at {claim['t1']:.3f},"
@@ -141,8 +145,11 @@ def check_wait(key, claim, holdings, violations):
     began = claim["res"]["lease_expires_at"] - lease_of(claim)
     for holding in holdings:
         other = holding.claim
-        if other is not claim and other["tx"] is not None and holding.start <= claim["t0"] < holding.until < claim["t1"] \
-                and began < holding.until - SHORT_WAIT:
+        if other is claim or other["tx"] is None or not holding.start <= claim["t0"] < holding.until - SHORT_WAIT \
+                or claim["t1"] <= holding.until:
+            continue
+        violations.looked("I10")
+        if began < holding.until - SHORT_WAIT:
             violations.add("I10", f"{key}: {claim['s']} waited until {holding.until:.3f} at least, and its lease"
                            f" began at {began:.3f}")
 
@@ -150,10 +157,14 @@ def check_wait(key, claim, holdings, violations):
 def check_fencing(key, calls, holdings, by_token, violations):
     """Once somebody else has certainly claimed, an older token is of no use."""
     for call in calls:
-        if call["op"] not in FENCED or "error" in call or "lost" in call:
+        if call["op"] not in FENCED or "lost" in call:
             continue
         mine = by_token.get(call["args"]["token"])
         if mine is None:
+            continue
+        if call.get("error") == "IK001":
+            violations.looked("I4")
+        if "error" in call:
             continue
         for other in holdings:
             if other is mine or other.claim["t0"] < mine.claim["t1"] or not other.claim["committed"]:
@@ -188,6 +199,8 @@ def check_succession(key, calls, claims, holdings, violations):
         pointed = bool(sure) or last.claim["res"]["recovery_point"] is not None
         if not pointed and claim["t1"] >= last.claim["res"]["lease_expires_at"] + ABANDONED_RETENTION:
             continue
+        if pointed:
+            violations.looked("I6")
         if claim["args"]["variant"] != last.variant:
             violations.add("I5", f"{key}: {claim['s']} took over another request at {claim['t1']:.3f}")
         elif claim["res"]["attempt"] != last.claim["res"]["attempt"] + 1:
@@ -203,6 +216,8 @@ def check_commits(key, holdings, violations):
     """No commit without an end to what was claimed without a lease."""
     for holding in holdings:
         claim = holding.claim
+        if claim["tx"] is not None and not holding.endings:
+            violations.looked("I12")
         if claim["tx"] is not None and claim["committed"] and not holding.endings:
             violations.add("I12", f"{key}: {claim['s']} committed at {claim['done']:.3f} what it left open")
 

@@ -35,6 +35,9 @@ def check(calls, arrivals, effects, connection, violations):
 def check_sent(operation, requests, row, violations):
     """What arrived was known before, is what is recorded, and one key and the same bytes."""
     name = ":".join(operation)
+    violations.looked("I7")
+    if len(requests) > 1:
+        violations.looked("I3")
     if row is None:
         violations.add("I7", f"{name}: was sent, and the ledger doesn't know it")
         return
@@ -79,6 +82,8 @@ def check_answers(calls, ledger, sent, violations):
             continue
         if call["op"] == "late":
             operation, res = ("late", call["args"]["operation"]), call["res"]
+            if res["outcome"] == "unknown" and res["attempts"] == 0:
+                violations.looked("I8")
         elif call["op"] == "stripe_claim" and call["res"]["verdict"] == "replay":
             operation, res = ("transfer", call["args"]["operation"]), call["res"]
         else:

@@ -83,7 +83,10 @@ class Session:
                     # serialization, deadlock, lock timeout, cancel: as announced
                     if refused.sqlstate not in ("40001", "40P01", "55P03", "57014", "IK008", "XX000"):
                         self.note("surprise", error=refused.sqlstate)
-                    self.end("rollback")
+                    try:
+                        self.end("rollback")
+                    except Lost:
+                        self.connection = None
                 if time.time() > self.deadline + self.PATIENCE:
                     self.note("gave up")
                     return
