@@ -194,7 +194,8 @@ LLVMFuzzerTestOneInput(const uint8 *data, size_t size)
 	size_t		len = zero != NULL ? (size_t) (zero - (const char *) data) : size;
 	const char *body = zero != NULL ? zero + 1 : "";
 	size_t		bodylen = zero != NULL ? size - len - 1 : 0;
-	char	   *header = malloc(Max(len, 1));	/* so that a sanitizer sees its end */
+	char	   *header = malloc(Max(len, 1));	/* so that a sanitizer sees
+												 * its end */
 	char	   *longer = malloc(len + 256);
 	char		hex[2 * MAC_LEN + 1];
 	WebhookHeader parsed;
