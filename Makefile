@@ -123,8 +123,8 @@ all install uninstall installcheck check clean:
 endif
 
 # Set up a private server in a temporary directory, as test/run says.
-.PHONY: test test-sanitize torture leak demo bench fuzz lint fake-stripe
-test test-sanitize leak demo bench fuzz lint:
+.PHONY: test test-sanitize coverage torture leak demo bench fuzz lint fake-stripe
+test test-sanitize coverage leak demo bench fuzz lint:
 	@test/run $@
 
 # payments under random faults; "make torture SECONDS=600 SEED=1"
