@@ -155,6 +155,52 @@ tree_without(const Tree *tree, const char *name)
 	return result;
 }
 
+/*
+ * Change a leaf a little, the one of this number; *leaf counts down.  Returns
+ * false if there are fewer.
+ */
+bool
+tree_change(Tree *tree, int *leaf)
+{
+	if (tree->type >= TREE_ARRAY && tree->n > 0)
+	{
+		for (int i = 0; i < tree->n; i++)
+		{
+			if (tree_change(tree->values[i], leaf))
+				return true;
+		}
+		return false;
+	}
+	if ((*leaf)-- > 0)
+		return false;
+	switch (tree->type)
+	{
+		case TREE_NULL:
+		case TREE_TRUE:
+			tree->type = TREE_FALSE;
+			break;
+		case TREE_FALSE:
+			tree->type = TREE_TRUE;
+			break;
+		case TREE_NUMBER:
+			if (tree->exponent % 2 == 0)
+				tree->exponent++;
+			else
+				tree->negative = !tree->negative;
+			break;
+		case TREE_STRING:
+			appendStringInfoChar(&tree->text, 'a');
+			break;
+		case TREE_ARRAY:
+			tree->type = TREE_OBJECT;
+			break;
+		case TREE_OBJECT:
+			tree->type = TREE_ARRAY;
+			break;
+	}
+	return true;
+}
+
 static void
 write_string(StringInfo out, const StringInfoData *text, Spelling spelling)
 {
