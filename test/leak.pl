@@ -5,7 +5,7 @@
 # anonymous memory of it and of the extension's own processes is looked at (what
 # malloc has, libcurl's included; shared memory isn't in it).
 #
-# test/t/074_leak.pl is a short version.
+# test/t/075_leak.pl is a short version.
 #
 # After a first part, in which caches fill, nothing may grow by more than the
 # little that is given below.
