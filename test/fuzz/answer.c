@@ -186,9 +186,9 @@ equals_member(Jsonb *json, const char *name, const char *word)
 int
 fuzz_answer(const uint8 *data, size_t size)
 {
-	StripeRequest request = {.method = "POST", .target = "/v1/payment_intents", .account = "",
-		.version = "2026-10-28.endive", .idempotency_key = "a key",
-	.content_type = "application/x-www-form-urlencoded", .body = "amount=1", .body_len = 8};
+	StripeRequest request = {.method = "POST",.target = "/v1/payment_intents",.account = "",
+		.version = "2026-10-28.endive",.idempotency_key = "a key",
+	.content_type = "application/x-www-form-urlencoded",.body = "amount=1",.body_len = 8};
 	ApiKey		key;
 	Duration	timeout;
 	StripeDeadline deadline;
@@ -282,7 +282,10 @@ fuzz_answer(const uint8 *data, size_t size)
 	if (reply.outcome != STRIPE_COMPLETED && !object && !(v2 && input.body_len == 0 && seen.whole))
 		CHECK(reply.body.error != NULL);
 
-	/* nothing is sent again at once that is settled, or that Stripe has answered before */
+	/*
+	 * nothing is sent again at once that is settled, or that Stripe has
+	 * answered before
+	 */
 	answer.http_status = input.status;
 	answer.sent = input.sent;
 	answer.body_complete = object || (seen.whole && v2 && input.body_len == 0);

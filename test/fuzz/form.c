@@ -43,21 +43,21 @@ hex(char c)
 
 /* In place. */
 static void
-decode(char *text)
+decode(char *p)
 {
-	char	   *out = text;
+	char	   *out = p;
 
-	for (; *text != '\0'; text++)
+	for (; *p != '\0'; p++)
 	{
-		CHECK((unsigned char) *text > ' ' && (unsigned char) *text < 127);
-		CHECK(strchr("+&#;?", *text) == NULL);
-		if (*text == '%')
+		CHECK((unsigned char) *p > ' ' && (unsigned char) *p < 127);
+		CHECK(strchr("+&#;?", *p) == NULL);
+		if (*p == '%')
 		{
-			*out++ = (char) (hex(text[1]) * 16 + hex(text[2]));
-			text += 2;
+			*out++ = (char) (hex(p[1]) * 16 + hex(p[2]));
+			p += 2;
 		}
 		else
-			*out++ = *text;
+			*out++ = *p;
 	}
 	*out = '\0';
 }
