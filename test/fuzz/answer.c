@@ -19,6 +19,7 @@
  *
  *-------------------------------------------------------------------------
  */
+#define _GNU_SOURCE				/* memmem() */
 #include "backend.h"
 
 /* its functions are static */

@@ -44,6 +44,7 @@ int
 fuzz_fingerprint(const uint8 *data, size_t size)
 {
 	Bytes		bytes = {data, size};
+	Bytes		again = {data, size};
 	Tree	   *tree;
 	Tree	   *left;
 	Tree	   *other;
@@ -85,6 +86,11 @@ fuzz_fingerprint(const uint8 *data, size_t size)
 			left->values[i] = tree_without(left->values[i], "ig");
 	}
 	CHECK(same(compute(json, true), compute(tree_to_jsonb(left, SPELL_OTHERWISE), false)));
+
+	/* the same values in the same order, grouped otherwise */
+	other = tree_from_bytes(&again, false);
+	if (tree_regroup(other))
+		CHECK(!same(print, compute(tree_to_jsonb(other, SPELL_PLAIN), false)));
 
 	/* one that differs in one place, and maybe not even there: 0 is -0 */
 	leaf = size > 0 ? data[size - 1] % 8 : 0;

@@ -201,6 +201,30 @@ tree_change(Tree *tree, int *leaf)
 	return true;
 }
 
+/*
+ * Put what follows an array within an array into the inner one.  Returns false
+ * if there is no such place.
+ */
+bool
+tree_regroup(Tree *tree)
+{
+	for (int i = 0; tree->type >= TREE_ARRAY && i < tree->n; i++)
+	{
+		Tree	   *inner = tree->values[i];
+
+		if (tree->type == TREE_ARRAY && inner->type == TREE_ARRAY && inner->n < 7 && i + 1 < tree->n)
+		{
+			inner->values[inner->n++] = tree->values[i + 1];
+			tree->n--;
+			memmove(tree->values + i + 1, tree->values + i + 2, (tree->n - i - 1) * sizeof(*tree->values));
+			return true;
+		}
+		if (tree_regroup(inner))
+			return true;
+	}
+	return false;
+}
+
 static void
 write_string(StringInfo out, const StringInfoData *text, Spelling spelling)
 {

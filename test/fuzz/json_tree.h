@@ -56,6 +56,7 @@ typedef enum Spelling
 extern Tree *tree_from_bytes(Bytes *bytes, bool object);
 extern Tree *tree_without(const Tree *tree, const char *name);
 extern bool tree_change(Tree *tree, int *leaf);
+extern bool tree_regroup(Tree *tree);
 extern Jsonb *tree_to_jsonb(const Tree *tree, Spelling spelling);
 extern Jsonb *jsonb_from_text(const char *data, size_t size);
 

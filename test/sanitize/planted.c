@@ -50,8 +50,8 @@ planted(PG_FUNCTION_ARGS)
 				chunk[0] = 'x';
 				break;
 			}
-		case 6:					/* undefined behaviour; a signed overflow isn't,
-								 * PostgreSQL is built with -fwrapv */
+		case 6:					/* undefined behaviour; a signed overflow
+								 * isn't, PostgreSQL is built with -fwrapv */
 			PG_RETURN_INT32(1 << (31 + one));
 		case 7:
 			Assert(one == 0);
