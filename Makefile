@@ -61,6 +61,10 @@ STRIPE_OBJS = src/stripe/http.o
 CURL_CONFIG ?= curl-config
 
 PG_CPPFLAGS = -I$(srcdir)/src
+# Off are: unused parameters, because hooks and callbacks have the server's
+# signatures; comparisons of int with size_t, because lengthof() is one and
+# loops count in int, as in PostgreSQL; missing initializers, because a
+# statement's saved plan begins as NULL and isn't written out.
 PG_CFLAGS = -Wall -Wextra -Wno-unused-parameter -Wno-sign-compare -Wno-missing-field-initializers
 
 # our own symbols win over the server's, should a minor release export one of their names
@@ -123,8 +127,8 @@ all install uninstall installcheck check clean:
 endif
 
 # Set up a private server in a temporary directory, as test/run says.
-.PHONY: test torture demo bench fuzz fake-stripe
-test demo bench fuzz:
+.PHONY: test test-sanitize coverage torture leak demo bench fuzz lint fake-stripe
+test test-sanitize coverage leak demo bench fuzz lint:
 	@test/run $@
 
 # payments under random faults; "make torture SECONDS=600 SEED=1"

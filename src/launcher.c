@@ -201,7 +201,10 @@ list_databases(int *n)
 		}
 		list[*n].dbid = form->oid;
 
-		/* a connection limit of -2 marks the remains of a broken DROP DATABASE */
+		/*
+		 * a connection limit of -2 marks the remains of a broken DROP
+		 * DATABASE
+		 */
 		list[*n].connectable = form->datallowconn && !form->datistemplate &&
 			form->datconnlimit != -2;
 		list[*n].used = pgstat_fetch_stat_dbentry(form->oid) != NULL;

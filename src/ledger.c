@@ -364,8 +364,8 @@ look(Ledger *ledger, Relation rel, const Datum *key, LedgerRow *row, bool latest
 
 	/*
 	 * More than one version can come back: an open transaction that moves a
-	 * row leaves the committed one, with xmax set, and its own, with xmin set.
-	 * A version with neither is the only one.
+	 * row leaves the committed one, with xmax set, and its own, with xmin
+	 * set. A version with neither is the only one.
 	 */
 	while (index_getnext_slot(scan, ForwardScanDirection, slot))
 	{

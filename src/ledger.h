@@ -75,8 +75,9 @@ typedef struct LedgerClaim
 	Datum		key[LEDGER_MAX_KEYS];
 	bool		wait;			/* for another's uncommitted row? */
 	bool		bounded;		/* never, and the caller has a subtransaction
-								 * and a lock_timeout of its own for the write;
-								 * decides on the latest row at any isolation */
+								 * and a lock_timeout of its own for the
+								 * write; decides on the latest row at any
+								 * isolation */
 	LedgerDecision (*decide) (struct LedgerClaim *claim, LedgerRow *row, TimestampTz now);
 	bool		(*insert) (struct LedgerClaim *claim, Relation rel, TimestampTz now);
 	bool		(*take) (struct LedgerClaim *claim, Relation rel, LedgerRow *row,

@@ -55,8 +55,9 @@ static const struct
 	const char *privilege;
 	int			kinds;
 }			privileges[] = {
+
 	{"USAGE ON SCHEMA idempotency",
-		KIND_APPLICATION | KIND_WEBHOOK | KIND_STRIPE_CALLER | KIND_OBSERVER | KIND_OPERATOR},
+	KIND_APPLICATION | KIND_WEBHOOK | KIND_STRIPE_CALLER | KIND_OBSERVER | KIND_OPERATOR},
 	{"USAGE ON TYPE idempotency.verdict", KIND_APPLICATION | KIND_STRIPE_CALLER | KIND_WEBHOOK},
 	{"USAGE ON TYPE idempotency.outcome", KIND_STRIPE_CALLER | KIND_OPERATOR},
 	{"USAGE ON TYPE idempotency.claim_result", KIND_APPLICATION},

@@ -498,7 +498,7 @@ static void
 submit_before_send(OrderVerb verb)
 {
 	static const char *const restart_hint =
-	gettext_noop("Try again; the server log may tell more.");
+		gettext_noop("Try again; the server log may tell more.");
 
 	switch (submit(verb, true))
 	{

@@ -50,17 +50,19 @@ typedef struct StripeCall
 	const char *operation_type;
 	const char *operation_id;
 	const char *account;		/* "" for one's own */
-	Jsonb	   *request;		/* what is compared and shown: method, path, params */
+	Jsonb	   *request;		/* what is compared and shown: method, path,
+								 * params */
 	const char *method;
 	const char *path;			/* with its query string */
 	const char *api_version;	/* Stripe-Version to send */
 	bytea	   *body;			/* the exact bytes to send */
-	int			livemode;		/* of the API key: 1 live, 0 test, -1 not known */
+	int			livemode;		/* of the API key: 1 live, 0 test, -1 not
+								 * known */
 	bool		resend;			/* stripe_retry(): send what is stored, never
 								 * something new; request, method, path,
 								 * api_version and body are not looked at */
-	Size		answer_room;	/* reserved before the send: response and error
-								 * together, as jsonb, at most */
+	Size		answer_room;	/* reserved before the send: response and
+								 * error together, as jsonb, at most */
 
 	/*
 	 * Called before anything is written, and so only where the call is going
@@ -81,14 +83,15 @@ typedef struct StripeCallClaim
 {
 	StripeVerdict verdict;
 	const char *outcome;		/* label of idempotency.outcome */
-	char	   *idempotency_key;	/* NULL only with STRIPE_BUSY, where another
-									 * transaction has just claimed it */
+	char	   *idempotency_key;	/* NULL only with STRIPE_BUSY, where
+									 * another transaction has just claimed it */
 	int			attempt;
 	int			generation;
 	bool		uncertain;		/* may an earlier attempt of this generation
 								 * have been executed? */
 	Jsonb	   *request;
-	char	   *method;			/* NULL where only stripe_claim() has claimed it */
+	char	   *method;			/* NULL where only stripe_claim() has claimed
+								 * it */
 	char	   *path;
 	char	   *api_version;
 	bytea	   *body;
@@ -112,7 +115,8 @@ typedef struct StripeCallClaim
 typedef struct StripeCallResult
 {
 	StripeOutcome outcome;
-	bool		sent;			/* did a byte leave, in any attempt of this call? */
+	bool		sent;			/* did a byte leave, in any attempt of this
+								 * call? */
 	int			http_status;	/* 0: no answer */
 	const char *resource_id;
 	const char *resource_type;

@@ -225,7 +225,7 @@ arguments_put_string(OrderArguments *arguments, const char *string)
 static int16
 typlen(const OrderArguments *arguments, int i)
 {
-	return arguments->byval[i] ? sizeof(int64) : -1;
+	return arguments->byval[i] ? (int16) sizeof(int64) : -1;
 }
 
 Size

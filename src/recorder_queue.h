@@ -47,7 +47,8 @@ typedef enum OrderState
 typedef enum OrderAnswer
 {
 	ORDER_OK,
-	ORDER_REFUSED,				/* claim: look again; others: not there any more */
+	ORDER_REFUSED,				/* claim: look again; others: not there any
+								 * more */
 	ORDER_LOCKED,				/* another transaction holds the row */
 	ORDER_ERROR
 } OrderAnswer;
@@ -82,7 +83,7 @@ typedef struct Order
 
 	/* the answer */
 	OrderAnswer answer;
-	char		text[ORDER_LABEL_LEN];	/* a new key, or an outcome */
+	char text[	ORDER_LABEL_LEN];	/* a new key, or an outcome */
 	int			sqlstate;
 	char		message[ORDER_MESSAGE_LEN];
 	char		detail[ORDER_MESSAGE_LEN];

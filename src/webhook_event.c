@@ -38,15 +38,15 @@
  * the database's encoding may not have it.
  */
 static void
-replace_escaped_zeros(char *text)
+replace_escaped_zeros(char *p)
 {
 	const char *replacement = GetDatabaseEncoding() == PG_UTF8 ? "fffd" : "003f";
 
-	while ((text = strchr(text, '\\')) != NULL && text[1] != '\0')
+	while ((p = strchr(p, '\\')) != NULL && p[1] != '\0')
 	{
-		if (strncmp(text + 1, "u0000", 5) == 0)
-			memcpy(text + 2, replacement, 4);
-		text += 2;
+		if (strncmp(p + 1, "u0000", 5) == 0)
+			memcpy(p + 2, replacement, 4);
+		p += 2;
 	}
 }
 
@@ -158,13 +158,13 @@ key_in_metadata(JsonbContainer *metadata)
 	it = JsonbIteratorInit(metadata);
 	while ((token = JsonbIteratorNext(&it, &value, true)) != WJB_DONE)
 	{
-		char	   *text;
+		char	   *member;
 
 		if (token != WJB_VALUE || value.type != jbvString)
 			continue;
-		text = pnstrdup(value.val.string.val, value.val.string.len);
-		if (is_stripe_key(text))
-			return text;
+		member = pnstrdup(value.val.string.val, value.val.string.len);
+		if (is_stripe_key(member))
+			return member;
 	}
 	return NULL;
 }
@@ -230,7 +230,7 @@ read_created(JsonbContainer *root, TimestampTz *moment)
 {
 	static const int64 epoch = ((int64) UNIX_EPOCH_JDATE - POSTGRES_EPOCH_JDATE) * SECS_PER_DAY;
 	JsonbValue	value;
-	char	   *text;
+	char	   *digits;
 	char	   *end;
 	int64		seconds;
 
@@ -241,9 +241,9 @@ read_created(JsonbContainer *root, TimestampTz *moment)
 	if (value.type != jbvNumeric)
 		return false;
 
-	text = DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(value.val.numeric)));
+	digits = DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(value.val.numeric)));
 	errno = 0;
-	seconds = strtoi64(text, &end, 10);
+	seconds = strtoi64(digits, &end, 10);
 	if (errno != 0 || *end != '\0' || seconds < 0 || seconds > INT64CONST(99999999999))
 		return false;
 	*moment = (seconds + epoch) * USECS_PER_SEC;

@@ -178,7 +178,10 @@ set_headers(const StripeRequest *request, const ApiKey *key, const char **header
 	if (request->idempotency_key != NULL)
 		headers[n++] = psprintf("Idempotency-Key: %s", request->idempotency_key);
 
-	/* a path of accounts, and whatever an organization's key does, is a context */
+	/*
+	 * a path of accounts, and whatever an organization's key does, is a
+	 * context
+	 */
 	if (request->account[0] != '\0')
 		headers[n++] = psprintf("%s: %s",
 								key->organization || strchr(request->account, '/') != NULL ?
@@ -404,6 +407,7 @@ exchange(const StripeRequest *request, const ApiKey *key,
 
 		http.timeout = (long) Max(left_ms(deadline), 1);	/* 0 is for ever */
 		http.connect_timeout = Min(http.timeout, CONNECT_TIMEOUT);
+		response.sent = false;
 		PG_TRY();
 		{
 			client->perform(&http, &response);

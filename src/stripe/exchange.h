@@ -34,7 +34,8 @@ typedef struct StripeRequest
 	const char *body;			/* or NULL */
 	int			body_len;
 	void		(*sending) (void);	/* called before the first byte leaves, in
-									 * each attempt, or NULL; must raise nothing */
+									 * each attempt, or NULL; must raise
+									 * nothing */
 	int			max_attempts;	/* 0: as idempotency.stripe_max_retries says,
 								 * otherwise not more than this either */
 } StripeRequest;

@@ -181,7 +181,7 @@ encode_container(Form *form, JsonbContainer *container, int depth)
 	}
 
 	it = JsonbIteratorInit(container);
-	token = JsonbIteratorNext(&it, &value, true);
+	(void) JsonbIteratorNext(&it, &value, true);
 	while ((token = JsonbIteratorNext(&it, &value, true)) != WJB_DONE)
 	{
 		if (token == WJB_ELEM)

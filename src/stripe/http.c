@@ -478,7 +478,10 @@ set_options(Transfer *transfer, struct curl_slist *headers, char *errors)
 #endif
 	SET_OPTION(CURLOPT_ERRORBUFFER, errors);
 
-	/* where to: nothing but the URL decides, not redirects, not the environment */
+	/*
+	 * where to: nothing but the URL decides, not redirects, not the
+	 * environment
+	 */
 	SET_OPTION(CURLOPT_URL, request->url);
 	SET_OPTION(CURLOPT_PATH_AS_IS, 1L);
 #if LIBCURL_VERSION_NUM >= 0x075500

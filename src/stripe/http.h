@@ -30,8 +30,9 @@ typedef struct HttpRequest
 	size_t		max_body;		/* largest answer, in bytes */
 	const char *ca_file;		/* certificates to trust, or NULL for the
 								 * system's */
-	void		(*sending) (void);	/* called immediately before the first byte
-									 * leaves, or NULL; must raise nothing */
+	void		(*sending) (void);	/* called immediately before the first
+									 * byte leaves, or NULL; must raise
+									 * nothing */
 } HttpRequest;
 
 #define HTTP_TEXT_MAX 256
@@ -48,11 +49,11 @@ typedef struct HttpResponse
 	bool		stale;			/* no answer, from a connection that was kept
 								 * from an earlier request */
 	int			status;			/* HTTP status, 0 without an answer */
-	char	   *body;			/* what there is of it, '\0'-terminated, in the
-								 * caller's memory context */
+	char	   *body;			/* what there is of it, '\0'-terminated, in
+								 * the caller's memory context */
 	size_t		body_len;
 	char		request_id[HTTP_TEXT_MAX];	/* Request-Id, or empty */
-	StripeShouldRetry should_retry;	/* Stripe-Should-Retry */
+	StripeShouldRetry should_retry; /* Stripe-Should-Retry */
 	bool		replayed;		/* Idempotent-Replayed: true */
 	char		problem[HTTP_TEXT_MAX]; /* why there is no whole answer */
 } HttpResponse;

@@ -475,7 +475,10 @@ set_known(ResultRow *result, const StripeCallClaim *claim)
 			break;
 		case STRIPE_OTHER_REQUEST:
 
-			/* the caller is the application itself, so it may see the other one */
+			/*
+			 * the caller is the application itself, so it may see the other
+			 * one
+			 */
 			result_set_enum(result, R_OUTCOME, "mismatch");
 			result_set(result, R_ERROR,
 					   JsonbPGetDatum(exchange_error("idempotency_error",

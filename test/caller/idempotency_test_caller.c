@@ -26,6 +26,7 @@ PG_MODULE_MAGIC;
 
 PGDLLEXPORT Datum test_stripe_call(PG_FUNCTION_ARGS);
 PGDLLEXPORT Datum test_note_fates(PG_FUNCTION_ARGS);
+
 PG_FUNCTION_INFO_V1(test_stripe_call);
 PG_FUNCTION_INFO_V1(test_note_fates);
 

@@ -9,40 +9,24 @@
  * against headers in which the input is only a part.  The MAC is a stand-in,
  * cheap and linear, so that the fuzzer can't spend its time on SHA-256.
  *
- * Built by test/fuzz/run, with libFuzzer, or with STANDALONE and a main() of
- * its own that mutates a corpus at random.
+ * Built by test/fuzz/run, with libFuzzer, or with mutator.c.
  *
  * test/fuzz/webhook_signature.c
  *
  *-------------------------------------------------------------------------
  */
-#include "postgres.h"
-
-#include <ctype.h>
-#include <dirent.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <time.h>
+#include "fuzz.h"
 
 #include "mac.h"
 #include "webhook_signature.h"
 
-/* the server's postgres.h has these for a server */
-#undef printf
-#undef fprintf
-#undef sprintf
-#undef snprintf
-
 int			LLVMFuzzerTestOneInput(const uint8 *data, size_t size);
 
-#define CHECK(condition) \
-	do { \
-		if (!(condition)) \
-		{ \
-			fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-			abort(); \
-		} \
-	} while (0)
+const char *const fuzz_tokens[] = {
+	",", "=", "t=", ",t=", "v1=", ",v1=", ",v0=", "v2=", "1795300000", "0", "-1", " ", "\t", "=,",
+	",v1=0000000000000000000000000000000000000000000000000000000000000000",
+	"999999999999999999", "9999999999999999999", "t=1,", "\n", "\"", ";", "a", "g", "F", NULL
+};
 
 /* Stands in for HMAC-SHA256. */
 void
@@ -194,7 +178,8 @@ LLVMFuzzerTestOneInput(const uint8 *data, size_t size)
 	size_t		len = zero != NULL ? (size_t) (zero - (const char *) data) : size;
 	const char *body = zero != NULL ? zero + 1 : "";
 	size_t		bodylen = zero != NULL ? size - len - 1 : 0;
-	char	   *header = malloc(Max(len, 1));	/* so that a sanitizer sees its end */
+	char	   *header = malloc(Max(len, 1));	/* so that a sanitizer sees
+												 * its end */
 	char	   *longer = malloc(len + 256);
 	char		hex[2 * MAC_LEN + 1];
 	WebhookHeader parsed;
@@ -243,151 +228,3 @@ LLVMFuzzerTestOneInput(const uint8 *data, size_t size)
 	free(header);
 	return 0;
 }
-
-#ifdef STANDALONE
-
-#define INPUT_MAX 8192
-#define CORPUS_MAX 4096
-
-static uint64 random_state;
-
-static uint32
-random_below(uint32 n)
-{
-	random_state ^= random_state << 13;
-	random_state ^= random_state >> 7;
-	random_state ^= random_state << 17;
-	return (uint32) ((random_state >> 16) % n);
-}
-
-static size_t
-mutate(uint8 *data, size_t size, uint8 *const *corpus, const size_t *sizes, int ncorpus)
-{
-	static const char *const tokens[] = {
-		",", "=", "t=", ",t=", "v1=", ",v1=", ",v0=", "v2=", "1795300000", "0", "-1", " ", "\t", "=,",
-		",v1=0000000000000000000000000000000000000000000000000000000000000000",
-		"999999999999999999", "9999999999999999999", "t=1,", "\n", "\"", ";", "a", "g", "F"
-	};
-	int			changes = 1 + random_below(8);
-
-	while (changes-- > 0)
-	{
-		size_t		at = random_below(size + 1);
-		const uint8 *add = NULL;
-		size_t		len = 0;
-		uint8		byte;
-
-		switch (random_below(6))
-		{
-			case 0:
-				if (size > 0)
-					data[at % size] ^= 1 << random_below(8);
-				break;
-			case 1:
-				if (size > 0)
-					data[at % size] = random_below(256);
-				break;
-			case 2:				/* drop a part */
-				if (size > 0)
-				{
-					at %= size;
-					len = 1 + random_below(16);
-					len = Min(len, size - at);
-					memmove(data + at, data + at + len, size - at - len);
-					size -= len;
-				}
-				continue;
-			case 3:
-				byte = random_below(256);
-				add = &byte;
-				len = 1;
-				break;
-			case 4:
-				{
-					const char *token = tokens[random_below(lengthof(tokens))];
-
-					add = (const uint8 *) token;
-					len = strlen(token);
-					break;
-				}
-			case 5:				/* a part of another input */
-				{
-					int			other = random_below(ncorpus);
-					size_t		start = random_below(sizes[other] + 1);
-
-					add = corpus[other] + start;
-					len = sizes[other] - start;
-					break;
-				}
-		}
-		if (add != NULL && size + len <= INPUT_MAX)
-		{
-			memmove(data + at + len, data + at, size - at);
-			memcpy(data + at, add, len);
-			size += len;
-		}
-	}
-	return size;
-}
-
-/* SECONDS DIRECTORY SEED */
-int
-main(int argc, char **argv)
-{
-	static uint8 *corpus[CORPUS_MAX];
-	static size_t sizes[CORPUS_MAX];
-	static uint8 data[INPUT_MAX];
-	int			ncorpus = 0;
-	long long	nruns = 0;
-	time_t		end = time(NULL) + (argc > 1 ? atoi(argv[1]) : 10);
-	DIR		   *dir = opendir(argc > 2 ? argv[2] : ".");
-	struct dirent *entry;
-
-	random_state = argc > 3 ? strtoull(argv[3], NULL, 10) : 88172645463325252ULL;
-	CHECK(random_state != 0 && dir != NULL);
-	while ((entry = readdir(dir)) != NULL && ncorpus < CORPUS_MAX)
-	{
-		char		path[4096];
-		FILE	   *file;
-
-		if (entry->d_name[0] == '.')
-			continue;
-		snprintf(path, sizeof(path), "%s/%s", argv[2], entry->d_name);
-		file = fopen(path, "rb");
-		CHECK(file != NULL);
-		sizes[ncorpus] = fread(data, 1, INPUT_MAX, file);
-		fclose(file);
-		corpus[ncorpus] = malloc(sizes[ncorpus] + 1);
-		memcpy(corpus[ncorpus], data, sizes[ncorpus]);
-		LLVMFuzzerTestOneInput(corpus[ncorpus], sizes[ncorpus]);
-		ncorpus++;
-	}
-	closedir(dir);
-	CHECK(ncorpus > 0);
-
-	while (time(NULL) < end)
-	{
-		for (int i = 0; i < 1000; i++)
-		{
-			int			from = random_below(ncorpus);
-			size_t		size = sizes[from];
-
-			memcpy(data, corpus[from], size);
-			size = mutate(data, size, corpus, sizes, ncorpus);
-			LLVMFuzzerTestOneInput(data, size);
-			nruns++;
-
-			/* now and then a mutant becomes a parent */
-			if (ncorpus < CORPUS_MAX && random_below(2000) == 0)
-			{
-				corpus[ncorpus] = malloc(size + 1);
-				memcpy(corpus[ncorpus], data, size);
-				sizes[ncorpus++] = size;
-			}
-		}
-	}
-	printf("%lld inputs, corpus of %d\n", nruns, ncorpus);
-	return 0;
-}
-
-#endif							/* STANDALONE */
