@@ -15,38 +15,47 @@ CREATE TABLE vectors AS
 SELECT v ->> 'id' AS id, v ->> 'header' AS header, v ->> 'secret' AS secret,
 	decode(v ->> 'payload_base64', 'base64') AS payload,
 	make_interval(secs => (v ->> 'tolerance')::float8) AS tolerance,
-	-- the clock goes on, so the age that is tolerated grows with it
-	make_interval(secs => (v ->> 'tolerance')::float8) + greatest('0',
-		clock_timestamp() - to_timestamp((v ->> 'received_at')::float8)) AS tolerance_now,
+	(v ->> 'received_at')::bigint AS received_at,
 	v ->> 'suggested_verdict' AS suggested_verdict
 FROM json_array_elements(pg_read_file(:'abs_srcdir' || '/test/vectors/webhook_signatures.json')::json
 	-> 'vectors') v;
 
+CREATE FUNCTION now_s() RETURNS bigint LANGUAGE sql AS
+	$$SELECT floor(extract(epoch FROM clock_timestamp()))::bigint$$;
+
 -- what the whole says: "accept" is an event that was taken in
 CREATE FUNCTION verdict(v vectors, OUT signature text, OUT taken_in text) LANGUAGE plpgsql AS $$
 DECLARE
-	-- vector age_old_tolerance_0 is about the argument itself
-	tolerance interval := CASE WHEN v.tolerance = '0' THEN v.tolerance ELSE v.tolerance_now END;
+	s bigint;
+	tolerance interval;
 BEGIN
-	BEGIN
-		signature := idempotency.stripe_webhook_verify(v.payload, v.header, ARRAY[v.secret], tolerance);
-		IF idempotency.stripe_webhook_is_valid(v.payload, v.header, ARRAY[v.secret], tolerance)
-				IS DISTINCT FROM (signature = 'valid') THEN
-			RAISE 'stripe_webhook_is_valid says something else';
-		END IF;
-	EXCEPTION WHEN SQLSTATE 'IK003' THEN
-		signature := 'IK003: ' || SQLERRM;
-	END;
-	BEGIN
-		taken_in := (SELECT stripe_event_id FROM idempotency.stripe_webhook_receive(v.payload, v.header,
-			ARRAY[v.secret], tolerance, consumer => v.id));
-	EXCEPTION
-		WHEN SQLSTATE 'IK003' THEN
-			taken_in := 'IK003';
-		WHEN SQLSTATE 'IK004' THEN
-			GET STACKED DIAGNOSTICS taken_in = PG_EXCEPTION_DETAIL;
-			taken_in := 'IK004: ' || taken_in;
-	END;
+	FOR i IN 1 .. 1000 LOOP
+		-- the clock goes on, so the age that is tolerated grows with it; it mustn't tick meanwhile
+		s := now_s();
+		-- vector age_old_tolerance_0 is about the argument itself
+		tolerance := CASE WHEN v.tolerance = '0' THEN v.tolerance
+			ELSE v.tolerance + make_interval(secs => greatest(0, s - v.received_at)) END;
+		BEGIN
+			signature := idempotency.stripe_webhook_verify(v.payload, v.header, ARRAY[v.secret], tolerance);
+			IF idempotency.stripe_webhook_is_valid(v.payload, v.header, ARRAY[v.secret], tolerance)
+					IS DISTINCT FROM (signature = 'valid') AND now_s() = s THEN
+				RAISE 'stripe_webhook_is_valid says something else';
+			END IF;
+		EXCEPTION WHEN SQLSTATE 'IK003' THEN
+			signature := 'IK003: ' || SQLERRM;
+		END;
+		BEGIN
+			taken_in := (SELECT stripe_event_id FROM idempotency.stripe_webhook_receive(v.payload, v.header,
+				ARRAY[v.secret], tolerance, consumer => v.id));
+		EXCEPTION
+			WHEN SQLSTATE 'IK003' THEN
+				taken_in := 'IK003';
+			WHEN SQLSTATE 'IK004' THEN
+				GET STACKED DIAGNOSTICS taken_in = PG_EXCEPTION_DETAIL;
+				taken_in := 'IK004: ' || taken_in;
+		END;
+		EXIT WHEN now_s() = s;
+	END LOOP;
 END $$;
 
 SELECT count(*) AS vectors FROM vectors;
@@ -85,9 +94,6 @@ END $$;
 
 CREATE FUNCTION mac(payload bytea, t text, secret text = 'whsec_test') RETURNS text LANGUAGE sql IMMUTABLE
 RETURN encode(hmac_sha256(convert_to(secret, 'UTF8'), convert_to(t || '.', 'UTF8') || payload), 'hex');
-
-CREATE FUNCTION now_s() RETURNS bigint LANGUAGE sql VOLATILE
-RETURN floor(extract(epoch FROM clock_timestamp()));
 
 CREATE FUNCTION word(header text, secrets text[] = '{whsec_test}', tolerance interval = '1000 years')
 RETURNS text LANGUAGE sql
