@@ -13,7 +13,8 @@
  *
  * What an event says about a call, stripe_effect.c knows.  Where it says
  * nothing, nothing is settled: the next event may say more, stripe_reconcile()
- * can ask, and a person can tell.  So a row without a request, or whose request
+ * can ask, and a person can tell.  An event of the other mode, test or live, says
+ * nothing.  So a row without a request, or whose request
  * has no path, is left alone.
  *
  * What stripe_reconcile() has found out is written here, too: a call may be
@@ -61,12 +62,14 @@ typedef enum CallColumn
 {
 	CALL_ACCOUNT, CALL_TYPE, CALL_ID, CALL_TOKEN, CALL_OUTCOME, CALL_LEASE_EXPIRES_AT,
 	CALL_KEY, CALL_RESOURCE_ID, CALL_REQUEST, CALL_CALLER_LIFE, CALL_CALLER_VXID,
+	CALL_LIVEMODE,
 	CALL_NCOLUMNS
 } CallColumn;
 
 #define CALL_COLUMNS \
 	"SELECT account, operation_type, operation_id, token, outcome::pg_catalog.text," \
-	" lease_expires_at, idempotency_key, resource_id, request, caller_life, caller_vxid" \
+	" lease_expires_at, idempotency_key, resource_id, request, caller_life, caller_vxid," \
+	" livemode" \
 	" FROM idempotency.stripe_idempotency_keys"
 
 typedef struct Call
@@ -312,6 +315,11 @@ settle(Relation rel, Call *call, const WebhookEvent *event, FoundBy found_by,
 	Finding		finding;
 
 	if (!outcome_is(call, "unknown") && !outcome_is(call, "in_progress"))
+		return SETTLED_NOT;
+
+	/* where a database was copied, both modes have the same keys */
+	if (event->livemode_known && !call->isnull[CALL_LIVEMODE] &&
+		event->livemode != DatumGetBool(call->values[CALL_LIVEMODE]))
 		return SETTLED_NOT;
 	if (!finding_of_event(event, found_by, call->isnull[CALL_REQUEST] ? NULL :
 						  DatumGetJsonbP(call->values[CALL_REQUEST]), &finding))
