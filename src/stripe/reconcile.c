@@ -25,9 +25,8 @@
  * A row of one mode isn't asked about with a key of the other.
  *
  * All requests are made first, and the rows are written after the last one, in
- * the caller's transaction: while Stripe is asked no row is locked (but one that
- * a kept event has settled), and whoever learns of the outcome meanwhile is
- * free to record it.  A row that isn't then as it was, or that somebody has
+ * the caller's transaction: while Stripe is asked no row is locked, and whoever
+ * learns of the outcome meanwhile is free to record it.  A row that isn't then as it was, or that somebody has
  * locked, is left alone.  So a rollback loses nothing but what can be read again.
  *
  * An answer that says that we ask too much, or may not ask at all, and no answer,
@@ -137,7 +136,7 @@ typedef struct Doubt
 	bool		several;		/* more than one object has the key */
 	const char *skipped;		/* why nothing can be asked */
 	bool		asked;			/* is there anything to be kept? */
-	bool		settled;		/* by an event that was kept */
+	bool		told;			/* does an event that was kept say it? */
 	bool		candidate;		/* is there a finding, */
 	bool		known;			/* and does it count? */
 	FoundBy		found_by;
@@ -958,9 +957,9 @@ ask_about(Reconcile *r, Doubt *doubt)
 	int			i;
 
 	MemoryContextReset(r->work);
-	doubt->settled = settle_by_kept_events(doubt->op.key, 0);
+	doubt->told = settle_by_kept_events(doubt->op.key, 0, true);
 	MemoryContextSwitchTo(old);
-	if (doubt->settled)
+	if (doubt->told)
 		return;
 
 	doubt->asked = doubt->skipped != NULL;
@@ -1051,7 +1050,9 @@ finish_doubt(Reconcile *r, Doubt *doubt, Relation rel, ReturnSetInfo *rsinfo)
 	Jsonb	   *json = NULL;
 	LedgerRow	row;
 
-	if (!doubt->settled)
+	if (doubt->told)
+		(void) settle_by_kept_events(doubt->op.key, 0, false);
+	else
 	{
 		bool		kept = false;
 

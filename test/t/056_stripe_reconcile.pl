@@ -345,6 +345,25 @@ sql($node, 'SELECT FROM idempotency.stripe_webhook_receive(convert_to(' . litera
 	  . literal($signature) . ", '{whsec_test_1}', tolerance => interval '10 days')");
 is(operation($node, 'customer', 'kept')->{outcome}, 'in_progress', 'an event came while the call was held');
 lapse_stripe_lease($node, 'customer', 'kept');
+{
+	# while another one is asked about
+	age('customer', 'kept');
+	lose('customer', 'asked', path => '/v1/customers', params => {});
+	my $fault = $stripe->fault('hang_before', match => { method => 'GET' });
+	my $session = $node->background_psql('postgres', on_error_stop => 0);
+	$session->query_safe('BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT FROM pg_class LIMIT 1');
+	sql($node, q{UPDATE idempotency.stripe_idempotency_keys SET attempt = attempt + 1 WHERE operation_id = 'kept'});
+	$session->query_until(qr/asking/, "\\echo asking\nSELECT string_agg(operation_id || ' ' || outcome, ', ') FROM idempotency.stripe_reconcile('customer');\n");
+	$stripe->wait_fault($fault, holding => 1);
+	is(sql($node, q{SELECT count(*) FROM (SELECT FROM idempotency.stripe_idempotency_keys WHERE operation_type = 'customer' FOR UPDATE SKIP LOCKED) l}),
+		sql($node, q{SELECT count(*) FROM idempotency.stripe_idempotency_keys WHERE operation_type = 'customer'}),
+		'what is known without Stripe isn\'t locked while Stripe is asked about others');
+	$stripe->release($fault);
+	is($session->query('SELECT 1') =~ s/\n?1\z//r, 'kept completed, asked completed', 'and then settled, on the latest row');
+	$session->query_safe('ROLLBACK');
+	$session->quit;
+	reconcile_one('customer', 'asked');
+}
 is(arrivals { has(reconcile_one('customer', 'kept'), { outcome => 'completed' }, 'then it is found') }, 0, 'without a request');
 
 #
