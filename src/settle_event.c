@@ -13,9 +13,9 @@
  *
  * What an event says about a call, stripe_effect.c knows.  Where it says
  * nothing, nothing is settled: the next event may say more, stripe_reconcile()
- * can ask, and a person can tell.  An event of the other mode, test or live, says
- * nothing.  So a row without a request, or whose request
- * has no path, is left alone.
+ * can ask, and a person can tell.  So a row without a request, or whose request
+ * has no path, is left alone.  An event of the other mode, test or live, says
+ * nothing.
  *
  * What stripe_reconcile() has found out is written here, too: a call may be
  * settled only while nobody is at it, whoever settles it.

@@ -26,8 +26,9 @@
  *
  * All requests are made first, and the rows are written after the last one, in
  * the caller's transaction: while Stripe is asked no row is locked, and whoever
- * learns of the outcome meanwhile is free to record it.  A row that isn't then as it was, or that somebody has
- * locked, is left alone.  So a rollback loses nothing but what can be read again.
+ * learns of the outcome meanwhile is free to record it.  A row that isn't then as
+ * it was, or that somebody has locked, is left alone.  So a rollback loses
+ * nothing but what can be read again.
  *
  * An answer that says that we ask too much, or may not ask at all, and no answer,
  * end the function; what went wrong is evidence, not an error.
