@@ -134,6 +134,15 @@ INSERT INTO kinds (path, params, type, object, id) VALUES
 	('/v1/treasury/outbound_payments', '{}', 'a.created', 'treasury.outbound_payment', 'obp_k'),
 	('/v2/core/accounts', '{}', 'v2.core.account.created', 'v2.core.account', 'acct_k'),
 	('payment_intents', '{}', 'payment_intent.created', 'payment_intent', 'pi_k'),
+	('/v1/invoices/in_k/pay', '{}', 'invoice.finalized', 'invoice', 'in_k'),
+	('/v1/invoices/in_k/pay', '{}', 'invoice.payment_action_required', 'invoice', 'in_k'),
+	('/v1/invoices/in_k/pay', '{}', 'invoice.of_a_new_kind', 'invoice', 'in_k'),
+	('/v1/payment_intents', '{"confirm": 1}', 'payment_intent.created', 'payment_intent', 'pi_k'),
+	('/v1/payment_intents', '{"confirm": false}', 'payment_intent.created', 'payment_intent', 'pi_k'),
+	('/v1/payment_intents', '{"confirm": "true"}', 'payment_intent.canceled', 'payment_intent', 'pi_k'),
+	('/v1/payment_intents', '"amount=1&confirm=true"', 'payment_intent.created', 'payment_intent', 'pi_k'),
+	('/v1/setup_intents', 'null', 'setup_intent.created', 'setup_intent', 'seti_k'),
+	('/v1/customers', '"name=a"', 'customer.created', 'customer', 'cus_k'),
 	('/v1/', '{}', 'payment_intent.created', 'payment_intent', 'pi_k'),
 	('/v1/payment_intents/', '{}', 'payment_intent.created', 'payment_intent', 'pi_k');
 DO $$
@@ -147,6 +156,20 @@ BEGIN
 END $$;
 SELECT path || CASE WHEN params <> '{}' THEN ' ' || params::text ELSE '' END AS call, type AS event, state('kind ' || n)
 FROM kinds ORDER BY n;
+
+-- a payment that fails by itself, days after its call was answered
+CALL call('late', '/v1/payment_intents', '{"confirm": true}');
+SELECT receive('evt_late', 'payment_intent.payment_failed', obj('payment_intent', 'pi_late'),
+	jsonb_build_object('request', jsonb_build_object('id', NULL, 'idempotency_key', key('late'))));
+SELECT state('late');
+
+-- the other mode's event, as a copy of the database may be sent: both have the same keys
+CALL call('mode', '/v1/refunds');
+UPDATE idempotency.stripe_idempotency_keys SET livemode = false WHERE operation_id = 'mode';
+SELECT receive('evt_mode1', 'refund.created', obj('refund', 're_live'), by(key('mode')));
+SELECT state('mode'), livemode FROM idempotency.stripe_lookup('t', 'mode');
+SELECT receive('evt_mode2', 'refund.created', obj('refund', 're_test'), by(key('mode'), '{"livemode": false}'));
+SELECT state('mode'), livemode FROM idempotency.stripe_lookup('t', 'mode');
 
 -- thin events tell it, too
 CALL call('thin', '/v2/core/accounts');
@@ -180,6 +203,17 @@ SELECT receive('evt_m2c', 'charge.succeeded', obj('charge', 'ch_m2', meta(key('m
 SELECT state('m2');
 SELECT receive('evt_m2d', 'payment_intent.succeeded', obj('payment_intent', 'pi_m2', meta(key('m2'), '{"status": "succeeded"}')));
 SELECT state('m2');
+-- what a request with another key has made is a copy, and so may be what has two keys
+CALL call('m5', '/v1/customers');
+SELECT receive('evt_m5a', 'customer.created', obj('customer', 'cus_copy', meta(key('m5'))), by('k-2'));
+SELECT receive('evt_m5b', 'customer.updated', obj('customer', 'cus_copy', meta(key('m5')) || jsonb_build_object('metadata',
+	jsonb_build_object('a', key('m5'), 'b', key('m6')))));
+SELECT receive('evt_m5c', 'customer.updated', obj('customer', 'cus_copy', jsonb_build_object('metadata',
+	jsonb_build_object('a', key('m5'), 'idempotency_key', key('m6')))));
+SELECT state('m5');
+SELECT receive('evt_m5d', 'customer.created', obj('customer', 'cus_m5', jsonb_build_object('metadata',
+	jsonb_build_object('a', key('m6'), 'idempotency_key', key('m5')))), by(key('m5')));
+SELECT state('m5');
 CALL call('m3', '/v1/payment_intents/pi_m3/capture');
 SELECT receive('evt_m3', 'payment_intent.succeeded', obj('payment_intent', 'pi_m3', meta(key('m3'))));
 SELECT state('m3');

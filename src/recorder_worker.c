@@ -351,7 +351,7 @@ do_order(Order *order, bool *opened)
 			order->answer = ORDER_OK;
 			break;
 		case ORDER_SETTLE:
-			order->answer = settle_by_kept_events(op.key, 0) ? ORDER_OK : ORDER_REFUSED;
+			order->answer = settle_by_kept_events(op.key, 0, false) ? ORDER_OK : ORDER_REFUSED;
 			break;
 		case ORDER_RECORD:
 		case ORDER_GAVE_UP:

@@ -14,7 +14,8 @@
  * What an event says about a call, stripe_effect.c knows.  Where it says
  * nothing, nothing is settled: the next event may say more, stripe_reconcile()
  * can ask, and a person can tell.  So a row without a request, or whose request
- * has no path, is left alone.
+ * has no path, is left alone.  An event of the other mode, test or live, says
+ * nothing.
  *
  * What stripe_reconcile() has found out is written here, too: a call may be
  * settled only while nobody is at it, whoever settles it.
@@ -61,12 +62,14 @@ typedef enum CallColumn
 {
 	CALL_ACCOUNT, CALL_TYPE, CALL_ID, CALL_TOKEN, CALL_OUTCOME, CALL_LEASE_EXPIRES_AT,
 	CALL_KEY, CALL_RESOURCE_ID, CALL_REQUEST, CALL_CALLER_LIFE, CALL_CALLER_VXID,
+	CALL_LIVEMODE,
 	CALL_NCOLUMNS
 } CallColumn;
 
 #define CALL_COLUMNS \
 	"SELECT account, operation_type, operation_id, token, outcome::pg_catalog.text," \
-	" lease_expires_at, idempotency_key, resource_id, request, caller_life, caller_vxid" \
+	" lease_expires_at, idempotency_key, resource_id, request, caller_life, caller_vxid," \
+	" livemode" \
 	" FROM idempotency.stripe_idempotency_keys"
 
 typedef struct Call
@@ -302,27 +305,35 @@ finding_of_event(const WebhookEvent *event, FoundBy found_by, Jsonb *request, Fi
 
 /*
  * Settle a call by an event that was found to be about it.  "claimed_token" is
- * the token of a claim that this transaction has just made, or 0.
+ * the token of a claim that this transaction has just made, or 0.  With
+ * "only_look" nothing is written, and no row locked.
  */
 static Settled
 settle(Relation rel, Call *call, const WebhookEvent *event, FoundBy found_by,
-	   int64 claimed_token)
+	   int64 claimed_token, bool only_look, Execute execute)
 {
 	TimestampTz now = GetCurrentTimestamp();
 	Finding		finding;
 
 	if (!outcome_is(call, "unknown") && !outcome_is(call, "in_progress"))
 		return SETTLED_NOT;
+
+	/* where a database was copied, both modes have the same keys */
+	if (event->livemode_known && !call->isnull[CALL_LIVEMODE] &&
+		event->livemode != DatumGetBool(call->values[CALL_LIVEMODE]))
+		return SETTLED_NOT;
 	if (!finding_of_event(event, found_by, call->isnull[CALL_REQUEST] ? NULL :
 						  DatumGetJsonbP(call->values[CALL_REQUEST]), &finding))
 		return SETTLED_NOT;
 	if (!call_is_open(call, claimed_token, now))
 		return SETTLED_LATER;
+	if (only_look)
+		return SETTLED;
 
 	finding.by = "event";
 	finding.evidence = DatumGetJsonbP(evidence_of_event(event, found_by));
-	if (!lock_open_call(rel, call, claimed_token, now, ledger_execute) ||
-		!write_finding(rel, call, &finding, now, ledger_execute))
+	if (!lock_open_call(rel, call, claimed_token, now, execute) ||
+		!write_finding(rel, call, &finding, now, execute))
 		return SETTLED_LATER;
 	return SETTLED;
 }
@@ -443,7 +454,7 @@ settle_by_event(const WebhookEvent *event)
 			rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
 
 		if (call_with_key(rel, event, keys[i], &call, &other))
-			settled = settle(rel, &call, event, found_by[i], 0);
+			settled = settle(rel, &call, event, found_by[i], 0, false, ledger_execute);
 		else
 			settled = other ? SETTLED_NOT : SETTLED_LATER;
 		if (settled == SETTLED_LATER && pending == NULL)
@@ -461,7 +472,7 @@ settle_by_event(const WebhookEvent *event)
 		values[1] = CStringGetTextDatum(event->account);
 		if (ledger_execute(rel, &find_call_by_object, values, NULL, call.values, call.isnull,
 						   CALL_NCOLUMNS) > 0)
-			(void) settle(rel, &call, event, BY_OBJECT, 0);
+			(void) settle(rel, &call, event, BY_OBJECT, 0, false, ledger_execute);
 	}
 
 	if (rel != NULL)
@@ -493,21 +504,22 @@ event_is_about(const WebhookEvent *event, const Call *call, FoundBy *found_by)
 
 /*
  * Settle a call by events that came in before it could be: account, operation
- * type and operation id are its key.  Returns true if it is settled now.
+ * type and operation id are its key.  Returns true if it is settled now, or with
+ * "only_look" would be.
  *
  * "claimed_token" is the token of a claim that this transaction has just made,
  * or 0: the claimant hasn't sent anything yet and needn't any more.
  */
 bool
-settle_by_kept_events(const Datum *key, int64 claimed_token)
+settle_by_kept_events(const Datum *key, int64 claimed_token, bool only_look)
 {
 	Relation	rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
 	Relation	events_rel = webhook_events_open(AccessShareLock);
 	Call		call;
 	bool		settled = false;
 
-	if (ledger_execute(rel, &find_call, (Datum *) key, NULL, call.values, call.isnull,
-					   CALL_NCOLUMNS) > 0 &&
+	if (ledger_execute_latest(rel, &find_call, (Datum *) key, NULL, call.values, call.isnull,
+							  CALL_NCOLUMNS) > 0 &&
 		(outcome_is(&call, "unknown") || outcome_is(&call, "in_progress")))
 	{
 		Datum		values[3];
@@ -519,7 +531,8 @@ settle_by_kept_events(const Datum *key, int64 claimed_token)
 		values[1] = call.values[CALL_RESOURCE_ID];
 		nulls[1] = call.isnull[CALL_RESOURCE_ID] ? 'n' : ' ';
 		values[2] = key[0];
-		(void) ledger_execute(events_rel, &find_kept_events, values, nulls, &events, &isnull, 1);
+		(void) ledger_execute_latest(events_rel, &find_kept_events, values, nulls, &events,
+									 &isnull, 1);
 		if (!isnull)
 		{
 			Datum	   *payloads;
@@ -535,7 +548,8 @@ settle_by_kept_events(const Datum *key, int64 claimed_token)
 
 				if (webhook_event_read(DatumGetJsonbP(payloads[i]), &event) &&
 					event_is_about(&event, &call, &found_by))
-					settled = settle(rel, &call, &event, found_by, claimed_token) == SETTLED;
+					settled = settle(rel, &call, &event, found_by, claimed_token, only_look,
+									 ledger_execute_latest) == SETTLED;
 			}
 		}
 	}
@@ -554,7 +568,7 @@ settle_or_claim(StripeClaim *claim, Relation rel)
 {
 	stripe_claim_run(claim, rel);
 	if ((claim->verdict == STRIPE_CLAIMED || claim->verdict == STRIPE_CANT_TELL) &&
-		settle_by_kept_events(claim->base.key, claim->token))
+		settle_by_kept_events(claim->base.key, claim->token, false))
 		stripe_claim_run(claim, rel);
 }
 

@@ -32,7 +32,7 @@ typedef struct Finding
 
 extern bool may_be_of_account(const WebhookEvent *event, const char *account);
 extern char *settle_by_event(const WebhookEvent *event);
-extern bool settle_by_kept_events(const Datum *key, int64 claimed_token);
+extern bool settle_by_kept_events(const Datum *key, int64 claimed_token, bool only_look);
 extern int	settle_kept_events(int max_events);
 extern bool finding_of_event(const WebhookEvent *event, FoundBy found_by, Jsonb *request,
 							 Finding *finding);

@@ -133,24 +133,33 @@ call_kind(const char *path, const char *type, const char *id, const char **verb)
 	return CALL_OTHER;
 }
 
-/* Is a parameter of a request true?  Under either name that params go by. */
+/*
+ * Is a parameter of a request set, and not to false?  Under either name that
+ * params go by; "otherwise" where there are none that could be read, such as a
+ * body that is already encoded.
+ */
 static bool
-param_is_true(JsonbContainer *request, const char *name)
+param_is_set(JsonbContainer *request, const char *name, bool otherwise)
 {
 	static const char *const members[] = {"params", "body"};
+	bool		readable = false;
 	int			i;
 
 	for (i = 0; i < lengthof(members); i++)
 	{
 		JsonbContainer *params = json_object_member(request, members[i]);
-		char	   *string = json_string_member(params, name);
-		bool		value = false;
+		JsonbValue	value;
+		char	   *string;
 
-		if ((json_bool_member(params, name, &value) && value) ||
-			(string != NULL && strcmp(string, "true") == 0))
+		readable = readable || params != NULL;
+		if (!json_member(params, name, &value) || value.type == jbvNull ||
+			(value.type == jbvBool && !value.val.boolean))
+			continue;
+		string = json_string_member(params, name);
+		if (string == NULL || (string[0] != '\0' && pg_strcasecmp(string, "false") != 0))
 			return true;
 	}
-	return false;
+	return !readable && otherwise;
 }
 
 /* What a request was to do. */
@@ -179,11 +188,36 @@ judge_request(Jsonb *request_jsonb, const char *type, const char *id, Judged *ju
 	path[strcspn(path, "?")] = '\0';
 	judged->kind = call_kind(path, type, id, &verb);
 	if (judged->kind == CALL_CREATES)
-		judged->tries = strcmp(type, "charge") == 0 || param_is_true(request, "confirm");
+		judged->tries = strcmp(type, "charge") == 0 ||
+			param_is_set(request, "confirm", strcmp(type, "payment_intent") == 0 ||
+						 strcmp(type, "setup_intent") == 0);
 	else
 		judged->tries = strcmp(verb, "confirm") == 0 || strcmp(verb, "pay") == 0 ||
 			strcmp(verb, "capture") == 0 || strcmp(verb, "increment_authorization") == 0;
 	return judged->kind != CALL_OTHER;
+}
+
+/*
+ * Does an event of this type say that a payment, or the leave for one, is under
+ * way or made?  Of others, such as one that an invoice was finalized, canceled
+ * or waits for its customer, that doesn't follow: the answer may have been 402.
+ */
+static bool
+event_went_on(const char *type)
+{
+	static const char *const ends[] = {
+		".succeeded", ".payment_succeeded", ".paid", ".processing", ".pending",
+		".requires_action", ".amount_capturable_updated", ".partially_funded",
+		".captured", ".refunded"
+	};
+	int			i;
+
+	for (i = 0; i < lengthof(ends); i++)
+	{
+		if (ends_with(type, ends[i]))
+			return true;
+	}
+	return false;
 }
 
 /*
@@ -192,6 +226,12 @@ judge_request(Jsonb *request_jsonb, const char *type, const char *id, Judged *ju
  * A call that tries to move money at once can be answered 402 although its
  * object exists, so for such a call the object's existence, or an update of
  * it, tells nothing.  Elsewhere it is all there is to know.
+ *
+ * Metadata can be copied, by applications and by Stripe (a revision of an
+ * invoice).  An object that a request with another key has made is such a copy.
+ *
+ * A failure is the call's own if a request has caused it: without one it came
+ * later, by itself, after the call was answered.
  */
 const char *
 outcome_of_event(const WebhookEvent *event, FoundBy found_by, Jsonb *request)
@@ -202,6 +242,10 @@ outcome_of_event(const WebhookEvent *event, FoundBy found_by, Jsonb *request)
 	if (!judge_request(request, event->object_type, event->object_id, &judged) ||
 		(judged.kind == CALL_CHANGES && found_by == BY_OBJECT))
 		return NULL;
+	if (found_by == BY_METADATA && judged.kind == CALL_CREATES &&
+		ends_with(event->type, ".created") && event->idempotency_key != NULL &&
+		strcmp(event->idempotency_key, event->metadata_key) != 0)
+		return NULL;
 
 	failure = ends_with(event->type, ".payment_failed") ||
 		ends_with(event->type, ".setup_failed") || strcmp(event->type, "charge.failed") == 0;
@@ -209,11 +253,8 @@ outcome_of_event(const WebhookEvent *event, FoundBy found_by, Jsonb *request)
 	if (!judged.tries)
 		return failure && found_by == BY_KEY ? NULL : "completed";
 	if (failure)
-		return found_by == BY_KEY ? "failed" : NULL;
-	if (ends_with(event->type, ".created") || ends_with(event->type, ".updated"))
-		return NULL;
-	/* what is canceled may have been declined before */
-	if (found_by != BY_KEY && ends_with(event->type, ".canceled"))
+		return found_by == BY_KEY && event->request_id != NULL ? "failed" : NULL;
+	if (!event_went_on(event->type))
 		return NULL;
 	return judged.kind == CALL_CREATES || found_by == BY_KEY ? "completed" : NULL;
 }

@@ -20,6 +20,9 @@
 #define STRIPE_KEY_UUID_LEN		36
 #define STRIPE_OPERATION_MAX	217 /* type and id together */
 
+/* Where a call's key goes with idempotency.stripe_key_in_metadata */
+#define METADATA_NAME "idempotency_key"
+
 extern void derive_uuid(const uint8 *ns, size_t nslen, const char *label,
 						const MacField *fields, int nfields, pg_uuid_t *uuid);
 extern void derive_operation_uuid(const uint8 *ns, size_t nslen,

@@ -145,16 +145,27 @@ uuid_member(JsonbContainer *object, const char *name)
 	return DatumGetUUIDP(DirectFunctionCall1(uuid_in, CStringGetDatum(value)));
 }
 
-/* One of our keys among the values of an object's metadata, whatever its name. */
-static char *
+/*
+ * One of our keys among the values of an object's metadata, whatever its name,
+ * or NULL.  Where there are several, metadata was copied from elsewhere, or
+ * names another call, too: then it is the one in the place where stripe_call()
+ * puts it, or none.
+ */
+char *
 key_in_metadata(JsonbContainer *metadata)
 {
 	JsonbIterator *it;
 	JsonbIteratorToken token;
 	JsonbValue	value;
+	char	   *key;
 
 	if (metadata == NULL)
 		return NULL;
+	key = json_string_member(metadata, METADATA_NAME);
+	if (key != NULL && is_stripe_key(key))
+		return key;
+
+	key = NULL;
 	it = JsonbIteratorInit(metadata);
 	while ((token = JsonbIteratorNext(&it, &value, true)) != WJB_DONE)
 	{
@@ -163,10 +174,13 @@ key_in_metadata(JsonbContainer *metadata)
 		if (token != WJB_VALUE || value.type != jbvString)
 			continue;
 		member = pnstrdup(value.val.string.val, value.val.string.len);
-		if (is_stripe_key(member))
-			return member;
+		if (!is_stripe_key(member))
+			continue;
+		if (key != NULL && strcmp(key, member) != 0)
+			return NULL;
+		key = member;
 	}
-	return NULL;
+	return key;
 }
 
 /* Take n digits.  Returns false if they aren't there. */

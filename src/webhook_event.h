@@ -51,5 +51,6 @@ typedef enum WebhookBody
 extern WebhookBody webhook_body_parse(const char *body, size_t len, WebhookEvent *event);
 extern bool webhook_event_read(Jsonb *json, WebhookEvent *event);
 extern bool is_stripe_key(const char *key);
+extern char *key_in_metadata(JsonbContainer *metadata);
 
 #endif							/* IDEMPOTENCY_WEBHOOK_EVENT_H */

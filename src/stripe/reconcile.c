@@ -14,7 +14,8 @@
  *	events			the events of that time, for the key of their request
  *
  * Only what has this operation's key, or the id that the row knows, settles it,
- * and only as stripe_effect.c allows.  What isn't found is not settled, however
+ * and only as stripe_effect.c allows.  Metadata can be copied, so a list is read
+ * to its end before an object counts as the one that has the key.  What isn't found is not settled, however
  * well it was looked for: a search lags, metadata can be changed, and Stripe may
  * carry out later what has failed in the middle.  What was asked, how far it
  * went, and what was found is kept in the row's column "reconciled", and next
@@ -24,10 +25,10 @@
  * A row of one mode isn't asked about with a key of the other.
  *
  * All requests are made first, and the rows are written after the last one, in
- * the caller's transaction: while Stripe is asked no row is locked (but one that
- * a kept event has settled), and whoever learns of the outcome meanwhile is
- * free to record it.  A row that isn't then as it was, or that somebody has
- * locked, is left alone.  So a rollback loses nothing but what can be read again.
+ * the caller's transaction: while Stripe is asked no row is locked, and whoever
+ * learns of the outcome meanwhile is free to record it.  A row that isn't then as
+ * it was, or that somebody has locked, is left alone.  So a rollback loses
+ * nothing but what can be read again.
  *
  * An answer that says that we ask too much, or may not ask at all, and no answer,
  * end the function; what went wrong is evidence, not an error.
@@ -108,6 +109,8 @@ typedef struct Step
 	char	   *request_id;
 	char	   *problem;
 	char	   *after;			/* the last object seen, of a list that was cut */
+	char	   *pending;		/* id of what has the key, until all is seen */
+	char	   *pending_after;	/* where the page begins that it is on */
 	char	   *found;			/* JSON: what is about the call, and settles nothing */
 	TimestampTz at;
 	char	   *before;			/* JSON: what an earlier call has noted */
@@ -134,8 +137,9 @@ typedef struct Doubt
 	bool		several;		/* more than one object has the key */
 	const char *skipped;		/* why nothing can be asked */
 	bool		asked;			/* is there anything to be kept? */
-	bool		settled;		/* by an event that was kept */
-	bool		known;			/* is there a finding? */
+	bool		told;			/* does an event that was kept say it? */
+	bool		candidate;		/* is there a finding, */
+	bool		known;			/* and does it count? */
 	FoundBy		found_by;
 	char	   *event_id;
 	char	   *event_type;
@@ -251,7 +255,10 @@ add_step(StringInfo json, const Doubt *doubt, StepKind kind)
 	{
 		add_int(json, "seen", step->seen);
 		add_bool(json, "complete", step->complete);
-		add_string(json, "after", step->after);
+
+		/* what was found isn't kept with its body, so it is read once more */
+		add_string(json, "after", step->pending != NULL && !step->done ?
+				   step->pending_after : step->after);
 	}
 	add_json(json, "found", step->found);
 	appendStringInfoChar(json, '}');
@@ -329,18 +336,21 @@ int_member(JsonbContainer *object, const char *name)
 }
 
 /*
- * Go on from what was kept last time, if that was cut and nothing was sent since.
+ * Go on from what was kept last time, if that was cut, asked with a key of the
+ * same mode, and nothing was sent since.
  */
 static void
-go_on(Doubt *doubt, Jsonb *before, TimestampTz claimed_at)
+go_on(Doubt *doubt, Jsonb *before, TimestampTz claimed_at, bool live)
 {
 	char	   *next = json_string_member(&before->root, "next");
 	char	   *at = json_string_member(&before->root, "at");
 	JsonbValue	asked;
+	bool		was_live = live;
 	int			n = 0;
 	int			i;
 
-	if (next == NULL || at == NULL ||
+	json_bool_member(&before->root, "livemode", &was_live);
+	if (next == NULL || was_live != live || at == NULL ||
 		!json_member(&before->root, "asked", &asked) || asked.type != jbvBinary ||
 		DatumGetTimestampTz(DirectFunctionCall3(timestamptz_in, CStringGetDatum(at),
 												ObjectIdGetDatum(InvalidOid),
@@ -372,7 +382,7 @@ go_on(Doubt *doubt, Jsonb *before, TimestampTz claimed_at)
 			step->seen = int_member(value->val.binary.data, "seen");
 			step->after = json_string_member(value->val.binary.data, "after");
 			found = json_member_copy(value->val.binary.data, "found");
-			if (found != NULL)
+			if (found != NULL && k < n)
 				step->found = JsonbToCString(NULL, &found->root, VARSIZE(found));
 		}
 	}
@@ -465,7 +475,7 @@ object_path(const char *collection, const char *id)
  * What is to be asked about an operation, from its row.
  */
 static void
-read_doubt(Doubt *doubt, LedgerRow *row, TimestampTz now)
+read_doubt(Reconcile *r, Doubt *doubt, LedgerRow *row, TimestampTz now)
 {
 	char	   *resource_id = stripe_row_string(row, S_RESOURCE_ID);
 	Step	   *steps = doubt->steps;
@@ -526,7 +536,8 @@ read_doubt(Doubt *doubt, LedgerRow *row, TimestampTz now)
 		}
 	}
 	if (!row->isnull[S_RECONCILED])
-		go_on(doubt, DatumGetJsonbP(row->values[S_RECONCILED]), time_of(row, S_CLAIMED_AT));
+		go_on(doubt, DatumGetJsonbP(row->values[S_RECONCILED]), time_of(row, S_CLAIMED_AT),
+			  r->key.live);
 }
 
 /* ---------- asking ---------- */
@@ -638,7 +649,7 @@ is_of_mode(Reconcile *r, JsonbContainer *object)
 }
 
 /*
- * An object that is the one: what does it say?
+ * An object that seems to be the one: what does it say?
  */
 static void
 judge_object(Reconcile *r, Doubt *doubt, Step *step, JsonbValue *value, FoundBy found_by)
@@ -654,21 +665,52 @@ judge_object(Reconcile *r, Doubt *doubt, Step *step, JsonbValue *value, FoundBy 
 	note_found(r, step, id, type, json_string_member(object, "status"), NULL);
 	json_bool_member(object, "deleted", &deleted);
 	memset(finding, 0, sizeof(Finding));
+	doubt->candidate = false;
+
+	/* a DELETE with a verb takes something away from it (customers/ID/discount) */
 	if (pg_strcasecmp(doubt->method, "DELETE") == 0)
-		finding->outcome = deleted ? "completed" : NULL;
+		finding->outcome = deleted && strcmp(doubt->path, step->path) == 0 ? "completed" : NULL;
 	else if (!deleted)
 		finding->outcome = outcome_of_object(object, doubt->request);
 
-	if (finding->outcome != NULL && short_string(id) != NULL && is_of_mode(r, object))
+	if (finding->outcome != NULL && short_string(id) != NULL && id[0] != '\0' &&
+		is_of_mode(r, object))
 	{
 		finding->object_id = id;
-		finding->object_type = type;
+		finding->object_type = short_string(type);
 		finding->livemode = r->key.live;
 		finding->response = json;
 		doubt->found_by = found_by;
-		doubt->known = true;
+		doubt->candidate = true;
 	}
 	MemoryContextSwitchTo(old);
+}
+
+/*
+ * Something has the key in its metadata; *again tells that it was seen before.
+ * Returns false where it isn't the only one: whoever has copied the metadata
+ * knows which one it is.
+ */
+static bool
+is_only_one(Reconcile *r, Doubt *doubt, Step *step, const char *id, char *page_after, bool *again)
+{
+	*again = step->pending != NULL && strcmp(step->pending, id) == 0;
+	if (step->pending != NULL && !*again)
+		doubt->several = true;
+	if (step->pending == NULL)
+	{
+		step->pending = keep_string(r, id);
+		step->pending_after = page_after;
+	}
+	return !doubt->several;
+}
+
+/* All is seen: then what was found by metadata counts, if it is the only one. */
+static void
+count_pending(Doubt *doubt, const Step *step)
+{
+	if (step->complete && step->pending != NULL && doubt->candidate && !doubt->several)
+		doubt->known = true;
 }
 
 /*
@@ -695,6 +737,7 @@ ask_object(Reconcile *r, Doubt *doubt, Step *step)
 	value.val.binary.data = &reply.body.json->root;
 	value.val.binary.len = VARSIZE(reply.body.json) - VARHDRSZ;
 	judge_object(r, doubt, step, &value, BY_OBJECT);
+	doubt->known = doubt->candidate;
 }
 
 static void
@@ -737,7 +780,8 @@ open_page(Reconcile *r, Step *step, const StripeReply *reply, bool *more)
 		JsonbValue *last = getIthJsonbValueFromContainer(data, n - 1);
 
 		if (last->type == jbvBinary)
-			step->after = keep_string(r, json_string_member(last->val.binary.data, "id"));
+			step->after = keep_string(r, short_string(json_string_member(last->val.binary.data,
+																		 "id")));
 	}
 	if (step->after == NULL)
 	{
@@ -753,32 +797,30 @@ open_page(Reconcile *r, Step *step, const StripeReply *reply, bool *more)
 static void
 look_at_objects(Reconcile *r, Doubt *doubt, Step *step, const StripeReply *reply)
 {
+	char	   *page_after = step->after;
 	bool		more;
 	JsonbContainer *data = open_page(r, step, reply, &more);
-	JsonbValue *found = NULL;
-	int			matches = 0;
 	int			i;
 
 	for (i = 0; data != NULL && i < JsonContainerSize(data); i++)
 	{
 		JsonbValue *value = getIthJsonbValueFromContainer(data, i);
+		char	   *key;
+		char	   *id;
+		bool		again;
 
-		if (value->type == jbvBinary &&
-			metadata_has(json_object_member(value->val.binary.data, "metadata"), doubt->key, NULL))
-		{
-			found = value;
-			matches++;
-		}
+		if (value->type != jbvBinary)
+			continue;
+		key = key_in_metadata(json_object_member(value->val.binary.data, "metadata"));
+		id = json_string_member(value->val.binary.data, "id");
+		if (key == NULL || id == NULL || strcmp(key, doubt->key) != 0)
+			continue;
+		if (is_only_one(r, doubt, step, id, page_after, &again) && !again)
+			judge_object(r, doubt, step, value, BY_METADATA);
 	}
-	if (matches == 0)
-		return;
-
-	/* whoever has copied the metadata knows which one it is */
-	doubt->several = doubt->several || matches > 1;
-	judge_object(r, doubt, step, found, BY_METADATA);
 	if (doubt->several)
-		doubt->known = false;
-	step->done = true;
+		step->done = true;
+	count_pending(doubt, step);
 }
 
 static void
@@ -844,6 +886,7 @@ ask_events(Reconcile *r, Doubt *doubt, Step *step)
 	StringInfoData query;
 	StripeReply reply;
 	JsonbContainer *data;
+	char	   *page_after;
 	bool		more;
 	int			i;
 
@@ -857,6 +900,7 @@ ask_events(Reconcile *r, Doubt *doubt, Step *step)
 	if (!ask(r, doubt, step, query.data, &reply))
 		return;
 
+	page_after = step->after;
 	data = open_page(r, step, &reply, &more);
 	for (i = 0; data != NULL && i < JsonContainerSize(data) && !doubt->known; i++)
 	{
@@ -864,35 +908,40 @@ ask_events(Reconcile *r, Doubt *doubt, Step *step)
 		WebhookEvent event;
 		Finding		finding;
 		FoundBy		found_by;
+		MemoryContext old;
+		bool		again;
 
+		/* one that names no account is of the account that was asked for */
 		if (value->type != jbvBinary ||
 			!webhook_event_read(JsonbValueToJsonb(value), &event) ||
-			!may_be_of_account(&event, doubt->op.account) ||
+			(event.account[0] != '\0' && !may_be_of_account(&event, doubt->op.account)) ||
 			(event.livemode_known && event.livemode != r->key.live))
 			continue;
 		if (event.idempotency_key != NULL && strcmp(event.idempotency_key, doubt->key) == 0)
 			found_by = BY_KEY;
-		else if (!doubt->several && event.metadata_key != NULL &&
-				 strcmp(event.metadata_key, doubt->key) == 0)
+		else if (event.metadata_key != NULL && strcmp(event.metadata_key, doubt->key) == 0)
 			found_by = BY_METADATA;
 		else
 			continue;
 
 		note_found(r, step, event.object_id, event.object_type,
 				   json_string_member(event.object, "status"), &event);
-		if (finding_of_event(&event, found_by, doubt->request, &finding))
-		{
-			MemoryContext old = MemoryContextSwitchTo(r->keep);
+		if (!finding_of_event(&event, found_by, doubt->request, &finding) ||
+			(found_by == BY_METADATA &&
+			 (!is_only_one(r, doubt, step, event.object_id, page_after, &again) || again)))
+			continue;
 
-			/* once more, for good */
-			(void) webhook_event_read(JsonbValueToJsonb(value), &event);
-			doubt->known = finding_of_event(&event, found_by, doubt->request, &doubt->finding);
-			doubt->found_by = found_by;
-			doubt->event_id = event.id;
-			doubt->event_type = event.type;
-			MemoryContextSwitchTo(old);
-		}
+		/* once more, for good */
+		old = MemoryContextSwitchTo(r->keep);
+		(void) webhook_event_read(JsonbValueToJsonb(value), &event);
+		doubt->candidate = finding_of_event(&event, found_by, doubt->request, &doubt->finding);
+		doubt->known = doubt->candidate && found_by == BY_KEY;
+		doubt->found_by = found_by;
+		doubt->event_id = event.id;
+		doubt->event_type = event.type;
+		MemoryContextSwitchTo(old);
 	}
+	count_pending(doubt, step);
 }
 
 /*
@@ -904,14 +953,15 @@ ask_about(Reconcile *r, Doubt *doubt)
 	static void (*const steps[ASK_NSTEPS]) (Reconcile *r, Doubt *doubt, Step *step) = {
 		ask_object, ask_search, ask_list, ask_events
 	};
+	MemoryContext old = MemoryContextSwitchTo(r->work);
 	bool		found = false;
 	int			i;
 
-	if (settle_by_kept_events(doubt->op.key, 0))
-	{
-		doubt->settled = true;
+	MemoryContextReset(r->work);
+	doubt->told = settle_by_kept_events(doubt->op.key, 0, true);
+	MemoryContextSwitchTo(old);
+	if (doubt->told)
 		return;
-	}
 
 	doubt->asked = doubt->skipped != NULL;
 	for (i = 0; i < ASK_NSTEPS && doubt->skipped == NULL; i++)
@@ -922,14 +972,13 @@ ask_about(Reconcile *r, Doubt *doubt)
 		if (found && (i == ASK_SEARCH || i == ASK_LIST))
 			step->done = true;
 
-		step->page = PAGE;
+		step->page = i == ASK_LIST || i == ASK_EVENTS ? PAGE : SMALL_PAGE;
 		while (step->path != NULL && !step->done && !doubt->known &&
 			   r->left > 0 && r->stopped == NULL)
 		{
-			MemoryContext old = MemoryContextSwitchTo(r->work);
-
 			CHECK_FOR_INTERRUPTS();
 			MemoryContextReset(r->work);
+			old = MemoryContextSwitchTo(r->work);
 			steps[i] (r, doubt, step);
 			MemoryContextSwitchTo(old);
 		}
@@ -1002,7 +1051,9 @@ finish_doubt(Reconcile *r, Doubt *doubt, Relation rel, ReturnSetInfo *rsinfo)
 	Jsonb	   *json = NULL;
 	LedgerRow	row;
 
-	if (!doubt->settled)
+	if (doubt->told)
+		(void) settle_by_kept_events(doubt->op.key, 0, false);
+	else
 	{
 		bool		kept = false;
 
@@ -1089,7 +1140,7 @@ reconcile(Reconcile *r, Relation rel, List *names, const char *account, bool one
 		}
 		else
 		{
-			read_doubt(doubt, &row, now);
+			read_doubt(r, doubt, &row, now);
 			ask_about(r, doubt);
 		}
 		doubts = lappend(doubts, doubt);

@@ -13,9 +13,7 @@
 #include "postgres.h"
 
 #include "stripe/exchange.h"
-
-/* Where a call's key goes with idempotency.stripe_key_in_metadata */
-#define METADATA_NAME "idempotency_key"
+#include "stripe_key.h"
 
 extern void check_stripe_settings(void);
 extern void log_stripe_call(const char *method, const char *path, const char *account,

@@ -7,6 +7,7 @@ use warnings;
 
 use FakeStripe;
 use FindBin;
+use HTTP::Tiny;
 use IdempotencyTest;
 use JSON::PP;
 use PostgreSQL::Test::Utils;
@@ -336,14 +337,33 @@ sql($node, q{SELECT idempotency.stripe_settle('payment', 'held', 'not_executed')
 my $endpoint = $stripe->webhook_endpoint(secrets => ['whsec_test_1'], enabled_events => ['customer.created']);
 sql($node, q{SELECT token FROM idempotency.stripe_claim('customer', 'kept', '{"method": "POST", "path": "/v1/customers"}')});
 $key = operation($node, 'customer', 'kept')->{idempotency_key};
-stripe_call($node, 'customer', 'kept by hand', 'POST', '/v1/customers', params => { metadata => { order => $key } },
-	settings => { stripe_key_in_metadata => 'off' });
+HTTP::Tiny->new->post_form($stripe->url . '/v1/customers', { 'metadata[order]' => $key },
+	{ headers => { Authorization => 'Bearer ' . TEST_KEY, 'Idempotency-Key' => $key } })->{success} or die 'not made';
 my $event = $stripe->next_webhook(endpoint => $endpoint);
 my ($signature) = map { $event->{headers}{$_} } grep { lc eq 'stripe-signature' } keys %{ $event->{headers} };
 sql($node, 'SELECT FROM idempotency.stripe_webhook_receive(convert_to(' . literal($event->{body}) . ", 'UTF8'), "
 	  . literal($signature) . ", '{whsec_test_1}', tolerance => interval '10 days')");
 is(operation($node, 'customer', 'kept')->{outcome}, 'in_progress', 'an event came while the call was held');
 lapse_stripe_lease($node, 'customer', 'kept');
+{
+	# while another one is asked about
+	age('customer', 'kept');
+	lose('customer', 'asked', path => '/v1/customers', params => {});
+	my $fault = $stripe->fault('hang_before', match => { method => 'GET' });
+	my $session = $node->background_psql('postgres', on_error_stop => 0);
+	$session->query_safe('BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT FROM pg_class LIMIT 1');
+	sql($node, q{UPDATE idempotency.stripe_idempotency_keys SET attempt = attempt + 1 WHERE operation_id = 'kept'});
+	$session->query_until(qr/asking/, "\\echo asking\nSELECT string_agg(operation_id || ' ' || outcome, ', ') FROM idempotency.stripe_reconcile('customer');\n");
+	$stripe->wait_fault($fault, holding => 1);
+	is(sql($node, q{SELECT count(*) FROM (SELECT FROM idempotency.stripe_idempotency_keys WHERE operation_type = 'customer' FOR UPDATE SKIP LOCKED) l}),
+		sql($node, q{SELECT count(*) FROM idempotency.stripe_idempotency_keys WHERE operation_type = 'customer'}),
+		'what is known without Stripe isn\'t locked while Stripe is asked about others');
+	$stripe->release($fault);
+	is($session->query('SELECT 1') =~ s/\n?1\z//r, 'kept completed, asked completed', 'and then settled, on the latest row');
+	$session->query_safe('ROLLBACK');
+	$session->quit;
+	reconcile_one('customer', 'asked');
+}
 is(arrivals { has(reconcile_one('customer', 'kept'), { outcome => 'completed' }, 'then it is found') }, 0, 'without a request');
 
 #
@@ -423,9 +443,40 @@ charged('payment', 'hopeless', 0);
 # pages that are too large come in pieces
 lose('customer', 'large', path => '/v1/customers', params => {});
 sql($node, q{SELECT count(*) FROM generate_series(231, 300) n, LATERAL idempotency.stripe_call('filler', n::text, 'POST', '/v1/customers')});
-$row = reconcile_one('customer', 'large', settings => { max_response_size => '16kB' });
+$row = reconcile_one('customer', 'large', settings => { max_response_size => '16kB' }, max_requests => 100);
 has($row, { outcome => 'completed' }, 'found in small pages');
 cmp_ok(step($row, 'list')->{requests}, '>', 7, 'more of them');
+
+# a copy on the first page, and what it was copied from on a later one
+$key = lose('customer', 'copied far', path => '/v1/customers', params => { name => 'a' });
+sql($node, q{SELECT count(*) FROM generate_series(301, 410) n, LATERAL idempotency.stripe_call('filler', n::text, 'POST', '/v1/customers')});
+stripe_call($node, 'customer', 'copy far', 'POST', '/v1/customers', params => { metadata => { idempotency_key => $key } });
+my %customers_only = (stripe_allowed_paths => 'GET /v1/customers**');
+$row = reconcile_one('customer', 'copied far', max_requests => 2, settings => \%customers_only);
+has($row, { outcome => 'unknown' }, 'of a list that was cut nothing is believed');
+has(step($row, 'list')->{found}, { type => 'customer' }, 'though something was found');
+has($row->{evidence}, { next => 'list', several => undef }, 'which goes on');
+$row = reconcile_one('customer', 'copied far', max_requests => 100, settings => \%customers_only);
+has($row, { outcome => 'unknown' }, 'and finds two');
+has($row->{evidence}, { next => undef, several => $true }, 'which is told');
+has(reconcile_one('customer', 'copied far', max_requests => 100), { outcome => 'completed' }, 'the event of its request says which');
+is(operation($node, 'customer', 'copied far')->{response}{name}, 'a', 'and that is the right one');
+
+# one that was found before the list was cut is found again
+lose('customer', 'cut', path => '/v1/customers', params => { name => 'b' });
+$row = reconcile_one('customer', 'cut', max_requests => 2, settings => \%customers_only);
+has($row, { outcome => 'unknown' }, 'of a list that was cut nothing is believed');
+has(step($row, 'list'), { after => undef }, 'where it goes on is where something was found');
+has(reconcile_one('customer', 'cut', max_requests => 100, settings => \%customers_only), { outcome => 'completed' }, 'until it was read to its end');
+is(operation($node, 'customer', 'cut')->{response}{name}, 'b', 'it is the one');
+
+# what was asked in one mode doesn't say where to go on in the other
+lose('customer', 'modes', path => '/v1/customers', params => { name => 'c' });
+reconcile_one('customer', 'modes', max_requests => 2, settings => \%customers_only);
+sql($node, q{UPDATE idempotency.stripe_idempotency_keys SET livemode = NULL,
+	reconciled = jsonb_set(jsonb_set(reconciled, '{livemode}', 'true'), '{asked,0,after}', '"cus_OfTheOther"') WHERE operation_id = 'modes'});
+has(reconcile_one('customer', 'modes', max_requests => 100, settings => \%customers_only), { outcome => 'completed' }, 'the other mode starts anew');
+
 $stripe->settings(search_lag => 0);
 sql($node, q{SELECT idempotency.stripe_settle('payment', 'hopeless', 'failed')});
 is(open_rows(), '', 'nothing is left');
@@ -469,6 +520,64 @@ is(scalar(grep { $_->{outcome} eq 'completed' } reconcile('')), 2, 'then all is 
 charged('payment', 'trouble', 1);
 charged('payment', 'trouble too', 1);
 
+# answers that nobody expects
+sub answered
+{
+	my ($body, %match) = @_;
+
+	$body = $json->encode($body) if ref $body;
+	$stripe->fault('not_json', status => 200, body => $body, effect => $false, times => 0, match => { method => 'GET', %match });
+	return;
+}
+$key = lose('customer', 'odd', path => '/v1/customers', params => {});
+my %object = (id => 'cus_Odd', object => 'customer', livemode => $false, metadata => { idempotency_key => $key });
+my %event = (id => 'evt_1', object => 'event', type => 'customer.created', livemode => $false, data => { object => { %object, id => 'cus_Copy' } });
+foreach my $case (
+	[ 'nothing', '' ],
+	[ 'a scalar', '1' ],
+	[ 'an array', '[]' ],
+	[ 'no list', '{"data": {"a": 1}}' ],
+	[ 'a list of anything', '{"data": [null, 1, "x", [], [[]], {}, {"metadata": [1]}, {"metadata": {"a": {}, "b": [1]}}], "has_more": true}' ],
+	[ 'a list that never ends', '{"data": [{"id": "cus_1"}], "has_more": true}' ],
+	[ 'a list whose last id is none', '{"data": [{"id": "' . 'x' x 100000 . '"}], "has_more": true}' ],
+	[ 'deep', '[' x 100000 . ']' x 100000 ],
+	[ 'deep in an object', '{"data": ' . '[' x 100000 . ']' x 100000 . '}' ],
+	[ 'a zero byte', '{"data": [{"id": "cus\u0000", "object": "customer", "metadata": {"idempotency_key": 1}}]}' ],
+	[ 'no id', { data => [ { %object, id => '' } ] } ],
+	[ 'a long id', { data => [ { %object, id => 'x' x 256 } ] } ],
+	[ 'deleted', { data => [ { %object, deleted => $true } ] } ],
+	[ 'of another type', { data => [ { %object, object => 'charge' } ] } ],
+	[ 'of the other mode', { data => [ { %object, livemode => $true } ] } ],
+	[ 'two', { data => [ \%object, { %object, id => 'cus_Other' } ] } ],
+	[ 'one of more', { data => [ \%object ], has_more => $true }, '/v1/customers/search' ],
+	[ 'with two keys', { data => [ { %object, metadata => { a => $key, b => $key =~ s/odd/other/r } } ] } ],
+	[ 'made with another key', { data => [ { %event, request => { id => 'req_1', idempotency_key => 'k-1' } } ] }, '/v1/events' ],
+	[ 'of two objects', { data => [ map { { %event, id => "evt_$_", type => 'customer.updated', data => { object => { %object, id => "cus_$_" } } } } 1, 2 ] }, '/v1/events' ],
+	[ 'of a connected account', { data => [ { %event, account => 'acct_1' } ] }, '/v1/events' ],
+	[ 'an event of the other mode', { data => [ { %event, livemode => $true } ] }, '/v1/events' ],
+	[ 'of a list of events that was cut', { data => [ \%event ], has_more => $true }, '/v1/events' ])
+{
+	my ($what, $body, $path) = @$case;
+
+	sql($node, q{UPDATE idempotency.stripe_idempotency_keys SET reconciled = NULL WHERE operation_id = 'odd'});
+	answered($body, $path ? (path => $path) : ());
+	answered({ data => [] }) if $path;
+	$row = reconcile_one('customer', 'odd', max_requests => 7);
+	has($row, { outcome => 'unknown', resource_id => undef }, "$what: settles nothing");
+	cmp_ok(length $json->encode($row), '<', 10000, "$what: what is kept is small");
+	reconcile_one('customer', 'odd', max_requests => 7);
+	$stripe->clear_faults;
+}
+has(reconcile_one('customer', 'odd'), { outcome => 'completed' }, 'what Stripe says settles it');
+
+# a DELETE of what belongs to a customer isn't one of the customer
+$customer = stripe_call($node, 'customer', 'with a discount', 'POST', '/v1/customers')->{resource_id};
+lose('deletion', 'discount', method => 'DELETE', path => "/v1/customers/$customer/discount");
+stripe_call($node, 'deletion', 'of its customer', 'DELETE', "/v1/customers/$customer");
+$row = reconcile_one('deletion', 'discount');
+has($row, { outcome => 'unknown', resource_id => undef }, 'a deleted customer doesn\'t say that its discount was deleted by the call');
+sql($node, q{SELECT idempotency.stripe_settle('deletion', 'discount', 'failed')});
+
 #
 # Modes and accounts
 #
@@ -493,6 +602,12 @@ has(reconcile_one('payment', 'connected', account => 'acct_1'), { account => 'ac
 my ($arrival) = ($stripe->arrivals(method => 'GET'))[-1];
 is((grep { lc $_->[0] eq 'stripe-account' } @{ $arrival->{headers} })[0][1], 'acct_1', 'there Stripe was asked');
 charged('payment', 'connected', 1, account => 'acct_1');
+
+# where events of an account are asked for, they needn't name it
+$key = lose('customer', 'unnamed', path => '/v1/customers', params => {}, account => 'acct_1', settings => { stripe_key_in_metadata => 'off' });
+answered({ data => [ { %event, request => { id => 'req_1', idempotency_key => $key } } ] }, path => '/v1/events');
+has(reconcile_one('customer', 'unnamed', account => 'acct_1'), { outcome => 'completed', resource_id => 'cus_Copy' }, 'an event that names no account');
+$stripe->clear_faults;
 
 #
 # Others at the same row
