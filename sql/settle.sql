@@ -154,4 +154,9 @@ SELECT idempotency.stripe_acknowledge('refund', 'completed', 'note');
 RESET ROLE;
 DROP OWNED BY regress_operator, regress_observer;
 DROP ROLE regress_operator, regress_observer;
+-- nothing of the answer that left it unknown is replayed with what is known now
+SELECT token FROM idempotency.stripe_claim('refund', 'was 500', '{"amount": 1}') \gset
+SELECT idempotency.stripe_record('refund', 'was 500', :token, http_status => 500, response => '{"error": {"type": "api_error"}}');
+SELECT idempotency.stripe_settle('refund', 'was 500', 'completed', 're_500');
+SELECT verdict, outcome, resource_id, http_status, response, error FROM idempotency.stripe_claim('refund', 'was 500', '{"amount": 1}');
 DELETE FROM idempotency.stripe_idempotency_keys;

@@ -580,6 +580,7 @@ adopt(StripeClaim *claim)
 		WaitResult	result;
 
 		get_order(claim->op);
+		my_order->token = DatumGetInt64(claim->row.values[S_TOKEN]);
 		my_order->caller_xid = GetCurrentFullTransactionId();
 		result = submit(ORDER_ADOPT, true);
 		if (result == WAIT_ANSWERED)

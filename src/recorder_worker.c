@@ -347,7 +347,7 @@ do_order(Order *order, bool *opened)
 			do_reopen(order, &op, rel);
 			break;
 		case ORDER_ADOPT:
-			stripe_adopt_run(rel, &op, order->caller_xid);
+			stripe_adopt_run(rel, &op, order->token, order->caller_xid);
 			order->answer = ORDER_OK;
 			break;
 		case ORDER_SETTLE:

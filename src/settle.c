@@ -41,10 +41,16 @@ PG_FUNCTION_INFO_V1(idempotency_stripe_acknowledge);
 /* How much of the table settle_note_fates() looks at in one go. */
 #define NOTE_BLOCKS 1024
 
-/* $4, $5: token and outcome that were seen */
+/*
+ * $4, $5: token and outcome that were seen.  The answer that left it unknown isn't
+ * replayed as that of what is known now.
+ */
 static OwnerStatement settle = {
 	"UPDATE idempotency.stripe_idempotency_keys SET outcome = $6::idempotency.outcome,"
-	" uncertain = false, resource_id = COALESCE($7, resource_id), recorded_at = $8,"
+	" uncertain = false, resource_id = CASE WHEN $6 OPERATOR(pg_catalog.=) 'not_executed'"
+	" THEN NULL ELSE COALESCE($7, resource_id) END, recorded_at = $8,"
+	" http_status = NULL, error = NULL,"
+	" response = CASE WHEN response OPERATOR(pg_catalog.?) 'error' THEN NULL ELSE response END,"
 	" first_sent_at = CASE WHEN $6 OPERATOR(pg_catalog.=) 'not_executed' THEN NULL"
 	" ELSE first_sent_at END,"
 	" lease = NULL, lease_expires_at = NULL, caller_life = NULL, caller_vxid = NULL,"

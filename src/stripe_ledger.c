@@ -1106,10 +1106,11 @@ replace_callers(Relation rel, Operation *op, Datum old, ArrayType *new)
 
 /*
  * A transaction was given the result of an operation that no other one is
- * known to answer for: watch it, too.
+ * known to answer for: watch it, too.  The token is that of the row it was
+ * given; a claim of a later generation isn't adopted.
  */
 void
-stripe_adopt_run(Relation rel, Operation *op, FullTransactionId xid)
+stripe_adopt_run(Relation rel, Operation *op, int64 token, FullTransactionId xid)
 {
 	int			races = 0;
 
@@ -1124,7 +1125,8 @@ stripe_adopt_run(Relation rel, Operation *op, FullTransactionId xid)
 		int			i;
 
 		look(rel, op, &row);
-		if (row.found != FOUND_ROW || row.isnull[S_CALLERS])
+		if (row.found != FOUND_ROW || row.isnull[S_CALLERS] ||
+			DatumGetInt64(row.values[S_TOKEN]) != token)
 			return;
 		callers = DatumGetArrayTypeP(row.values[S_CALLERS]);
 

@@ -152,7 +152,8 @@ extern void stripe_explain_refusal(Relation rel, Operation *op, int64 token);
 extern void stripe_read_answer(Jsonb *response, int http_status, const char *resource_id,
 							   StripeResult *result);
 
-extern void stripe_adopt_run(Relation rel, Operation *op, FullTransactionId xid);
+extern void stripe_adopt_run(Relation rel, Operation *op, int64 token,
+							 FullTransactionId xid);
 extern bool stripe_note_fate_run(Relation rel, Operation *op);
 extern void stripe_notify_settled(Operation *op, const char *outcome, const char *resource_id);
 
