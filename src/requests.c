@@ -587,7 +587,7 @@ execute_timed(Relation rel, OwnerStatement *statement, Datum *values, const char
 	OwnerStatement *elsewhere = NULL;
 	Datum		evalues[OWNER_STATEMENT_MAX_ARGS];
 	char		enulls[OWNER_STATEMENT_MAX_ARGS];
-	Datum		duration;
+	Datum		duration = (Datum) 0;
 	int			column = K_LEASE;
 	int			last;
 
@@ -611,8 +611,9 @@ execute_timed(Relation rel, OwnerStatement *statement, Datum *values, const char
 	memcpy(evalues, values, last * sizeof(Datum));
 	memcpy(enulls, nulls, last);
 	enulls[last] = ' ';
-	duration = values[4];
-	if (nulls[4] == 'n')
+	if (nulls[4] != 'n')
+		duration = values[4];
+	else
 	{
 		LedgerRow	row;
 

@@ -41,6 +41,8 @@ chmod(0600, "$directory/webhook_secret");
 
 my $number = 1;
 my $node = stripe_node("main$number", $stripe, debug => 1, init => { allows_streaming => 1 }, conf => qq{
+max_connections = 50
+shared_buffers = '32MB'
 restart_after_crash = on
 synchronous_commit = off
 log_statement = all
@@ -180,6 +182,16 @@ sub kill_process
 	return;
 }
 
+# Those that nothing has met yet are forgotten, so that they don't pile up.
+my $faults = 0;
+sub fault
+{
+	$stripe->control('DELETE', "faults/$_->{fault}")
+	  foreach ++$faults % 20 == 0 ? grep { !$_->{match} || !%{ $_->{match} } } @{ $stripe->control('GET', 'faults')->{faults} } : ();
+	$stripe->fault(@{ choose(@at_stripe) });
+	return;
+}
+
 # with its weight
 my @strikes = (
 	[ cancel => 20, sub { signal('pg_cancel_backend', caller_pid()) } ],
@@ -190,7 +202,7 @@ my @strikes = (
 	[ error_at_point => 15, sub { arm($node, choose(@points), 'error') } ],
 	[ end_at_point => 15, sub { arm($node, choose(@points), 'fatal') } ],
 	[ kill_at_point => 4, sub { arm($node, choose(@points), 'kill') } ],
-	[ stripe => 40, sub { $stripe->fault(@{ choose(@at_stripe) }) } ],
+	[ stripe => 40, \&fault ],
 	[ restart => 1, sub { $node->restart } ],
 	[ crash => 1, sub { $node->stop('immediate'); $node->start } ],
 	[ cut_off_standby => 1, sub { signal('pg_terminate_backend', one_of(q{backend_type = 'walsender'})) } ]);

@@ -2,6 +2,7 @@
 on the same orders), by one that sends itself, and by one that comes too late."""
 
 import http.client
+import json
 import time
 
 from session import Refused, Session
@@ -25,6 +26,8 @@ class PayingSession(Session):
             self.number += 1
             self.answered = False
         self.click()
+        # the fake remembers a bounded number of requests
+        self.pause(0.2)
 
     def finish(self):
         # one that isn't answered in the end is found by the checker
@@ -144,7 +147,7 @@ class LateSession(Session):
     def step(self):
         self.number += 1
         operation = f"{self.name}-{self.number}"
-        self.fault(operation, times=self.random.choice((1, 3, 20)))
+        fault = self.fault(operation, times=self.random.choice((1, 3, 20)))
         start = time.time()
         while time.time() < start + self.WINDOW + 1.5:
             self.execute("SELECT r.* FROM idempotency.stripe_call('late', %s, 'POST', '/v1/payment_intents',"
@@ -152,14 +155,17 @@ class LateSession(Session):
                          " 'payment_method', 'pm_card_visa', 'metadata', pg_catalog.jsonb_build_object('late', %s::text))) r",
                          (operation, operation), op="late", operation=operation)
             self.pause(1.2)
+        self.ask("DELETE", f"faults/{fault}", "")
 
     def fault(self, operation, times):
-        connection = http.client.HTTPConnection(self.control, timeout=10)
         what = self.random.choice(("close_after", "reset_after", "close_before", "504"))
+        return self.ask("POST", "faults", json.dumps(
+            {"what": what, "times": times, "match": {"body": f"={operation}&"}}))["fault"]
+
+    def ask(self, method, what, body):
+        connection = http.client.HTTPConnection(self.control, timeout=10)
         try:
-            connection.request("POST", "/_control/faults",
-                               '{"what": "%s", "times": %d, "match": {"body": "%s"}}'
-                               % (what, times, f"={operation}&"))
-            connection.getresponse().read()
+            connection.request(method, f"/_control/{what}", body)
+            return json.loads(connection.getresponse().read())
         finally:
             connection.close()
