@@ -413,6 +413,8 @@ run_expiry(Run *run, Expiry *todo, MemoryContext context)
 		batch.cursor = &run->cursor;
 		if (!begin_batch(run))
 			return false;
+		/* what is told of the batch has to outlive its transaction */
+		MemoryContextSwitchTo(context);
 		expiry_batch(&batch);
 		commit_batch(batch.owner);
 		MemoryContextSwitchTo(context);
