@@ -165,7 +165,7 @@ class Session:
         try:
             return self.execute(how, op=how)["status"] == "COMMIT"
         except Refused as refused:
-            self.connection.execute("ROLLBACK")
+            self.execute("ROLLBACK")
             if refused.sqlstate != "IK005":
                 raise
             return False
