@@ -73,8 +73,10 @@ def histories(directory):
         else:
             call["may_have_committed"] = "error" not in call and end is not None and end["op"] == "commit" and (
                 "lost" in end or call["committed"])
-        # when it was certainly still under way, when its effect was certainly there
-        call["open_until"] = call["t0"] if tx is None else end["t0"] if end is not None else last[tx]
+        # when it was certainly still under way, when its effect was certainly there; a session that is lost
+        # may have been terminated at any time after its last answer
+        call["open_until"] = call["t0"] if tx is None else \
+            end["t0"] if end is not None and "lost" not in end else last[tx]
         call["done"] = call["t1"] if tx is None else end["t1"] if end is not None else math.inf
     return calls
 
