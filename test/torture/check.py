@@ -57,12 +57,11 @@ def histories(directory):
                     calls.append(call)
     calls.sort(key=lambda call: call["t0"])
 
-    # a transaction without an end was lost after its last answer
+    # a transaction without an end was lost after its last answer, at any time
     last = {}
     for call in calls:
         if call["tx"] is not None:
-            good = call["t1"] if "lost" not in call else call["t0"]
-            last[call["tx"]] = max(last.get(call["tx"], 0), good)
+            last[call["tx"]] = max(last.get(call["tx"], 0), 0 if "lost" in call else call["t1"])
     for call in calls:
         tx = call["tx"]
         end = ends.get(tx)
@@ -73,8 +72,7 @@ def histories(directory):
         else:
             call["may_have_committed"] = "error" not in call and end is not None and end["op"] == "commit" and (
                 "lost" in end or call["committed"])
-        # when it was certainly still under way, when its effect was certainly there; a session that is lost
-        # may have been terminated at any time after its last answer
+        # when it was certainly still under way, when its effect was certainly there
         call["open_until"] = call["t0"] if tx is None else \
             end["t0"] if end is not None and "lost" not in end else last[tx]
         call["done"] = call["t1"] if tx is None else end["t1"] if end is not None else math.inf
