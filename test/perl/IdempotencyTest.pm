@@ -18,6 +18,7 @@ package IdempotencyTest;
 use strict;
 use warnings;
 
+use Digest::SHA qw(hmac_sha256_hex);
 use Exporter 'import';
 use JSON::PP;
 use PostgreSQL::Test::Cluster;
@@ -29,7 +30,7 @@ our @EXPORT = qw(
   literal new_node sql run_fails claim claim_text call_text stripe_claim
   lapse_lease lapse_stripe_lease wait_for_lock extension_functions
   create_test_caller needs_debug_points arm disarm wait_for_point
-  expired_rows wait_until wait_until_expired wait_until_up
+  receive_events expired_rows wait_until wait_until_expired wait_until_up
 );
 
 my $json = JSON::PP->new->utf8->allow_nonref;
@@ -343,6 +344,40 @@ sub wait_until_up
 		Time::HiRes::usleep(100_000);
 	}
 	die 'the server is still down';
+}
+
+=pod
+
+=item receive_events($node, db => NAME)
+
+Take in four events of Stripe's: one is processed, one has failed, one is held,
+and one waits for its call.
+
+=cut
+
+sub receive_events
+{
+	my ($node, %params) = @_;
+	my $receive = sub {
+		my ($id, $more) = @_;
+		my $body = qq({"id": "$id", "object": "event",  "type": "a.b", "data": {"object": {"id": "o_$id"}}$more});
+		my $signature = 't=1795300000,v1=' . hmac_sha256_hex("1795300000.$body", 'whsec_test');
+
+		return "SELECT FROM idempotency.stripe_webhook_receive('\\x" . unpack('H*', $body)
+		  . "', '$signature', '{whsec_test}', '1000 years')";
+	};
+
+	sql($node, join(";\n",
+			$receive->('evt_1', ''),
+			$receive->('evt_2', ', "account": "acct_1", "livemode": true'),
+			$receive->('evt_3', ', "created": 1795300000, "name": "\u00e9 \\""'),
+			$receive->('evt_4', ', "request": {"id": "req_1", "idempotency_key": "t:1:018c2b5e-0000-8000-8000-000000000001"}'),
+			q{SELECT FROM idempotency.stripe_webhook_next() c, idempotency.stripe_webhook_record(
+				c.stripe_event_id, c.token, order_id => '018c2b5e-0000-7000-8000-000000000002')},
+			q{SELECT FROM idempotency.stripe_webhook_next() c, idempotency.stripe_webhook_record(
+				c.stripe_event_id, c.token, error_message => 'no', account => c.account)},
+			q{SELECT FROM idempotency.stripe_webhook_reclaim('evt_3', lease => '1 year')}), %params);
+	return;
 }
 
 =pod

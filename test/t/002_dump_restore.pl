@@ -5,7 +5,6 @@
 use strict;
 use warnings;
 
-use Digest::SHA qw(hmac_sha256_hex);
 use FindBin;
 use lib "$FindBin::RealBin/../perl";
 
@@ -86,26 +85,7 @@ sql($node, <<'EOS', db => 'src');
 		FROM idempotency.stripe_claim('payment', 'order_4', '{"params": {"amount": 4000}}') c;
 EOS
 
-# Events of Stripe's: processed, failed, held, and one that waits for its call
-sub receive
-{
-	my ($id, $more) = @_;
-	my $body = qq({"id": "$id", "object": "event",  "type": "a.b", "data": {"object": {"id": "o_$id"}}$more});
-	my $signature = 't=1795300000,v1=' . hmac_sha256_hex("1795300000.$body", 'whsec_test_dump');
-
-	return "SELECT FROM idempotency.stripe_webhook_receive('\\x" . unpack('H*', $body)
-	  . "', '$signature', '{whsec_test_dump}', '1000 years')";
-}
-sql($node, join(";\n",
-		receive('evt_1', ''),
-		receive('evt_2', ', "account": "acct_1", "livemode": true'),
-		receive('evt_3', ', "created": 1795300000, "name": "\u00e9 \\""'),
-		receive('evt_4', ', "request": {"id": "req_1", "idempotency_key": "t:1:018c2b5e-0000-8000-8000-000000000001"}'),
-		q{SELECT FROM idempotency.stripe_webhook_next() c, idempotency.stripe_webhook_record(
-			c.stripe_event_id, c.token, order_id => '018c2b5e-0000-7000-8000-000000000002')},
-		q{SELECT FROM idempotency.stripe_webhook_next() c, idempotency.stripe_webhook_record(
-			c.stripe_event_id, c.token, error_message => 'no', account => c.account)},
-		q{SELECT FROM idempotency.stripe_webhook_reclaim('evt_3', lease => '1 year')}), db => 'src');
+receive_events($node, db => 'src');
 
 my @tables = qw(idempotency.idempotency_keys idempotency.stripe_idempotency_keys
   idempotency.stripe_webhook_events public.orders);
