@@ -1,6 +1,7 @@
 --
--- What an application builds around claim() and record().  The README shows
--- the same functions; test/t/020_readme.pl checks that they are the same.
+-- What an application builds around claim() and record().  doc/http.md and
+-- doc/webhooks.md show the same functions; test/t/020_readme.pl checks that they
+-- are the same.
 --
 \set VERBOSITY terse
 SET client_min_messages = warning;

@@ -30,9 +30,9 @@
  *		longest wait = BATCH_MS + one row's own triggers + LOCK_TIMEOUT_MS + commit
  *
  * where the worker's commit doesn't wait for the disk.  A live key is never
- * waited for: its row isn't touched.  (README.md has the measured waits.)
- * On the table there are only locks that every statement takes, and a worker
- * that can't have them at once goes away.
+ * waited for: its row isn't touched.  (doc/performance.md has the measured
+ * waits.)  On the table there are only locks that every statement takes, and a
+ * worker that can't have them at once goes away.
  *
  * Rows that raise an error.  A user's trigger or foreign key may refuse the
  * removal.  The statements of a batch run in a subtransaction; where one of

@@ -6,7 +6,7 @@
 //   POST /stripe/webhook    events of Stripe's
 //
 // Both checkouts take an Idempotency-Key and {"cart": ..., "payment_method": ...}.
-// Choose one of them for your own application; README.md says how.
+// Choose one of them for your own application; doc/stripe.md says how.
 //
 import http from 'node:http';
 import pg from 'pg';

@@ -7,7 +7,7 @@ A shop that takes a payment once.
   POST /stripe/webhook    events of Stripe's
 
 Both checkouts take an Idempotency-Key and {"cart": ..., "payment_method": ...}.
-Choose one of them for your own application; README.md says how.
+Choose one of them for your own application; doc/stripe.md says how.
 """
 
 import json

@@ -4,8 +4,8 @@
 What is POSTed to it is handed to the database as it came, body and
 Stripe-Signature: at /claim to stripe_webhook_claim(), in one transaction with
 stripe_webhook_record(), at /receive to stripe_webhook_receive().  The answers
-are those that README.md wants: 200, 409 where somebody else is at it, 400 for
-what is refused with IK004, 500 for any other error.
+are those that doc/webhooks.md wants: 200, 409 where somebody else is at it, 400
+for what is refused with IK004, 500 for any other error.
 
 It listens on loopback, at a port of its own, which is told by the first line of
 its output, and ends when its standard input does.  Its environment says which

@@ -1,7 +1,7 @@
 
-# The README keeps its word: its SQL runs as it stands and answers as it says,
-# and its reference has every function, parameter, column, setting and error.
-# The SQL of doc/policy.md and doc/runbook.md runs, too.
+# The README and the pages of doc/ keep their word: their SQL runs as it stands
+# and answers as they say, the reference has every function, parameter and
+# column, the README every setting, error and kind of role.
 
 use strict;
 use warnings;
@@ -15,11 +15,14 @@ use StripeTest;
 use Test::More;
 
 my $top = "$FindBin::RealBin/../..";
-my $readme = slurp_file("$top/README.md");
+my %page = map { s{\Q$top/\E}{}r => slurp_file($_) } "$top/README.md", glob("$top/doc/*.md"), glob("$top/examples/*/README.md");
+my $readme = $page{'README.md'};
+my $reference = $page{'doc/reference.md'};
 my $errors_h = slurp_file("$top/src/errors.h");
 my $wrappers = slurp_file("$top/sql/wrappers.sql");
 
-# calls to Stripe are made to the fake
+# calls to Stripe are made to the fake, which signs its events with this
+$ENV{IDEMPOTENCY_WEBHOOK_SECRET} = 'whsec_test_1';
 my $stripe = FakeStripe->start;
 my $node = stripe_node('main', $stripe, preload => 1, extension => 0);
 
@@ -27,8 +30,8 @@ my $node = stripe_node('main', $stripe, preload => 1, extension => 0);
 # Every block of a page that is marked sql, in order, in one psql.  A line
 # "--> a | b" is a row that comes back.  Blocks marked sql-error name the
 # SQLSTATE that they raise.  "<!--sql ... -->", which no reader sees, makes what
-# the next block is about; it may use :event and :signature, which is by
-# whsec_test_1.
+# the next block is about.  Blocks may use :signature, which is by whsec_test_1,
+# and hidden ones :event.
 #
 
 my $event = '{"id": "evt_Example", "object": "event", "type": "refund.created", "created": 1795300000,'
@@ -96,17 +99,30 @@ sub run_page
 	return @blocks;
 }
 
-my @blocks = run_page('README.md', $readme, 'postgres');
-cmp_ok(scalar(@blocks), '>', 10, 'the README has blocks of SQL');
+# These go on from one another; any other page that has SQL has a database of its
+# own.  The number is of the blocks that a page has at least.
+my @chain = ([ 'README.md', 13 ], [ 'doc/http.md', 5 ], [ 'doc/stripe.md', 6 ], [ 'doc/webhooks.md', 3 ]);
+my %alone = ('doc/operations.md' => 3, 'doc/policy.md' => 4, 'doc/runbook.md' => 4);
+my @copied;
 
-my %page = map { $_ => slurp_file("$top/$_") } 'doc/policy.md', 'doc/runbook.md';
+foreach (@chain)
+{
+	my ($page, $least) = @$_;
+	my @blocks = run_page($page, $page{$page}, 'postgres');
+
+	cmp_ok(scalar(@blocks), '>=', $least, "$page has blocks of SQL");
+	push @copied, map { { %$_, page => $page } } @blocks;
+}
+
 foreach my $page (sort keys %page)
 {
-	my ($database) = $page =~ /(\w+)\.md/;
+	next if grep { $_->[0] eq $page } @chain;
+	next unless $alone{$page} || $page{$page} =~ /^(?:```|<!--)sql/m;
+	my $database = $page =~ s/\.md$//r =~ s/\W/_/gr =~ s/^doc_//r;
 
 	$node->safe_psql('postgres', "CREATE DATABASE $database");
 	$node->safe_psql($database, 'CREATE EXTENSION idempotency');
-	cmp_ok(scalar(run_page($page, $page{$page}, $database)), '>', 3, "$page has blocks of SQL");
+	cmp_ok(scalar(run_page($page, $page{$page}, $database)), '>=', $alone{$page} // 1, "$page has blocks of SQL");
 }
 
 #
@@ -114,23 +130,26 @@ foreach my $page (sort keys %page)
 # need a Stripe: the page itself tests them.
 #
 
-foreach my $block (grep { $_->{text} =~ /CREATE FUNCTION/ && $_->{text} !~ /stripe_call\(/ } @blocks)
+my $functions = 0;
+foreach my $block (grep { $_->{text} =~ /CREATE FUNCTION/ && $_->{text} !~ /stripe_call\(/ } @copied)
 {
 	foreach my $statement (split /\n\n(?=CREATE|-- a|-- the)/, $block->{text})
 	{
 		$statement =~ s/\s+\z//;
 		ok(index($wrappers, $statement) >= 0,
-			"README.md:$block->{line}: sql/wrappers.sql has "
+			"$block->{page}:$block->{line}: sql/wrappers.sql has "
 			  . ($statement =~ /(CREATE .*)/)[0]);
+		$functions++;
 	}
 }
+cmp_ok($functions, '>=', 8, 'there are functions to copy');
 
 #
 # The reference
 #
 
 my %section;
-while ($readme =~ /^#### (\w+)\n(.*?)(?=^#|\z)/gms)
+while ($reference =~ /^### (\w+)\n(.*?)(?=^#|\z)/gms)
 {
 	$section{$1} = $2;
 }
@@ -163,6 +182,17 @@ sub brief
 	return $text;
 }
 
+# the README's list of functions and views, each with a link to the reference
+my ($list) = $readme =~ /^## Functions\n(.*?)^## /ms;
+my %listed;
+foreach my $row (($list // '') =~ /^\| (\[.*)$/gm)
+{
+	my ($name, $link) = $row =~ /^\[`(\w+)`\]\(doc\/reference\.md#(\w+)\) \| \S[^|]* \|$/ or fail("README.md lists a function: $row");
+
+	is($link, $name, "README.md lists $name with a link to it");
+	ok(!$listed{$name}++, "README.md lists $name once");
+}
+
 my $members = q{
 	FROM pg_catalog.pg_depend d
 	WHERE d.refclassid = 'pg_catalog.pg_extension'::regclass AND d.deptype = 'e'
@@ -182,7 +212,8 @@ foreach my $function (
 	$text =~ s/\s+/ /g;
 	$arguments = brief($arguments);
 	like($text, qr/ \Qidempotency.$name($arguments) RETURNS ${\brief($result)}\E /,
-		"README.md has $name()");
+		"the reference has $name()");
+	ok(delete $listed{$name}, "README.md lists $name()");
 
 	foreach my $argument (split /, /, $arguments)
 	{
@@ -190,7 +221,7 @@ foreach my $function (
 
 		$default = defined $default ? " `$default`" : '';
 		like($text, qr/\| `$parameter` \|\Q$default\E \|/,
-			"README.md has $name()'s parameter $parameter and its default");
+			"the reference has $name()'s parameter $parameter and its default");
 	}
 
 	next unless $typtype eq 'c';
@@ -200,18 +231,22 @@ foreach my $function (
 			WHERE t.oid = $type AND attnum > 0 AND NOT attisdropped}))
 	{
 		ok(documented($name, $column->[0]),
-			"README.md has $name()'s column $column->[0]");
+			"the reference has $name()'s column $column->[0]");
 	}
 }
 
+my %views;
 foreach my $column (
 	rows_of(qq{SELECT c.relname, a.attname
 		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid
 		WHERE c.relkind = 'v' AND a.attnum > 0
 			AND c.oid IN (SELECT d.objid $members AND d.classid = 'pg_catalog.pg_class'::regclass)}))
 {
-	ok(documented(@$column), "README.md has column $column->[1] of view $column->[0]");
+	ok(documented(@$column), "the reference has column $column->[1] of view $column->[0]");
+	$views{ $column->[0] } = 1;
 }
+ok(delete $listed{$_}, "README.md lists view $_") foreach sort keys %views;
+is(join(' ', sort keys %listed), '', 'README.md lists no function or view that is not there');
 
 foreach my $label (
 	rows_of(q{SELECT t.typname, e.enumlabel
@@ -219,6 +254,7 @@ foreach my $label (
 		WHERE t.typnamespace = 'idempotency'::regnamespace}))
 {
 	like($readme, qr/^\| .*`$label->[1]`.* \|/m, "README.md has $label->[0] $label->[1]");
+	like($reference, qr/^\| .*`$label->[1]`.* \|/m, "the reference has $label->[0] $label->[1]");
 }
 
 # The table of settings: what pg_settings says, and nothing that isn't there.
@@ -284,9 +320,12 @@ foreach my $kind (sort keys %kinds)
 }
 
 # tests that are named are there
-foreach my $test ($readme =~ /`((?:sql|test)\/\w[\w.\/]*\w)`/g)
+foreach my $page (sort keys %page)
 {
-	ok(-e "$top/$test", "README.md names $test, which exists");
+	foreach my $test ($page{$page} =~ /`((?:sql|test)\/\w[\w.\/]*\w)`/g)
+	{
+		ok(-e "$top/$test" || -e "$top/$test.pl", "$page names $test, which exists");
+	}
 }
 
 foreach my $promise ($readme =~ /^(\| I\d+ \| .*)$/gm)
@@ -300,14 +339,18 @@ foreach my $promise ($readme =~ /^(\| I\d+ \| .*)$/gm)
 	}
 }
 
+# every page of doc/ is listed near the top
+my ($pages) = $readme =~ /^## Documentation\n(.*?)^## /ms;
+is(join(' ', sort(($pages // '') =~ /^\| \[[^]]+\]\((doc\/[^)#]*)\) \| \S.* \|$/gm)), join(' ', sort grep { /^doc\// } keys %page),
+	'README.md lists the pages of doc/');
+
 # links lead somewhere
 my %anchors;
-foreach my $page ('README.md', map { s{\Q$top/\E}{}r } glob "$top/doc/*.md")
+foreach my $page (keys %page)
 {
-	my $text = slurp_file("$top/$page");
+	my $headings = $page{$page} =~ s/^```.*?^```$//gmsr;
 
-	$anchors{$page} = { map { (my $a = lc) =~ s/[^\w -]//g; $a =~ tr/ /-/; ($a => 1) } $text =~ /^#+ (.*)$/gm };
-	$page{$page} = $text;
+	$anchors{$page} = { map { (my $a = lc) =~ s/[^\w -]//g; $a =~ tr/ /-/; ($a => 1) } $headings =~ /^#+ (.*)$/gm };
 }
 foreach my $page (sort keys %anchors)
 {
@@ -315,7 +358,9 @@ foreach my $page (sort keys %anchors)
 	{
 		next if $link =~ /^https:/;
 		my ($file, $anchor) = $link =~ /^([^#]*)#?(.*)$/;
-		my $target = $file eq '' ? $page : $page eq 'README.md' ? $file : "doc/$file" =~ s{^doc/\.\./}{}r;
+		my $target = $file eq '' ? $page : $page =~ s{[^/]*$}{}r . $file;
+
+		1 while $target =~ s{[^/]+/\.\./}{};
 
 		ok(-e "$top/$target", "$page links to $target, which exists");
 		ok($anchors{$target}{$anchor}, "$page: $target has a heading for #$anchor") if $anchor ne '';

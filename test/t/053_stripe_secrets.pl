@@ -266,7 +266,7 @@ unlike($stderr, qr/$mark/, 'no message has a secret');
 cmp_ok(length $stderr, '>', 5000, 'of those that were raised');
 
 # PostgreSQL itself, from debug3 on, logs the environment that it is started
-# with; the README says so
+# with; doc/stripe.md says so
 my $log = slurp_file($node->logfile);
 is(scalar($log =~ s/^.*\tIDEMPOTENCY_STRIPE_API_KEY=.*$//mg), 3, "the postmaster's own word about its environment apart");
 unlike($log, qr/$mark/, 'no log line has a secret, at debug5');

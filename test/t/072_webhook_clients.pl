@@ -1,7 +1,7 @@
 
-# Real clients: the README's programs in Node and Python as they stand there, and
-# Stripe's own library for Node, whose headers must be good and whose verdicts
-# must be ours.  Skips what isn't installed, or can't be fetched.
+# Real clients: the programs in Node and Python of doc/webhooks.md as they stand
+# there, and Stripe's own library for Node, whose headers must be good and whose
+# verdicts must be ours.  Skips what isn't installed, or can't be fetched.
 
 use strict;
 use warnings;
@@ -18,7 +18,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 
 my $top = "$FindBin::RealBin/../..";
-my $readme = slurp_file("$top/README.md");
+my $page = slurp_file("$top/doc/webhooks.md");
 my $dir = PostgreSQL::Test::Utils::tempdir();
 my $order = '018c2b5e-0000-7000-8000-00000000000';
 my @servers;
@@ -61,11 +61,11 @@ sub signature
 	return "t=$t,v1=" . hmac_sha256_hex("$t.$body", 'whsec_test_clients');
 }
 
-sub block_of_readme
+sub block_of_page
 {
 	my ($language) = @_;
 
-	return $readme =~ /^```$language\n(.*?)^```$/ms ? $1 : die "README.md has no block of $language";
+	return $page =~ /^```$language\n(.*?)^```$/ms ? $1 : die "doc/webhooks.md has no block of $language";
 }
 
 sub order
@@ -109,7 +109,7 @@ SKIP:
 	skip($reason, 1) if defined $reason;
 
 	# a port of its own, and a server that answers
-	append_to_file("$dir/webhook.mjs", block_of_readme('js'));
+	append_to_file("$dir/webhook.mjs", block_of_page('js'));
 	my $port = PostgreSQL::Test::Cluster::get_free_port();
 	my $log = '';
 	{
@@ -179,7 +179,7 @@ SKIP:
 	my ($output, $ok) = run_program('python3', '-c', 'import psycopg');
 	skip('python3 has no psycopg', 1) unless $ok;
 
-	append_to_file("$dir/stripe_events.py", block_of_readme('python'));
+	append_to_file("$dir/stripe_events.py", block_of_page('python'));
 	append_to_file("$dir/drive.py", <<'PY');
 import hashlib, hmac, json, sys, threading, time
 import psycopg
