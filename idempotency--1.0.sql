@@ -1003,7 +1003,8 @@ COMMENT ON COLUMN idempotency.workers.status IS
 	'not preloaded: no worker runs; standby: none until promotion; unknown: nobody has looked yet; '
 	'waiting: the first run comes; running; idle: done until next_run; rows refused: done but for these; '
 	'failing: see last_error; off: idempotency.expiry; read only: default_transaction_read_only; '
-	'no slot: of max_worker_processes; no connections: the database takes none; '
+	'no slot: of max_worker_processes; no launcher: nor for the process that starts workers; '
+	'no connections: the database takes none; '
 	'stopped: idempotency.max_workers is 0';
 COMMENT ON COLUMN idempotency.workers.pid IS 'Process of the worker that runs now, or NULL';
 COMMENT ON COLUMN idempotency.workers.last_run IS 'When a worker ended last, or NULL';

@@ -207,7 +207,9 @@ check_none_open(void)
 			 nopen > 1 ? errdetail_plural("%ld more claim of this transaction is open.",
 										  "%ld more claims of this transaction are open.",
 										  nopen - 1, nopen - 1) : 0,
-			 errhint("Record the result or release the key before COMMIT, or claim it with a lease.")));
+			 IsTransactionBlock() ?
+			 errhint("Record the result or release the key before COMMIT, or claim it with a lease.") :
+			 errhint("A statement outside of BEGIN and COMMIT is a transaction of its own: record the result in the same transaction, or claim with a lease.")));
 }
 
 static void

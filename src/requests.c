@@ -550,7 +550,7 @@ explain_refusal(Relation rel, text *key, text *scope, int64 token, LedgerRow *re
 	now = GetCurrentTimestamp();
 
 	if (row.found != FOUND_ROW || is_expired(&row, now))
-		reason = "It is not claimed: it was released, has expired, or its claim was rolled back.";
+		reason = "It is not claimed: it never was, was released, has expired, or its claim was rolled back.";
 	else if (DatumGetInt64(row.values[K_TOKEN]) != token)
 		reason = "It was claimed again after that claim's lease had lapsed.";
 	else if (row.isnull[K_EXPIRES_AT])

@@ -148,7 +148,8 @@ secret_file_load(const char *path, const char *what, char *buffer, size_t size)
 	if (fd < 0)
 		ereport(ERROR,
 				(errcode_for_file_access(),
-				 errmsg("could not open %s: %m", what)));
+				 errmsg("could not open %s: %m", what),
+				 errhint("The server opens it, as its own user and on its own machine.")));
 	check_file(fd, what);
 
 	while (len < size)

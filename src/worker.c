@@ -705,18 +705,20 @@ preload_statement(void)
 }
 
 static const char *
-status_of(Database *db)
+status_of(Database *db, bool launcher)
 {
 	if (!shmem_is_there())
 		return "not preloaded";
 	if (RecoveryInProgress())
 		return "standby";
-	if (db == NULL)
-		return "unknown";
-	if (db->pid != 0)
+	if (db != NULL && db->pid != 0)
 		return "running";
 	if (max_workers == 0)
 		return "stopped";
+	if (!launcher)
+		return "no launcher";
+	if (db == NULL)
+		return "unknown";
 	if (!db->startable)
 		return "no connections";
 	if (db->known == DATABASE_UNKNOWN)
@@ -742,16 +744,27 @@ status_of(Database *db)
 }
 
 static char *
-next_step_of(Database *db, const char *name)
+more_processes(void)
+{
+	return psprintf("ALTER SYSTEM SET max_worker_processes = %d; -- and restart the server",
+					max_worker_processes + max_workers + 1);
+}
+
+static char *
+next_step_of(Database *db, const char *name, bool launcher)
 {
 	const char *quoted = quote_identifier(name);
 
 	if (!shmem_is_there())
 		return preload_statement();
-	if (RecoveryInProgress() || db == NULL)
+	if (RecoveryInProgress())
 		return NULL;
 	if (max_workers == 0)
 		return pstrdup("ALTER SYSTEM RESET idempotency.max_workers; SELECT pg_catalog.pg_reload_conf();");
+	if (!launcher)
+		return more_processes();
+	if (db == NULL)
+		return NULL;
 	if (!db->startable && db->known == DATABASE_WITH)
 		return psprintf("ALTER DATABASE %s ALLOW_CONNECTIONS true;", quoted);
 	switch (db->outcome)
@@ -761,8 +774,7 @@ next_step_of(Database *db, const char *name)
 		case RUN_READ_ONLY:
 			return psprintf("ALTER DATABASE %s SET default_transaction_read_only = off;", quoted);
 		case RUN_NO_SLOT:
-			return psprintf("ALTER SYSTEM SET max_worker_processes = %d; -- and restart the server",
-							max_worker_processes + max_workers + 1);
+			return more_processes();
 		case RUN_REFUSED:
 		case RUN_FAILED:
 			return pstrdup("SELECT * FROM idempotency.expire();");
@@ -772,7 +784,7 @@ next_step_of(Database *db, const char *name)
 }
 
 static void
-put_row(ReturnSetInfo *rsinfo, Oid dbid, Database *db)
+put_row(ReturnSetInfo *rsinfo, Oid dbid, Database *db, bool launcher)
 {
 	Datum		values[W_NCOLUMNS];
 	bool		nulls[W_NCOLUMNS];
@@ -788,7 +800,7 @@ put_row(ReturnSetInfo *rsinfo, Oid dbid, Database *db)
 	do { if ((time) != 0) PUT(column, TimestampTzGetDatum(time)); } while (0)
 
 	PUT(W_DATABASE, CStringGetTextDatum(name));
-	PUT(W_STATUS, CStringGetTextDatum(status_of(db)));
+	PUT(W_STATUS, CStringGetTextDatum(status_of(db, launcher)));
 	if (db != NULL)
 	{
 		if (db->pid != 0)
@@ -803,7 +815,7 @@ put_row(ReturnSetInfo *rsinfo, Oid dbid, Database *db)
 		if (!RecoveryInProgress() && db->startable && max_workers > 0)
 			PUT_TIME(W_NEXT_RUN, db->next_run);
 	}
-	next_step = next_step_of(db, name);
+	next_step = next_step_of(db, name, launcher);
 	if (next_step != NULL)
 		PUT(W_NEXT_STEP, CStringGetTextDatum(next_step));
 
@@ -823,6 +835,7 @@ idempotency_worker_states(PG_FUNCTION_ARGS)
 	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
 	bool		all = has_privs_of_role(GetUserId(), ROLE_PG_READ_ALL_STATS);
 	bool		own = false;
+	bool		launcher = false;
 	Database   *copy = NULL;
 	int			n = 0;
 	int			i;
@@ -835,6 +848,7 @@ idempotency_worker_states(PG_FUNCTION_ARGS)
 		databases_lock(LW_SHARED);
 		n = databases->used;
 		memcpy(copy, databases->entries, n * sizeof(Database));
+		launcher = databases->launcher_pid != 0;
 		databases_unlock();
 	}
 
@@ -842,14 +856,14 @@ idempotency_worker_states(PG_FUNCTION_ARGS)
 	{
 		if (copy[i].dbid == MyDatabaseId)
 		{
-			put_row(rsinfo, MyDatabaseId, &copy[i]);
+			put_row(rsinfo, MyDatabaseId, &copy[i], launcher);
 			own = true;
 		}
 		else if (all && copy[i].known == DATABASE_WITH)
-			put_row(rsinfo, copy[i].dbid, &copy[i]);
+			put_row(rsinfo, copy[i].dbid, &copy[i], launcher);
 	}
 	if (!own)
-		put_row(rsinfo, MyDatabaseId, NULL);
+		put_row(rsinfo, MyDatabaseId, NULL, launcher);
 
 	return (Datum) 0;
 }

@@ -292,4 +292,6 @@ http.createServer(async (request, response) => {
     }
     response.writeHead(answer.status, { 'Content-Type': 'application/json', ...answer.headers });
     response.end(JSON.stringify(answer.body));
-}).listen(process.env.PORT ?? 8080, '127.0.0.1');
+}).listen(process.env.PORT ?? 8080, '127.0.0.1', function () {
+    console.log(`listening on http://127.0.0.1:${this.address().port}`);
+});

@@ -41,7 +41,7 @@ LEASE = "2 minutes"
 
 def connect(**options):
     """A connection; PGHOST, PGDATABASE and so on say where.  Leaving it commits, an error rolls back."""
-    return psycopg.connect(row_factory=dict_row, **options)
+    return psycopg.connect(row_factory=dict_row, client_encoding="utf8", **options)
 
 
 def problem(status, detail, retry_after=None):
@@ -299,4 +299,6 @@ class Server(ThreadingHTTPServer):
 
 
 if __name__ == "__main__":
-    Server(("127.0.0.1", int(os.environ.get("PORT", "8080"))), Handler).serve_forever()
+    server = Server(("127.0.0.1", int(os.environ.get("PORT", "8080"))), Handler)
+    print(f"listening on http://127.0.0.1:{server.server_port}", flush=True)
+    server.serve_forever()

@@ -45,7 +45,7 @@ refuse_key(ApiKey *key, const char *problem)
 			(errcode(ERRCODE_CONFIG_FILE_ERROR),
 			 errmsg("no usable Stripe API key in %s", source_name()),
 			 errdetail_internal("%s", problem),
-			 errhint("It holds one secret key (sk_...) or restricted key (rk_...), and nothing else.")));
+			 errhint("It must hold one secret key (sk_...) or restricted key (rk_...), and nothing else.")));
 }
 
 static bool

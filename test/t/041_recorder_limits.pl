@@ -385,6 +385,14 @@ my (undef, undef, $stderr) = $node->psql('postgres', q{SELECT test_stripe_call('
 like($stderr, qr/the recorder of Stripe operations is out of reach, and nothing was sent.*HINT:  Consider increasing "max_worker_processes"/s,
 	'no slot for another process: IK008 with a hint');
 is(op('no worker'), '||f', 'nothing was noted');
+
+# Not even the launcher: nothing is wrong with the database then.
+$node->stop;
+$node->append_conf('postgresql.conf', 'max_worker_processes = 0');
+$node->start;
+is(sql($node, 'SELECT status, next_step FROM idempotency.workers'),
+	'no launcher|ALTER SYSTEM SET max_worker_processes = 3; -- and restart the server',
+	'no slot for the launcher: the view says so');
 is(arrivals_size(), $arrived, 'and nothing was sent');
 
 $node->stop;
