@@ -390,7 +390,7 @@ is(op('no worker'), '||f', 'nothing was noted');
 $node->stop;
 $node->append_conf('postgresql.conf', 'max_worker_processes = 0');
 $node->start;
-is(sql($node, 'SELECT status, next_step FROM idempotency.workers'),
+is(sql($node, q{SELECT status, next_step FROM idempotency.workers WHERE database = 'postgres'}),
 	'no launcher|ALTER SYSTEM SET max_worker_processes = 3; -- and restart the server',
 	'no slot for the launcher: the view says so');
 is(arrivals_size(), $arrived, 'and nothing was sent');
