@@ -69,6 +69,7 @@
 #include "utils/timestamp.h"
 #include "utils/tuplestore.h"
 
+#include "clock.h"
 #include "compat.h"
 #include "errors.h"
 #include "expiry.h"
@@ -115,16 +116,6 @@ typedef struct Work
 	int			ncandidates;
 	instr_time	started;		/* removing */
 } Work;
-
-static double
-milliseconds_since(instr_time then)
-{
-	instr_time	now;
-
-	INSTR_TIME_SET_CURRENT(now);
-	INSTR_TIME_SUBTRACT(now, then);
-	return INSTR_TIME_GET_MILLISEC(now);
-}
 
 static void
 note_oldest(TimestampTz *oldest, TimestampTz since)
