@@ -197,7 +197,9 @@ sql($node, q{
 	GRANT SELECT, INSERT ON orders TO app;
 	CREATE TABLE near (tenant text COLLATE "C", id text, PRIMARY KEY (tenant, id));
 	SELECT create_distributed_table('near', 'tenant', colocate_with => 'idempotency.idempotency_keys');
-	GRANT SELECT, INSERT ON near TO app});
+	GRANT SELECT, INSERT ON near TO app;
+	CREATE TABLE after (tenant text PRIMARY KEY);
+	SELECT create_distributed_table('after', 'tenant')});
 my $work = sub {
 	my ($key, $scope, $table, $end) = @_;
 
@@ -227,19 +229,25 @@ run_fails($node, q{BEGIN; SELECT FROM idempotency.claim('p', 'tenant 1', lease =
 	'0A000', 'PREPARE TRANSACTION');
 
 # Citus commits on the node first.  What fails here afterwards takes the key
-# along only in a table that it knows, when it commits in two phases.
+# along only where it commits in two phases: because it knows the table, or
+# another one that the transaction changes.
 sql($node, q{
 	CREATE TABLE ordinary (n int PRIMARY KEY, v int);
 	INSERT INTO ordinary VALUES (1, 0), (2, 0);
 	CREATE TABLE known (LIKE ordinary INCLUDING ALL);
 	INSERT INTO known TABLE ordinary;
-	SELECT citus_add_local_table_to_metadata('known')});
-foreach my $case ([ 'ordinary', 'replay' ], [ 'known', 'claimed' ])
+	CREATE TABLE beside (LIKE ordinary INCLUDING ALL);
+	INSERT INTO beside TABLE ordinary;
+	CREATE TABLE two_phases ();
+	SELECT citus_add_local_table_to_metadata('known');
+	SELECT citus_add_local_table_to_metadata('two_phases')});
+foreach my $case ([ 'ordinary', '', 'replay' ], [ 'known', '', 'claimed' ], [ 'beside', 'DELETE FROM two_phases;', 'claimed' ])
 {
-	my ($table, $verdict) = @$case;
+	my ($table, $more, $verdict) = @$case;
 
 	$session->query_safe(qq{
 		BEGIN ISOLATION LEVEL SERIALIZABLE;
+		$more
 		SELECT token AS t FROM idempotency.claim('skew', '$table') \\gset
 		SELECT v FROM $table WHERE n = 1;
 		UPDATE $table SET v = 1 WHERE n = 2;
@@ -255,6 +263,17 @@ foreach my $case ([ 'ordinary', 'replay' ], [ 'known', 'claimed' ])
 	is(sql($node, "SELECT v FROM $table ORDER BY n"), "1\n0", 'at its COMMIT');
 	is(claim($node, 'skew', scope => $table, lease => '1 hour')->{verdict}, $verdict, "its key: $verdict");
 }
+
+# the nodes are at READ COMMITTED whatever the transaction is at
+$session->query_safe('BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM ordinary');
+sql($node, q{SELECT token AS t FROM idempotency.claim('later', 'tenant 1', lease => '1 hour') \gset
+	SELECT idempotency.record('later', 'tenant 1', :t)});
+is($session->query_safe(q{SELECT verdict FROM idempotency.claim('later', 'tenant 1'); ROLLBACK}), 'replay',
+	'what has committed after the snapshot is replayed');
+like(($node->psql('postgres', 'SELECT idempotency.release(key, scope, token) FROM idempotency.idempotency_keys'))[2],
+	qr/cannot execute a distributed query from a query on a shard/, 'not in a query of a distributed table');
+like(($node->psql('postgres', q{SELECT undistribute_table('idempotency.idempotency_keys')}))[2],
+	qr/an extension depends on it/, 'distributed for good');
 
 # ---------- other nodes ----------
 
@@ -320,7 +339,7 @@ foreach my $each ($node, @workers)
 }
 wait_until($node, "SELECT ($due) = 1", 'by workers of all nodes, but for one in use');
 $session->query_safe('ROLLBACK');
-wait_until_expired($node, 'and that one');
+wait_until($node, "SELECT ($due) = 0", 'and that one');
 is(sql($node, q{SELECT removed > 0, refused, last_error FROM idempotency.workers}), 't|0|', q{the coordinator's worker has no complaint});
 ok(sql($node, q{SELECT count(*) FROM idempotency.idempotency_keys}) > 0, 'others stay');
 
