@@ -446,7 +446,7 @@ wait_for_answer(bool heed_users_limit)
 		}
 		else if (nap > FIRST_WAIT_MS && TransactionIdIsValid(xid) && TransactionIdIsInProgress(xid))
 		{
-			(void) within_lock_timeout((int) left, heed_users_limit, wait_for_xid, &xid);
+			(void) within_lock_timeout((int) left, heed_users_limit, false, wait_for_xid, &xid);
 			continue;
 		}
 
