@@ -508,15 +508,17 @@ SELECT c.ledger, c.scope, c.key, c.account, c.operation_type, c.operation_id,
 FROM (
 	SELECT 'request'::text AS ledger, k.scope, k.key,
 		NULL::text AS account, NULL::text AS operation_type, NULL::text AS operation_id,
-		k.attempt, k.claimed_at, k.lease_expires_at, l.lapsed, k.recovery_point,
-		CASE WHEN l.lapsed AND k.recovery_point IS NULL
+		k.attempt, k.claimed_at, k.lease_expires_at, k.lapsed, k.recovery_point,
+		CASE WHEN k.lapsed AND k.recovery_point IS NULL
 			THEN pg_catalog.format('SELECT idempotency.release(%L, %L, %s);', k.key, k.scope, k.token)
 			ELSE pg_catalog.format('SELECT * FROM idempotency.lookup(%L, %L);', k.key, k.scope)
 		END AS next_step
-	FROM idempotency.idempotency_keys k,
-		LATERAL (SELECT k.lease_expires_at IS NULL
-			OR k.lease_expires_at OPERATOR(pg_catalog.<=) pg_catalog.clock_timestamp() AS lapsed) l
-	WHERE k.expires_at IS NULL
+	-- no LATERAL, which Citus refuses
+	FROM (SELECT r.scope, r.key, r.token, r.attempt, r.claimed_at, r.lease_expires_at, r.recovery_point,
+			r.lease_expires_at IS NULL
+				OR r.lease_expires_at OPERATOR(pg_catalog.<=) pg_catalog.clock_timestamp() AS lapsed
+		FROM idempotency.idempotency_keys r
+		WHERE r.expires_at IS NULL) k
 	UNION ALL
 	SELECT 'stripe', NULL, NULL, s.account, s.operation_type, s.operation_id,
 		s.attempt, s.claimed_at, s.lease_expires_at, l.lapsed, NULL,

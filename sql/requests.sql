@@ -613,8 +613,16 @@ INSERT INTO idempotency.idempotency_keys TABLE idempotency.before;
 BEGIN;
 CALL pg_temp.life(14);
 ROLLBACK;
+-- the limits that Citus would hand on to other nodes are taken back here
+SET citus.propagate_set_commands = 'none';
 SELECT token FROM idempotency.claim('leased', 'shop', lease => '1 hour') \gset
 SELECT verdict FROM idempotency.claim('leased', 'shop', wait => false);
+CREATE FUNCTION pg_temp.locked() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE lock_not_available; END';
+CREATE TRIGGER locked BEFORE INSERT ON idempotency.idempotency_keys FOR EACH ROW EXECUTE FUNCTION pg_temp.locked();
+SELECT verdict FROM idempotency.claim('locked', 'shop', lease => '1 hour');
+SHOW lock_timeout;
+SHOW citus.propagate_set_commands;
+RESET citus.propagate_set_commands;
 SELECT idempotency.release('leased', 'shop', :token);
 DROP TABLE idempotency.idempotency_keys;
 ALTER TABLE idempotency.before RENAME TO idempotency_keys;

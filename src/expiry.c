@@ -29,7 +29,8 @@
  *
  *		longest wait = BATCH_MS + one row's own triggers + LOCK_TIMEOUT_MS + commit
  *
- * where the worker's commit doesn't wait for the disk.  A live key is never
+ * where the worker's commit doesn't wait for the disk.  (Where rows are on other
+ * nodes, BATCH_ELSEWHERE_MS takes the place of BATCH_MS.)  A live key is never
  * waited for: its row isn't touched.  (doc/performance.md has the measured
  * waits.)  On the table there are only locks that every statement takes, and a
  * worker that can't have them at once goes away.
@@ -69,9 +70,11 @@
 #include "utils/timestamp.h"
 #include "utils/tuplestore.h"
 
+#include "clock.h"
 #include "compat.h"
 #include "errors.h"
 #include "expiry.h"
+#include "lock_limit.h"
 #include "settings.h"
 
 PG_FUNCTION_INFO_V1(idempotency_expire);
@@ -81,6 +84,9 @@ PG_FUNCTION_INFO_V1(idempotency_expire);
 
 /* After that a worker's batch removes no more. */
 #define BATCH_MS 5
+
+/* The same where each removal is a message to another node. */
+#define BATCH_ELSEWHERE_MS 50
 
 /* How long a removal waits for a lock. */
 #define LOCK_TIMEOUT_MS 10
@@ -115,16 +121,6 @@ typedef struct Work
 	int			ncandidates;
 	instr_time	started;		/* removing */
 } Work;
-
-static double
-milliseconds_since(instr_time then)
-{
-	instr_time	now;
-
-	INSTR_TIME_SET_CURRENT(now);
-	INSTR_TIME_SUBTRACT(now, then);
-	return INSTR_TIME_GET_MILLISEC(now);
-}
 
 static void
 note_oldest(TimestampTz *oldest, TimestampTz since)
@@ -375,6 +371,7 @@ try_remove(Work *work, int lo, int hi, ErrorData **error)
 	MemoryContext context = CurrentMemoryContext;
 	ResourceOwner owner = CurrentResourceOwner;
 	int			users_timeout = LockTimeout;
+	const char *volatile back = NULL;
 	volatile int reached = lo;
 	volatile int64 removed = 0;
 	volatile TimestampTz left = 0;
@@ -394,6 +391,8 @@ try_remove(Work *work, int lo, int hi, ErrorData **error)
 	{
 		if (users_timeout <= 0 || users_timeout > LOCK_TIMEOUT_MS)
 			LockTimeout = LOCK_TIMEOUT_MS;
+		if (!ledger->direct)
+			back = begin_limit_elsewhere(users_timeout);
 
 		while (reached < hi)
 		{
@@ -404,7 +403,8 @@ try_remove(Work *work, int lo, int hi, ErrorData **error)
 
 			CHECK_FOR_INTERRUPTS();
 			if (batch->background && reached > 0 &&
-				milliseconds_since(work->started) > BATCH_MS)
+				milliseconds_since(work->started) >
+				(ledger->direct ? BATCH_MS : BATCH_ELSEWHERE_MS))
 				break;
 
 			for (i = 0; i < ledger->nkeys; i++)
@@ -421,6 +421,7 @@ try_remove(Work *work, int lo, int hi, ErrorData **error)
 											 * trigger */
 			reached++;
 		}
+		end_limit_elsewhere(back);
 		LockTimeout = users_timeout;
 
 		ReleaseCurrentSubTransaction();

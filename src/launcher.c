@@ -54,6 +54,7 @@
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
+#include "clock.h"
 #include "compat.h"
 #include "databases.h"
 #include "launcher.h"
@@ -91,13 +92,6 @@ static TimestampTz no_slot_logged = 0;
 static bool full_logged = false;
 static TimestampTz last_probe = 0;
 static object_access_hook_type prev_object_access_hook = NULL;
-
-/* Is that moment more than "usecs" ago, or in the future (the clock was set)? */
-static bool
-is_over(TimestampTz since, int64 usecs, TimestampTz now)
-{
-	return now - since >= usecs || since > now;
-}
 
 /* ---------- DROP DATABASE ---------- */
 

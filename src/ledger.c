@@ -561,7 +561,7 @@ ledger_claim(Ledger *ledger, Relation rel, LedgerClaim *claim)
 			left = claim->wait && !claim->bounded ? wait_left(waiting_since) : -1;
 			wait.rel = rel;
 			wait.row = &row;
-			if (left < 0 || !within_lock_timeout(left, true, do_wait, &wait))
+			if (left < 0 || !within_lock_timeout(left, true, false, do_wait, &wait))
 				break;
 			continue;
 		}
@@ -586,7 +586,7 @@ ledger_claim(Ledger *ledger, Relation rel, LedgerClaim *claim)
 					waiting_since = now;
 				left = wait_left(waiting_since);
 			}
-			if (left < 0 || !within_lock_timeout(left, true, do_write, &write))
+			if (left < 0 || !within_lock_timeout(left, true, !ledger->direct, do_write, &write))
 				break;
 		}
 

@@ -7,6 +7,10 @@
  * subtransaction.  In exchange the wait is one that PostgreSQL knows: the
  * deadlock detector sees it, and it can be cancelled.
  *
+ * The lock may be on another node, where Citus keeps the rows, and who waits
+ * there doesn't know of our limit.  Citus hands a SET LOCAL on to the nodes of
+ * the transaction if it is asked to.
+ *
  * src/lock_limit.c
  *
  *-------------------------------------------------------------------------
@@ -14,20 +18,76 @@
 #include "postgres.h"
 
 #include "access/xact.h"
+#include "executor/spi.h"
 #include "storage/proc.h"
+#include "utils/guc.h"
 #include "utils/memutils.h"
 #include "utils/resowner.h"
 
 #include "lock_limit.h"
 
+#define PROPAGATE_SET_COMMANDS "citus.propagate_set_commands"
+
+/*
+ * Give the other nodes of this transaction a lock_timeout.  Here it stays as
+ * it is.
+ */
+static void
+set_elsewhere(const char *value)
+{
+	int			nestlevel = NewGUCNestLevel();
+	char	   *sql = psprintf("SET LOCAL lock_timeout = %s", value);
+	int			rc;
+
+	(void) set_config_option(PROPAGATE_SET_COMMANDS, "local", PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_SAVE, true, 0, false);
+	SPI_connect();
+	rc = SPI_execute(sql, false, 0);
+	if (rc != SPI_OK_UTILITY)
+		elog(ERROR, "SPI_execute returned %s for %s", SPI_result_code_string(rc), sql);
+	SPI_finish();
+	/* true would keep what SET LOCAL has set */
+	AtEOXact_GUC(false, nestlevel);
+}
+
+/*
+ * Let other nodes of this transaction keep to the LockTimeout that was set here
+ * instead of the user's, until end_limit_elsewhere() or the end of the
+ * subtransaction by an error.  Returns what to give that, NULL where nobody
+ * was told.
+ */
+const char *
+begin_limit_elsewhere(int users_timeout)
+{
+	const char *propagated = GetConfigOption(PROPAGATE_SET_COMMANDS, true, false);
+	const char *back = "DEFAULT";
+
+	if (propagated == NULL || LockTimeout == 0)
+		return NULL;
+
+	/* they know the user's if settings are handed on anyway */
+	if (strcmp(propagated, "local") == 0)
+		back = psprintf("%d", users_timeout);
+	set_elsewhere(psprintf("%d", LockTimeout));
+	return back;
+}
+
+void
+end_limit_elsewhere(const char *back)
+{
+	if (back != NULL)
+		set_elsewhere(back);
+}
+
 /*
  * Do something in an internal subtransaction under a lock_timeout of
  * timeout_ms (0: none).  Returns false, with nothing done, if that limit
  * struck.  A stricter limit that the user has set raises its error as ever,
- * unless heed_users_limit is false.
+ * unless heed_users_limit is false.  "elsewhere" says that rows may be on other
+ * nodes.
  */
 bool
-within_lock_timeout(int timeout_ms, bool heed_users_limit,
+within_lock_timeout(int timeout_ms, bool heed_users_limit, bool elsewhere,
 					void (*work) (void *), void *arg)
 {
 	MemoryContext context = CurrentMemoryContext;
@@ -36,6 +96,7 @@ within_lock_timeout(int timeout_ms, bool heed_users_limit,
 	bool		users_limit = heed_users_limit && users_timeout > 0 &&
 		(timeout_ms <= 0 || users_timeout <= timeout_ms);
 	volatile bool done = false;
+	const char *volatile back = NULL;
 
 	BeginInternalSubTransaction(NULL);
 	MemoryContextSwitchTo(context);
@@ -44,7 +105,10 @@ within_lock_timeout(int timeout_ms, bool heed_users_limit,
 	{
 		if (!users_limit)
 			LockTimeout = timeout_ms;
+		if (elsewhere)
+			back = begin_limit_elsewhere(users_timeout);
 		work(arg);
+		end_limit_elsewhere(back);
 		LockTimeout = users_timeout;
 
 		ReleaseCurrentSubTransaction();

@@ -12,7 +12,9 @@
 
 #include "postgres.h"
 
-extern bool within_lock_timeout(int timeout_ms, bool heed_users_limit,
+extern bool within_lock_timeout(int timeout_ms, bool heed_users_limit, bool elsewhere,
 								void (*work) (void *), void *arg);
+extern const char *begin_limit_elsewhere(int users_timeout);
+extern void end_limit_elsewhere(const char *back);
 
 #endif							/* IDEMPOTENCY_LOCK_LIMIT_H */

@@ -52,6 +52,7 @@
 #include "utils/wait_event.h"
 
 #include "caller.h"
+#include "clock.h"
 #include "compat.h"
 #include "debug_point.h"
 #include "errors.h"
@@ -69,9 +70,6 @@
 
 /* A recorder that was asked for and doesn't run after this is asked for again. */
 #define START_PATIENCE_MS	1000
-
-/* Of a database that is being dropped, no recorder is started for so long. */
-#define DROP_PATIENCE_MS	5000
 
 #define SEGMENT_MIN			(16 * 1024)
 
@@ -342,9 +340,9 @@ ask_for_recorder(TimestampTz *since, BackgroundWorkerHandle **handle)
 		LWLockRelease(queue_lock);
 		return false;
 	}
-	ask = slot->procno < 0 && slot->blocked_until <= now &&
+	ask = slot->procno < 0 && !queue_is_blocked(slot) &&
 		(slot->started == 0 ||
-		 TimestampDifferenceExceeds(slot->started, now, START_PATIENCE_MS));
+		 is_over(slot->started, START_PATIENCE_MS * 1000, now));
 	if (ask)
 		*since = slot->started = now;
 	LWLockRelease(queue_lock);
@@ -389,14 +387,14 @@ static WaitResult
 wait_for_answer(bool heed_users_limit)
 {
 	static uint32 wait_event = 0;
-	TimestampTz deadline;
+	instr_time	begin;
 	BackgroundWorkerHandle *handle = NULL;
 	TimestampTz since = 0;
 	long		nap = FIRST_WAIT_MS;
 
 	if (wait_event == 0)
 		wait_event = WAIT_EVENT_NEW("IdempotencyRecorderAnswer");
-	deadline = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), stripe_record_timeout);
+	INSTR_TIME_SET_CURRENT(begin);
 
 	for (;;)
 	{
@@ -423,7 +421,7 @@ wait_for_answer(bool heed_users_limit)
 		if (state == ORDER_DONE)
 			return WAIT_ANSWERED;
 
-		left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), deadline);
+		left = stripe_record_timeout - (long) milliseconds_since(begin);
 		if (left <= 0)
 			return WAIT_TIMED_OUT;
 
@@ -448,7 +446,7 @@ wait_for_answer(bool heed_users_limit)
 		}
 		else if (nap > FIRST_WAIT_MS && TransactionIdIsValid(xid) && TransactionIdIsInProgress(xid))
 		{
-			(void) within_lock_timeout((int) left, heed_users_limit, wait_for_xid, &xid);
+			(void) within_lock_timeout((int) left, heed_users_limit, false, wait_for_xid, &xid);
 			continue;
 		}
 
@@ -1075,8 +1073,7 @@ dismiss_recorder(Oid database)
 		running = slot != NULL && slot->procno >= 0;
 		if (slot != NULL)
 		{
-			slot->blocked_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
-															  DROP_PATIENCE_MS);
+			slot->blocked_since = GetCurrentTimestamp();
 			slot->quit = true;
 			queue_wake_recorder(database);
 		}

@@ -33,6 +33,7 @@
 #include "utils/builtins.h"
 #include "utils/datum.h"
 
+#include "clock.h"
 #include "compat.h"
 #include "recorder_queue.h"
 
@@ -146,7 +147,8 @@ queue_post(Order *order, OrderVerb verb)
 	order->number = ++queue->last_number;
 	order->alone = false;
 	order->failures = 0;
-	order->not_before = 0;
+	order->failed_at = 0;
+	order->pause_ms = 0;
 }
 
 /*
@@ -168,8 +170,8 @@ queue_slot(Oid database, bool create)
 		if (create && spare == NULL &&
 			(!OidIsValid(slot->database) ||
 			 (slot->procno < 0 &&
-			  TimestampDifferenceExceeds(slot->started, GetCurrentTimestamp(), 10000) &&
-			  slot->blocked_until < GetCurrentTimestamp())))
+			  is_over(slot->started, 10 * USECS_PER_SEC, GetCurrentTimestamp()) &&
+			  !queue_is_blocked(slot))))
 			spare = slot;
 	}
 
@@ -180,6 +182,13 @@ queue_slot(Oid database, bool create)
 		spare->procno = -1;
 	}
 	return spare;
+}
+
+/* Is the slot's database being dropped?  Under the lock. */
+bool
+queue_is_blocked(const RecorderSlot *slot)
+{
+	return !is_over(slot->blocked_since, DROP_PATIENCE_MS * 1000, GetCurrentTimestamp());
 }
 
 /* Wake a database's recorder, if there is one.  Under the lock. */

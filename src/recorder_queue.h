@@ -66,7 +66,8 @@ typedef struct Order
 								 * claimed is released */
 	bool		alone;			/* has failed in company */
 	int			failures;
-	TimestampTz not_before;		/* of the next try */
+	TimestampTz failed_at;		/* when it was last tried in vain */
+	int			pause_ms;		/* how long not to try it again */
 	uint64		number;			/* in order of posting */
 	Oid			database;
 	int			procno;			/* of the owner, while not detached */
@@ -90,6 +91,9 @@ typedef struct Order
 	char		hint[ORDER_MESSAGE_LEN];
 } Order;
 
+/* Of a database that is being dropped, no recorder is started for so long. */
+#define DROP_PATIENCE_MS	5000
+
 /* The recorder of one database. */
 typedef struct RecorderSlot
 {
@@ -97,7 +101,7 @@ typedef struct RecorderSlot
 	int			procno;			/* -1: doesn't run (yet) */
 	TransactionId xid;			/* of the batch in progress */
 	TimestampTz started;		/* when it was last asked for */
-	TimestampTz blocked_until;	/* the database is being dropped: not before */
+	TimestampTz blocked_since;	/* the database is being dropped */
 	bool		quit;			/* leave now */
 } RecorderSlot;
 
@@ -146,6 +150,7 @@ extern Order *queue_new_order(void);
 extern void queue_free_order(Order *order);
 extern void queue_post(Order *order, OrderVerb verb);
 extern RecorderSlot *queue_slot(Oid database, bool create);
+extern bool queue_is_blocked(const RecorderSlot *slot);
 extern void queue_wake_recorder(Oid database);
 
 #endif							/* IDEMPOTENCY_RECORDER_QUEUE_H */

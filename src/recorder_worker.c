@@ -56,6 +56,7 @@
 #include "utils/wait_event.h"
 
 #include "background.h"
+#include "clock.h"
 #include "compat.h"
 #include "debug_point.h"
 #include "errors.h"
@@ -106,7 +107,7 @@ static dsm_segment **mappings;	/* by number of the order */
 static dsm_handle *mapped;
 static Note notes[MAX_NOTES];
 static int	nnotes = 0;
-static TimestampTz next_notes = 0;	/* not before */
+static TimestampTz last_notes = 0;	/* 0: look at once */
 
 /* ---------- segments ---------- */
 
@@ -196,14 +197,14 @@ notes_are_due(void)
 {
 	int			i;
 
-	if (nnotes == 0 || GetCurrentTimestamp() < next_notes)
+	if (nnotes == 0 || !is_over(last_notes, NOTE_INTERVAL_MS * 1000, GetCurrentTimestamp()))
 		return false;
-	next_notes = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), NOTE_INTERVAL_MS);
+	last_notes = GetCurrentTimestamp();
 	for (i = 0; i < nnotes; i++)
 	{
 		if (!TransactionIdIsInProgress(notes[i].xid))
 		{
-			next_notes = 0;
+			last_notes = 0;
 			return true;
 		}
 	}
@@ -491,7 +492,7 @@ run_notes(int room)
 	int			kept = 0;
 	int			i;
 
-	if (nnotes == 0 || GetCurrentTimestamp() < next_notes)
+	if (nnotes == 0 || !is_over(last_notes, NOTE_INTERVAL_MS * 1000, GetCurrentTimestamp()))
 		return;
 
 	for (i = 0; i < nnotes; i++)
@@ -515,7 +516,7 @@ run_notes(int room)
 	}
 	nnotes = kept;
 	if (room > 0)
-		next_notes = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), NOTE_INTERVAL_MS);
+		last_notes = GetCurrentTimestamp();
 }
 
 /* ---------- batches ---------- */
@@ -529,19 +530,27 @@ compare_numbers(const void *a, const void *b)
 	return x < y ? -1 : x > y ? 1 : 0;
 }
 
+/* May the order be tried, or has it failed a moment ago? */
+static bool
+is_ripe(Order *order, TimestampTz now)
+{
+	return is_over(order->failed_at, order->pause_ms * INT64CONST(1000), now);
+}
+
 /*
  * Look for orders of this database.  Returns how many are posted; *due tells
- * whether one can be done now, otherwise *next is when.  Under the lock.
+ * whether one can be done now, otherwise *pause is after how many milliseconds
+ * to look again.  Under the lock.
  */
 static int
-look_for_orders(bool *due, TimestampTz *next)
+look_for_orders(bool *due, int *pause)
 {
 	TimestampTz now = GetCurrentTimestamp();
 	int			n = 0;
 	int			i;
 
 	*due = false;
-	*next = 0;
+	*pause = RETRY_LAST_MS;
 	for (i = 0; i < queue_norders(); i++)
 	{
 		Order	   *order = queue_order(i);
@@ -549,10 +558,10 @@ look_for_orders(bool *due, TimestampTz *next)
 		if (order->state != ORDER_POSTED || order->database != MyDatabaseId)
 			continue;
 		n++;
-		if (order->not_before <= now)
+		if (is_ripe(order, now))
 			*due = true;
-		else if (*next == 0 || order->not_before < *next)
-			*next = order->not_before;
+		else
+			*pause = Min(*pause, order->pause_ms);
 	}
 	return n;
 }
@@ -577,7 +586,7 @@ take_batch(TransactionId xid)
 		Order	   *order = queue_order(i);
 
 		if (order->state == ORDER_POSTED && order->database == MyDatabaseId &&
-			order->not_before <= now)
+			is_ripe(order, now))
 			candidates[n++] = order;
 	}
 	qsort(candidates, n, sizeof(Order *), compare_numbers);
@@ -670,7 +679,8 @@ end_batch(bool committed, ErrorData *edata)
 				if (entry->is_lock)
 					delay = Min(delay, RETRY_FIRST_MS * 4);
 				order->failures++;
-				order->not_before = TimestampTzPlusMilliseconds(now, Min(delay, RETRY_LAST_MS));
+				order->failed_at = now;
+				order->pause_ms = Min(delay, RETRY_LAST_MS);
 			}
 		}
 		else if (order->detached)
@@ -865,12 +875,12 @@ take_slot(void)
 
 	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
 	slot = queue_slot(MyDatabaseId, true);
-	if (slot != NULL && slot->procno < 0 && slot->blocked_until < GetCurrentTimestamp())
+	if (slot != NULL && slot->procno < 0 && !queue_is_blocked(slot))
 	{
 		slot->procno = MY_PROC_NUMBER;
 		slot->xid = InvalidTransactionId;
 		slot->quit = false;
-		slot->blocked_until = 0;
+		slot->blocked_since = 0;
 		have_slot = true;
 	}
 	LWLockRelease(queue_lock);
@@ -886,10 +896,10 @@ leave_if_idle(void)
 {
 	RecorderSlot *slot;
 	bool		due;
-	TimestampTz next;
+	int			pause;
 
 	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
-	if (look_for_orders(&due, &next) == 0)
+	if (look_for_orders(&due, &pause) == 0)
 	{
 		slot = queue_slot(MyDatabaseId, false);
 		slot->procno = -1;
@@ -941,10 +951,10 @@ idempotency_recorder_main(Datum arg)
 	last_order = GetCurrentTimestamp();
 	for (;;)
 	{
-		TimestampTz next;
 		bool		due;
 		bool		quit;
 		int			posted;
+		int			pause;
 		long		nap;
 
 		CHECK_FOR_INTERRUPTS();
@@ -956,7 +966,7 @@ idempotency_recorder_main(Datum arg)
 		}
 
 		LWLockAcquire(queue_lock, LW_SHARED);
-		posted = look_for_orders(&due, &next);
+		posted = look_for_orders(&due, &pause);
 		quit = queue_slot(MyDatabaseId, false)->quit;
 		LWLockRelease(queue_lock);
 
@@ -977,7 +987,7 @@ idempotency_recorder_main(Datum arg)
 		unmap_stale_segments();
 		nap = IDLE_EXIT_MS - TimestampDifferenceMilliseconds(last_order, GetCurrentTimestamp());
 		if (posted > 0)
-			nap = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), next);
+			nap = pause;
 		else if (nap <= 0 && leave_if_idle())
 			proc_exit(0);
 		if (nnotes > 0)

@@ -70,6 +70,7 @@
 #include "utils/varlena.h"
 
 #include "background.h"
+#include "clock.h"
 #include "compat.h"
 #include "databases.h"
 #include "expiry.h"
@@ -218,16 +219,6 @@ typedef struct Run
 	uint32		marks;			/* when we came */
 	char		error[DATABASE_ERROR_LEN];
 } Run;
-
-static double
-milliseconds_since(instr_time then)
-{
-	instr_time	now;
-
-	INSTR_TIME_SET_CURRENT(now);
-	INSTR_TIME_SUBTRACT(now, then);
-	return INSTR_TIME_GET_MILLISEC(now);
-}
 
 /*
  * Is the extension there, and does it stay until the end of the transaction?

@@ -126,10 +126,11 @@ sql($node, "SELECT idempotency.record('late', 'test', $late->{token})");
 $clock->set(1002.1 * $day);
 is(claim($node, 'late', lease => '1 hour')->{verdict}, 'claimed', 'an expired key is absent without a worker');
 
-# The clock goes back by years: the next run isn't as far away.
+# The clock goes back by weeks: the next run isn't as far away.  (By more than 24
+# days, PostgreSQL's own checkpointer would fail an assertion.)
 sql($node, 'ALTER DATABASE postgres RESET idempotency.expiry');
 $node->append_conf('postgresql.conf', 'idempotency.max_workers = 2');
-$clock->set(0);
+$clock->set(982 * $day);
 sql($node, "ALTER DATABASE postgres SET idempotency.expiry_interval = '1s'");
 expired_rows($node, 5);
 $node->reload;

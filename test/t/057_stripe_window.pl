@@ -122,6 +122,31 @@ pass_to(31 * 24 * HOUR);
 is_not_sent('a month late');
 is($stripe->charges, 6, 'six charges for six payments');
 
+# The recorder tries again in a moment what met a lock, also if the clock is set
+# back by three weeks in that moment.  (By more, PostgreSQL's own checkpointer
+# would fail an assertion.)
+my $hang = $stripe->fault('hang_after');
+my $caller = $node->background_psql('postgres');
+my $holder = $node->background_psql('postgres');
+$caller->query_until(qr/paying/, <<'END');
+\echo paying
+SET idempotency.stripe_record_timeout = '1min';
+SELECT outcome FROM idempotency.stripe_call('payment', 'set back', 'POST', '/v1/payment_intents',
+	'{"amount": 500, "currency": "eur", "confirm": true, "payment_method": "pm_card_visa"}');
+END
+$stripe->wait_fault($hang, holding => 1);
+$holder->query_safe(q{BEGIN; SELECT FROM idempotency.stripe_idempotency_keys WHERE operation_id = 'set back' FOR UPDATE});
+$stripe->release($hang);
+wait_until($node, q{SELECT count(*) = 1 FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+	WHERE NOT l.granted AND a.backend_type = 'idempotency recorder'}, 'the answer meets a lock');
+wait_until($node, q{SELECT wait_event_type = 'Extension' FROM pg_stat_activity
+	WHERE backend_type = 'idempotency recorder'}, 'and is to be recorded a moment later');
+$clock->set($now - 21 * 24 * HOUR);
+$holder->query_safe('ROLLBACK');
+is($caller->query('SELECT 1') =~ s/\n?1\z//r, 'completed', 'the clock is set back: recorded all the same');
+is(operation($node, 'payment', 'set back')->{outcome}, 'completed', 'by the recorder');
+$_->quit foreach $caller, $holder;
+
 $node->stop;
 $stripe->stop;
 
