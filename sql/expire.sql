@@ -252,6 +252,17 @@ SELECT key FROM idempotency.idempotency_keys;
 DROP TRIGGER keep ON idempotency.idempotency_keys;
 SELECT sum(removed) FROM idempotency.expire();
 
+-- one that sets lock_timeout, too, and fails
+SELECT pg_temp.recorded(5, interval '1 second');
+CREATE FUNCTION pg_temp.fail() RETURNS trigger LANGUAGE plpgsql SET lock_timeout = '7s' AS
+	$$ BEGIN RAISE 'not this one'; END $$;
+CREATE TRIGGER fail BEFORE DELETE ON idempotency.idempotency_keys
+	FOR EACH ROW WHEN (OLD.key = 'k3') EXECUTE FUNCTION pg_temp.fail();
+SELECT sum(removed) FROM idempotency.expire();
+SHOW lock_timeout;
+DROP TRIGGER fail ON idempotency.idempotency_keys;
+SELECT sum(removed) FROM idempotency.expire();
+
 --
 -- A table that the planner must be asked about
 --

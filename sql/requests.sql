@@ -628,4 +628,21 @@ DROP TABLE idempotency.idempotency_keys;
 ALTER TABLE idempotency.before RENAME TO idempotency_keys;
 CALL pg_temp.life(13);
 
+--
+-- A trigger that sets lock_timeout, too, and fails
+--
+CREATE FUNCTION pg_temp.fail() RETURNS trigger LANGUAGE plpgsql SET lock_timeout = '7s' AS
+	$$ BEGIN RAISE 'not this one'; END $$;
+CREATE TRIGGER fail BEFORE INSERT OR UPDATE OR DELETE ON idempotency.idempotency_keys
+	FOR EACH ROW EXECUTE FUNCTION pg_temp.fail();
+SELECT verdict FROM idempotency.claim('fails', 'shop', lease => '1 hour');
+SHOW lock_timeout;
+SELECT verdict FROM idempotency.claim('fails', 'shop', lease => '1 hour', wait => false);
+SHOW lock_timeout;
+SET lock_timeout = '1h';
+SELECT verdict FROM idempotency.claim('fails', 'shop', lease => '1 hour');
+SHOW lock_timeout;
+RESET lock_timeout;
+DROP TRIGGER fail ON idempotency.idempotency_keys;
+
 DELETE FROM idempotency.idempotency_keys;

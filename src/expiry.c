@@ -389,11 +389,12 @@ try_remove(Work *work, int lo, int hi, ErrorData **error)
 
 	PG_TRY();
 	{
-		if (users_timeout <= 0 || users_timeout > LOCK_TIMEOUT_MS)
-			LockTimeout = LOCK_TIMEOUT_MS;
+		int			nestlevel;
+
+		nestlevel = lock_limit_begin(users_timeout > 0 ?
+									 Min(users_timeout, LOCK_TIMEOUT_MS) : LOCK_TIMEOUT_MS);
 		if (!ledger->direct)
 			back = begin_limit_elsewhere(users_timeout);
-
 		while (reached < hi)
 		{
 			Candidate  *candidate = &work->candidates[reached];
@@ -422,7 +423,7 @@ try_remove(Work *work, int lo, int hi, ErrorData **error)
 			reached++;
 		}
 		end_limit_elsewhere(back);
-		LockTimeout = users_timeout;
+		lock_limit_end(nestlevel);
 
 		ReleaseCurrentSubTransaction();
 		MemoryContextSwitchTo(context);
@@ -430,7 +431,6 @@ try_remove(Work *work, int lo, int hi, ErrorData **error)
 	}
 	PG_CATCH();
 	{
-		LockTimeout = users_timeout;
 		MemoryContextSwitchTo(context);
 		*error = CopyErrorData();
 		FlushErrorState();

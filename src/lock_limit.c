@@ -80,6 +80,32 @@ end_limit_elsewhere(const char *back)
 }
 
 /*
+ * Set lock_timeout, in milliseconds (0: none), until lock_limit_end() is given
+ * what this returns, or the (sub)transaction aborts.
+ *
+ * The setting is changed as a function's SET clause changes it, not behind its
+ * back: a user's trigger that sets it, too, and fails would have it put back to
+ * our value for the rest of the session.
+ */
+int
+lock_limit_begin(int timeout_ms)
+{
+	int			nestlevel = NewGUCNestLevel();
+	char		value[16];
+
+	snprintf(value, sizeof(value), "%d", timeout_ms);
+	(void) set_config_option("lock_timeout", value, PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_SAVE, true, 0, false);
+	return nestlevel;
+}
+
+void
+lock_limit_end(int nestlevel)
+{
+	AtEOXact_GUC(true, nestlevel);
+}
+
+/*
  * Do something in an internal subtransaction under a lock_timeout of
  * timeout_ms (0: none).  Returns false, with nothing done, if that limit
  * struck.  A stricter limit that the user has set raises its error as ever,
@@ -103,13 +129,16 @@ within_lock_timeout(int timeout_ms, bool heed_users_limit, bool elsewhere,
 
 	PG_TRY();
 	{
+		int			nestlevel = 0;
+
 		if (!users_limit)
-			LockTimeout = timeout_ms;
+			nestlevel = lock_limit_begin(timeout_ms);
 		if (elsewhere)
 			back = begin_limit_elsewhere(users_timeout);
 		work(arg);
 		end_limit_elsewhere(back);
-		LockTimeout = users_timeout;
+		if (!users_limit)
+			lock_limit_end(nestlevel);
 
 		ReleaseCurrentSubTransaction();
 		MemoryContextSwitchTo(context);
@@ -120,7 +149,6 @@ within_lock_timeout(int timeout_ms, bool heed_users_limit, bool elsewhere,
 	{
 		ErrorData  *edata;
 
-		LockTimeout = users_timeout;
 		MemoryContextSwitchTo(context);
 		edata = CopyErrorData();
 		FlushErrorState();

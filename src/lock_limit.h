@@ -12,6 +12,8 @@
 
 #include "postgres.h"
 
+extern int	lock_limit_begin(int timeout_ms);
+extern void lock_limit_end(int nestlevel);
 extern bool within_lock_timeout(int timeout_ms, bool heed_users_limit, bool elsewhere,
 								void (*work) (void *), void *arg);
 extern const char *begin_limit_elsewhere(int users_timeout);

@@ -74,6 +74,7 @@
 #include "compat.h"
 #include "databases.h"
 #include "expiry.h"
+#include "lock_limit.h"
 #include "settings.h"
 #include "settle.h"
 #include "settle_event.h"
@@ -227,21 +228,14 @@ static bool
 lock_extension(void)
 {
 	Oid			extension = get_extension_oid("idempotency", true);
-	int			users_timeout = LockTimeout;
+	int			nestlevel;
 
 	if (!OidIsValid(extension))
 		return false;
 
-	PG_TRY();
-	{
-		LockTimeout = EXTENSION_LOCK_MS;
-		LockDatabaseObject(ExtensionRelationId, extension, 0, AccessShareLock);
-	}
-	PG_FINALLY();
-	{
-		LockTimeout = users_timeout;
-	}
-	PG_END_TRY();
+	nestlevel = lock_limit_begin(EXTENSION_LOCK_MS);
+	LockDatabaseObject(ExtensionRelationId, extension, 0, AccessShareLock);
+	lock_limit_end(nestlevel);
 
 	return get_extension_oid("idempotency", true) == extension;
 }
