@@ -285,6 +285,16 @@ SELECT request, response FROM idempotency.stripe_idempotency_keys;
 SET idempotency.stripe_retention = '24h';
 SELECT * FROM idempotency.expire(100);
 RESET idempotency.stripe_retention;
+-- keys so long that they are in TOAST, and vacuumed away from there
+ALTER TABLE idempotency.idempotency_keys SET (toast_tuple_target = 128);
+INSERT INTO idempotency.idempotency_keys (token, claimed_at, expires_at, attempt, http_status, scope, key, response_body)
+	SELECT i, now(), now() - interval '1 second', 1, 200, 's',
+		i || string_agg(md5(i || ' ' || j), '') FILTER (WHERE j <= 7), convert_to(string_agg(md5(i || ' ' || j), ''), 'UTF8')
+	FROM generate_series(1, 2) i, generate_series(1, 70) j GROUP BY i;
+SELECT sum(removed) FROM idempotency.expire(1);
+VACUUM idempotency.idempotency_keys;
+SELECT sum(removed) FROM idempotency.expire(1);
+ALTER TABLE idempotency.idempotency_keys RESET (toast_tuple_target);
 ALTER TABLE idempotency.idempotency_keys DISABLE ROW LEVEL SECURITY;
 ALTER TABLE idempotency.stripe_idempotency_keys DISABLE ROW LEVEL SECURITY;
 

@@ -156,8 +156,9 @@ move_cursor(ExpiryCursor *cursor, Ledger *ledger, Candidate *candidate)
 	cursor->tid = candidate->tid;
 	if (!ledger->direct)
 	{
+		/* the row may be gone before the next batch, with its TOAST */
 		for (i = 0; i < ledger->nkeys; i++)
-			cursor->key[i] = datumCopy(candidate->key[i], false, -1);
+			cursor->key[i] = PointerGetDatum(PG_DETOAST_DATUM_COPY(candidate->key[i]));
 	}
 	MemoryContextSwitchTo(context);
 }
