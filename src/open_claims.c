@@ -54,6 +54,20 @@ static JournalEntry *journal = NULL;
 static int	njournal = 0;
 static int	maxjournal = 0;
 
+static void at_xact_event(XactEvent event, void *arg);
+
+/*
+ * Be the first to be called when the transaction ends: callbacks are called in
+ * the reverse order of their registration, and what another has committed on a
+ * foreign server before we refuse, nobody takes back.
+ */
+static void
+register_as_first(void)
+{
+	UnregisterXactCallback(at_xact_event, NULL);
+	RegisterXactCallback(at_xact_event, NULL);
+}
+
 /* Make room for one more entry; after this add_to_journal() can't fail. */
 static void
 reserve_journal(void)
@@ -88,6 +102,7 @@ open_claims_add(int64 token, const char *what, const char *name)
 	{
 		HASHCTL		ctl;
 
+		register_as_first();
 		ctl.keysize = sizeof(int64);
 		ctl.entrysize = sizeof(OpenClaim);
 		ctl.hcxt = TopTransactionContext;
@@ -272,6 +287,6 @@ at_subxact_event(SubXactEvent event, SubTransactionId subid,
 void
 open_claims_init(void)
 {
-	RegisterXactCallback(at_xact_event, NULL);
+	register_as_first();
 	RegisterSubXactCallback(at_subxact_event, NULL);
 }
