@@ -35,6 +35,7 @@ background_fix_settings(void)
 	background_set("default_transaction_deferrable", "off");
 	background_set("session_replication_role", "origin");
 	background_set("row_security", "on");
+	background_set("exit_on_error", "off");
 	background_set("lock_timeout", "0");
 	background_set("statement_timeout", "0");
 	background_set("transaction_timeout", "0");

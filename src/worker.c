@@ -39,15 +39,18 @@
 
 #include <signal.h>
 
+#include "access/htup_details.h"
 #include "access/table.h"
 #include "access/xact.h"
 #include "access/xlog.h"
 #include "catalog/pg_authid_d.h"
+#include "catalog/pg_database.h"
 #include "catalog/pg_extension_d.h"
 #include "commands/dbcommands.h"
 #include "commands/extension.h"
 #include "fmgr.h"
 #include "funcapi.h"
+#include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "pgstat.h"
 #include "portability/instr_time.h"
@@ -65,6 +68,7 @@
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
+#include "utils/syscache.h"
 #include "utils/timestamp.h"
 #include "utils/tuplestore.h"
 #include "utils/varlena.h"
@@ -221,6 +225,16 @@ typedef struct Run
 	char		error[DATABASE_ERROR_LEN];
 } Run;
 
+/* An error's text, as much of it as there is room for. */
+static void
+keep_error(Run *run, const char *text)
+{
+	int			len = pg_mbcliplen(text, strlen(text), sizeof(run->error) - 1);
+
+	memcpy(run->error, text, len);
+	run->error[len] = '\0';
+}
+
 /*
  * Is the extension there, and does it stay until the end of the transaction?
  */
@@ -278,7 +292,7 @@ note_batch(Run *run, ExpiryBatch *batch)
 	if (batch->oldest != 0 && (run->oldest == 0 || batch->oldest < run->oldest))
 		run->oldest = batch->oldest;
 	if (batch->refusal != NULL && run->error[0] == '\0')
-		strlcpy(run->error, batch->refusal, sizeof(run->error));
+		keep_error(run, batch->refusal);
 	if (batch->finished)
 	{
 		run->sweep++;
@@ -517,7 +531,7 @@ note_error(Run *run, MemoryContext context)
 	RESUME_INTERRUPTS();
 
 	run->outcome = RUN_FAILED;
-	strlcpy(run->error, error->message, sizeof(run->error));
+	keep_error(run, error->message);
 
 	/* this pass is done with that one */
 	run->sweep++;
@@ -768,6 +782,30 @@ next_step_of(Database *db, const char *name, bool launcher)
 	}
 }
 
+/*
+ * The last error, which is in its own database's encoding: in another one it
+ * may be no text at all, so that only its ASCII is shown there.
+ */
+static text *
+last_error(Database *db)
+{
+	HeapTuple	tuple = SearchSysCache1(DATABASEOID, ObjectIdGetDatum(db->dbid));
+	char	   *p;
+
+	if (!HeapTupleIsValid(tuple) ||
+		((Form_pg_database) GETSTRUCT(tuple))->encoding != GetDatabaseEncoding())
+	{
+		for (p = db->error; *p != '\0'; p++)
+		{
+			if (IS_HIGHBIT_SET(*p))
+				*p = '?';
+		}
+	}
+	if (HeapTupleIsValid(tuple))
+		ReleaseSysCache(tuple);
+	return cstring_to_text(db->error);
+}
+
 static void
 put_row(ReturnSetInfo *rsinfo, Oid dbid, Database *db, bool launcher)
 {
@@ -795,7 +833,7 @@ put_row(ReturnSetInfo *rsinfo, Oid dbid, Database *db, bool launcher)
 		PUT(W_REFUSED, Int64GetDatum(db->refused));
 		PUT_TIME(W_OLDEST_EXPIRED, db->oldest);
 		if (db->error[0] != '\0')
-			PUT(W_LAST_ERROR, CStringGetTextDatum(db->error));
+			PUT(W_LAST_ERROR, PointerGetDatum(last_error(db)));
 		PUT_TIME(W_LAST_ERROR_AT, db->error_at);
 		if (!RecoveryInProgress() && db->startable && max_workers > 0)
 			PUT_TIME(W_NEXT_RUN, db->next_run);

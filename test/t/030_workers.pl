@@ -224,6 +224,28 @@ sql($node, 'DROP TABLE kept, deferred; DROP TRIGGER fire ON idempotency.idempote
 	DROP TRIGGER fire_late ON idempotency.idempotency_keys', db => 'two');
 wait_until_expired($node, 'rows that are refused: then they are not', db => 'two');
 
+# The view cuts an error between characters, and shows it in any encoding.
+foreach my $db (qw(utf8 latin1))
+{
+	sql($node, "CREATE DATABASE $db TEMPLATE template0 ENCODING '$db' LOCALE 'C'");
+	sql($node, 'CREATE EXTENSION idempotency', db => $db);
+}
+sql($node, q{
+	CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not this one'; END $$;
+	CREATE TRIGGER refuse BEFORE DELETE ON idempotency.idempotency_keys
+		FOR EACH ROW EXECUTE FUNCTION refuse();
+	INSERT INTO idempotency.idempotency_keys
+		(token, claimed_at, recorded_at, expires_at, attempt, http_status, scope, key)
+	SELECT 1, t, t, t, 1, 200, 'x', repeat(U&'\20ac', 200)
+	FROM (SELECT clock_timestamp() - interval '1 day' AS t) t}, db => 'utf8');
+wait_for_status('rows refused', 'encodings: a long key is refused', 'utf8');
+is(state_of(q{convert_from(convert_to(last_error, 'UTF8'), 'UTF8') ~ U&'^[(]scope, key[)]=[(]x, \20ac+$'}, 'utf8'),
+	't', 'encodings: an error that was cut is text');
+is(sql($node, q{SELECT last_error ~ '^[(]scope, key[)]=[(]x, [?]+$' FROM idempotency.workers WHERE database = 'utf8'},
+		db => 'latin1'),
+	't', 'encodings: in another database, too');
+sql($node, "DROP DATABASE $_") for qw(utf8 latin1);
+
 #
 # Settings of a database
 #
@@ -246,6 +268,7 @@ sql($node, q{
 	ALTER DATABASE one SET default_transaction_deferrable = on;
 	ALTER DATABASE one SET session_replication_role = replica;
 	ALTER DATABASE one SET row_security = off;
+	ALTER DATABASE one SET exit_on_error = on;
 	ALTER DATABASE one SET statement_timeout = '1ms';
 	ALTER DATABASE one SET lock_timeout = '1ms';
 	ALTER DATABASE one SET idle_in_transaction_session_timeout = '1ms';
@@ -261,9 +284,12 @@ sql($node, q{
 		'BEGIN INSERT INTO public.fired VALUES (1); RETURN NULL; END';
 	CREATE TRIGGER fire AFTER DELETE ON idempotency.idempotency_keys
 		FOR EACH ROW EXECUTE FUNCTION public.fire();
+	CREATE FUNCTION public.refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not this one'; END $$;
+	CREATE TRIGGER refuse BEFORE DELETE ON idempotency.idempotency_keys
+		FOR EACH ROW WHEN (OLD.key OPERATOR(pg_catalog.=) 'k13') EXECUTE FUNCTION public.refuse();
 	INSERT INTO idempotency.idempotency_keys
 		(token, claimed_at, recorded_at, expires_at, attempt, http_status, scope, key)
-	SELECT n, t, t, CASE WHEN n <= 50 THEN t ELSE t + interval '1 year' END, 1, 200, 'test', 'k' || n
+	SELECT n, t, t, CASE WHEN n <= 51 THEN t ELSE t + interval '1 year' END, 1, 200, 'test', 'k' || n
 	FROM generate_series(1, 60) n, (SELECT clock_timestamp() - interval '1 day' AS t) t},
 	db => 'one');
 wait_until($node, "SELECT removed = $removed + 50 FROM idempotency.workers WHERE database = 'one'",
@@ -271,7 +297,8 @@ wait_until($node, "SELECT removed = $removed + 50 FROM idempotency.workers WHERE
 is(sql($node, q{SET statement_timeout = 0; SELECT count(*) FROM public.fired}, db => 'one'),
 	'50', 'and keep no trigger from firing');
 sql($node, 'ALTER DATABASE one RESET ALL');
-sql($node, 'DROP TRIGGER fire ON idempotency.idempotency_keys', db => 'one');
+sql($node, 'DROP TRIGGER fire ON idempotency.idempotency_keys;
+	DROP TRIGGER refuse ON idempotency.idempotency_keys', db => 'one');
 
 # max_workers
 $node->append_conf('postgresql.conf', 'idempotency.max_workers = 0');
