@@ -1,7 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * background.c
- *	  Settings that all background processes have.
+ *	  What all background processes have in common: how they are registered,
+ *	  and their settings.
  *
  * A background process runs with the settings of its database, so that the
  * project's own can be set there.  Those that could spoil its work, or change
@@ -13,9 +14,48 @@
  */
 #include "postgres.h"
 
+#include "miscadmin.h"
 #include "utils/guc.h"
 
 #include "background.h"
+#include "compat.h"
+
+/*
+ * What the postmaster has to know of an "idempotency KIND", whose function is
+ * idempotency_KIND_main().
+ */
+void
+background_describe(BackgroundWorker *worker, const char *kind)
+{
+	memset(worker, 0, sizeof(BackgroundWorker));
+	worker->bgw_flags = BGWORKER_SHMEM_ACCESS | BGWORKER_BACKEND_DATABASE_CONNECTION;
+	worker->bgw_start_time = BgWorkerStart_RecoveryFinished;
+	worker->bgw_restart_time = BGW_NEVER_RESTART;
+	strlcpy(worker->bgw_library_name, "idempotency", sizeof(worker->bgw_library_name));
+	snprintf(worker->bgw_function_name, sizeof(worker->bgw_function_name),
+			 "idempotency_%s_main", kind);
+	snprintf(worker->bgw_name, sizeof(worker->bgw_name), "idempotency %s", kind);
+	snprintf(worker->bgw_type, sizeof(worker->bgw_type), "idempotency %s", kind);
+}
+
+/*
+ * Ask for one in a database, which is its argument.  Where a handle is wanted
+ * we are also signalled when it starts and ends.  Returns false where there is
+ * no slot.
+ */
+bool
+background_start(const char *kind, Oid dbid, BackgroundWorkerHandle **handle)
+{
+	BackgroundWorker worker;
+
+	background_describe(&worker, kind);
+	worker.bgw_flags |= BGWORKER_INTERRUPTIBLE;
+	snprintf(worker.bgw_name, sizeof(worker.bgw_name),
+			 "idempotency %s for database %u", kind, dbid);
+	worker.bgw_main_arg = ObjectIdGetDatum(dbid);
+	worker.bgw_notify_pid = handle == NULL ? 0 : MyProcPid;
+	return RegisterDynamicBackgroundWorker(&worker, handle);
+}
 
 /*
  * Fix a setting for the process's life, where this version has it.

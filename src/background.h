@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * background.h
- *	  Settings that all background processes have.
+ *	  What all background processes have in common.
  *
  * src/background.h
  *
@@ -10,6 +10,10 @@
 #ifndef IDEMPOTENCY_BACKGROUND_H
 #define IDEMPOTENCY_BACKGROUND_H
 
+#include "postmaster/bgworker.h"
+
+extern void background_describe(BackgroundWorker *worker, const char *kind);
+extern bool background_start(const char *kind, Oid dbid, BackgroundWorkerHandle **handle);
 extern void background_set(const char *name, const char *value);
 extern void background_fix_settings(void);
 

@@ -54,6 +54,7 @@
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
+#include "background.h"
 #include "clock.h"
 #include "compat.h"
 #include "databases.h"
@@ -309,27 +310,12 @@ reap(void)
 static bool
 ask_for_worker(int index, Oid dbid)
 {
-	BackgroundWorker worker;
 	MemoryContext context;
 	bool		registered;
 
-	memset(&worker, 0, sizeof(worker));
-	worker.bgw_flags = BGWORKER_SHMEM_ACCESS | BGWORKER_BACKEND_DATABASE_CONNECTION |
-		BGWORKER_INTERRUPTIBLE;
-	worker.bgw_start_time = BgWorkerStart_RecoveryFinished;
-	worker.bgw_restart_time = BGW_NEVER_RESTART;
-	strlcpy(worker.bgw_library_name, "idempotency", sizeof(worker.bgw_library_name));
-	strlcpy(worker.bgw_function_name, "idempotency_worker_main",
-			sizeof(worker.bgw_function_name));
-	snprintf(worker.bgw_name, sizeof(worker.bgw_name),
-			 "idempotency worker for database %u", dbid);
-	strlcpy(worker.bgw_type, "idempotency worker", sizeof(worker.bgw_type));
-	worker.bgw_main_arg = ObjectIdGetDatum(dbid);
-	worker.bgw_notify_pid = MyProcPid;
-
 	/* the handle outlives this round */
 	context = MemoryContextSwitchTo(TopMemoryContext);
-	registered = RegisterDynamicBackgroundWorker(&worker, &asked[index].handle);
+	registered = background_start("worker", dbid, &asked[index].handle);
 	MemoryContextSwitchTo(context);
 	asked[index].dbid = dbid;
 	if (!registered)
@@ -514,15 +500,8 @@ launcher_register(void)
 {
 	BackgroundWorker worker;
 
-	memset(&worker, 0, sizeof(worker));
-	worker.bgw_flags = BGWORKER_SHMEM_ACCESS | BGWORKER_BACKEND_DATABASE_CONNECTION;
-	worker.bgw_start_time = BgWorkerStart_RecoveryFinished;
+	background_describe(&worker, "launcher");
 	worker.bgw_restart_time = LAUNCHER_RESTART_SECS;
-	strlcpy(worker.bgw_library_name, "idempotency", sizeof(worker.bgw_library_name));
-	strlcpy(worker.bgw_function_name, "idempotency_launcher_main",
-			sizeof(worker.bgw_function_name));
-	strlcpy(worker.bgw_name, "idempotency launcher", sizeof(worker.bgw_name));
-	strlcpy(worker.bgw_type, "idempotency launcher", sizeof(worker.bgw_type));
 	RegisterBackgroundWorker(&worker);
 
 	prev_object_access_hook = object_access_hook;

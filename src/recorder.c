@@ -51,6 +51,7 @@
 #include "utils/xid8.h"
 #include "utils/wait_event.h"
 
+#include "background.h"
 #include "caller.h"
 #include "clock.h"
 #include "compat.h"
@@ -328,7 +329,6 @@ reserve(Size size)
 bool
 ask_for_recorder(TimestampTz *since, BackgroundWorkerHandle **handle)
 {
-	BackgroundWorker worker;
 	RecorderSlot *slot;
 	TimestampTz now = GetCurrentTimestamp();
 	bool		ask;
@@ -350,18 +350,7 @@ ask_for_recorder(TimestampTz *since, BackgroundWorkerHandle **handle)
 	if (!ask)
 		return true;
 
-	memset(&worker, 0, sizeof(worker));
-	worker.bgw_flags = BGWORKER_SHMEM_ACCESS | BGWORKER_BACKEND_DATABASE_CONNECTION |
-		BGWORKER_INTERRUPTIBLE;
-	worker.bgw_start_time = BgWorkerStart_RecoveryFinished;
-	worker.bgw_restart_time = BGW_NEVER_RESTART;
-	strlcpy(worker.bgw_library_name, "idempotency", sizeof(worker.bgw_library_name));
-	strlcpy(worker.bgw_function_name, "idempotency_recorder_main", sizeof(worker.bgw_function_name));
-	snprintf(worker.bgw_name, BGW_MAXLEN, "idempotency recorder of database %u", MyDatabaseId);
-	strlcpy(worker.bgw_type, "idempotency recorder", BGW_MAXLEN);
-	worker.bgw_main_arg = ObjectIdGetDatum(MyDatabaseId);
-	worker.bgw_notify_pid = handle == NULL ? 0 : MyProcPid;
-	if (RegisterDynamicBackgroundWorker(&worker, handle))
+	if (background_start("recorder", MyDatabaseId, handle))
 		return true;
 
 	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
