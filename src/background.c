@@ -2,7 +2,7 @@
  *
  * background.c
  *	  What all background processes have in common: how they are registered,
- *	  and their settings.
+ *	  their settings and their rights.
  *
  * A background process runs with the settings of its database, so that the
  * project's own can be set there.  Those that could spoil its work, or change
@@ -14,7 +14,10 @@
  */
 #include "postgres.h"
 
+#include "access/xact.h"
+#include "commands/trigger.h"
 #include "miscadmin.h"
+#include "nodes/parsenodes.h"
 #include "utils/guc.h"
 
 #include "background.h"
@@ -83,4 +86,39 @@ background_fix_settings(void)
 	background_set("idle_session_timeout", "0");
 	background_set("max_parallel_workers_per_gather", "0");
 	background_set("jit", "off");
+}
+
+/*
+ * To be called first in a transaction that touches the ledgers.
+ *
+ * A background process is a superuser's.  Its statements run with the rights of
+ * the table's owner, and so do the triggers that they fire; but what an owner
+ * leaves for the end of the transaction, a deferred trigger or a cursor WITH
+ * HOLD, would run with ours.  So deferred constraints are checked at once, and
+ * the rest is refused, as where PostgreSQL itself maintains the tables of
+ * others.
+ */
+void
+background_restrict(void)
+{
+	Oid			userid;
+	int			sec_context;
+
+	/* all of them, and not deferred */
+	AfterTriggerSetState(makeNode(ConstraintsSetStmt));
+
+	GetUserIdAndSecContext(&userid, &sec_context);
+	SetUserIdAndSecContext(userid, sec_context | SECURITY_RESTRICTED_OPERATION);
+}
+
+/* The end of such a transaction; where it aborts, that is enough. */
+void
+background_commit(void)
+{
+	Oid			userid;
+	int			sec_context;
+
+	CommitTransactionCommand();
+	GetUserIdAndSecContext(&userid, &sec_context);
+	SetUserIdAndSecContext(userid, sec_context & ~SECURITY_RESTRICTED_OPERATION);
 }

@@ -41,9 +41,8 @@
  * it go on: the row is skipped, counted and named.  Only after MAX_REFUSALS in
  * a row does a batch give up; the next begins after that row.
  *
- * Deferred constraints would fail at commit, outside of all that, and run
- * with the rights of the worker's session.  So a worker has them checked at
- * once.
+ * Deferred constraints would fail at commit, outside of all that.  So a worker
+ * has them checked at once (background.c).
  *
  * src/expiry.c
  *
@@ -513,18 +512,6 @@ remove_candidates(Work *work)
 }
 
 /*
- * Check constraints of this transaction at once that would be checked at its
- * end.
- */
-static void
-undefer_constraints(Oid owner)
-{
-	static OwnerStatement statement = {"SET CONSTRAINTS ALL IMMEDIATE", 0, {0}, NULL};
-
-	owner_execute(&statement, owner, NULL, NULL, false, NULL, NULL, 0);
-}
-
-/*
  * Do one batch in the current transaction.  Raises an error where it can't be
  * done, after which the transaction has to be rolled back; the cursor may have
  * moved.
@@ -539,7 +526,6 @@ expiry_batch(ExpiryBatch *batch)
 	MemoryContext old_context;
 	int			reached;
 
-	batch->owner = GetUserId();
 	batch->finished = false;
 	batch->removed = 0;
 	batch->refused = 0;
@@ -562,7 +548,6 @@ expiry_batch(ExpiryBatch *batch)
 	old_context = MemoryContextSwitchTo(context);
 	work.candidates = MemoryContextAllocHuge(context, batch->max_rows * sizeof(Candidate));
 	work.rel = ledger_open(ledger, RowExclusiveLock, batch->background);
-	batch->owner = work.rel->rd_rel->relowner;
 
 	INSTR_TIME_SET_CURRENT(started);
 	if (ledger->direct)
@@ -576,8 +561,6 @@ expiry_batch(ExpiryBatch *batch)
 
 	if (work.ncandidates > 0)
 	{
-		if (batch->background)
-			undefer_constraints(work.rel->rd_rel->relowner);
 		reached = remove_candidates(&work);
 		if (reached < work.ncandidates)
 		{

@@ -68,7 +68,6 @@ typedef struct ExpiryBatch
 	ExpiryCursor *cursor;		/* moved on */
 
 	/* what came of it */
-	Oid			owner;			/* of the table */
 	bool		finished;		/* the search has come to the end of the table */
 	int64		removed;
 	int64		refused;		/* rows that raised an error */

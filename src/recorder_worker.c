@@ -715,6 +715,7 @@ run_batch(void)
 	{
 		SetCurrentStatementStartTimestamp();
 		StartTransactionCommand();
+		background_restrict();
 
 		/* before anything that might wait */
 		take_batch(GetTopTransactionId());
@@ -750,7 +751,7 @@ run_batch(void)
 									 GUC_ACTION_LOCAL, true, 0, false);
 		else
 			DEBUG_POINT("recorder-before-commit");
-		CommitTransactionCommand();
+		background_commit();
 		if (nbatch > 0)
 			DEBUG_POINT("recorder-after-commit");
 		end_batch(true, NULL);

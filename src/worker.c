@@ -29,7 +29,8 @@
  * It obeys default_transaction_read_only.
  *
  * The statements, and with them triggers of the table, run with the rights of
- * the table's owner; so does the end of the transaction.
+ * the table's owner; nothing is left for the end of the transaction, which has
+ * ours.
  *
  * src/worker.c
  *
@@ -333,25 +334,16 @@ begin_batch(Run *run)
 		run->outcome = !expiry ? RUN_OFF : RUN_READ_ONLY;
 		return false;
 	}
+	background_restrict();
 	PushActiveSnapshot(GetTransactionSnapshot());
 	return true;
 }
 
-/*
- * Whatever fires at the end of the transaction has the rights of the tables'
- * owner, and no more.
- */
 static void
-commit_batch(Oid owner)
+commit_batch(void)
 {
-	Oid			save_userid;
-	int			save_sec_context;
-
 	PopActiveSnapshot();
-	GetUserIdAndSecContext(&save_userid, &save_sec_context);
-	SetUserIdAndSecContext(owner, save_sec_context | SECURITY_LOCAL_USERID_CHANGE);
-	CommitTransactionCommand();
-	SetUserIdAndSecContext(save_userid, save_sec_context);
+	background_commit();
 }
 
 /* Leave the processor, the disk and the WAL to others for a while. */
@@ -415,7 +407,7 @@ run_expiry(Run *run, Expiry *todo, MemoryContext context)
 		/* what is told of the batch has to outlive its transaction */
 		MemoryContextSwitchTo(context);
 		expiry_batch(&batch);
-		commit_batch(batch.owner);
+		commit_batch();
 		MemoryContextSwitchTo(context);
 		note_batch(run, &batch);
 		pgstat_report_stat(true);
@@ -451,7 +443,6 @@ run_settling(Run *run, MemoryContext context)
 	{
 		instr_time	started;
 		Relation	rel;
-		Oid			owner;
 		int			settled;
 		Database   *db;
 
@@ -466,7 +457,6 @@ run_settling(Run *run, MemoryContext context)
 		(void) set_config_option("lock_timeout", CppAsString2(EXTENSION_LOCK_MS), PGC_SUSET,
 								 PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
 		rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
-		owner = rel->rd_rel->relowner;
 		if (events)
 		{
 			settled = settle_kept_events(SETTLE_BATCH);
@@ -478,7 +468,7 @@ run_settling(Run *run, MemoryContext context)
 			events = block == 0;
 		}
 		ledger_close(rel);
-		commit_batch(owner);
+		commit_batch();
 		MemoryContextSwitchTo(context);
 		pgstat_report_stat(true);
 		pgstat_report_activity(STATE_IDLE, NULL);
