@@ -37,6 +37,7 @@
 #include "utils/wait_event.h"
 
 #include "compat.h"
+#include "debug_point.h"
 #include "errors.h"
 #include "settings.h"
 #include "stripe/exchange.h"
@@ -343,6 +344,16 @@ read_response(const StripeRequest *request, const HttpResponse *response,
 	}
 }
 
+/*
+ * Is it too late to send the same again?  To be asked before each attempt: this
+ * process may have been held up since the call was claimed.
+ */
+static bool
+is_too_late(const StripeRequest *request)
+{
+	return request->resend_until != 0 && GetCurrentTimestamp() >= request->resend_until;
+}
+
 /* No attempt can be made, or no more. */
 static void
 not_sent(StripeReply *reply, const char *reason)
@@ -383,6 +394,12 @@ exchange(const StripeRequest *request, const ApiKey *key,
 	if (left_ms(deadline) <= 0)
 	{
 		not_sent(reply, gettext_noop("no time is left"));
+		return;
+	}
+
+	if (request->sent_before && is_too_late(request))
+	{
+		not_sent(reply, gettext_noop("it is too late to send the same key again"));
 		return;
 	}
 
@@ -446,6 +463,9 @@ exchange(const StripeRequest *request, const ApiKey *key,
 		if (left_ms(deadline) < pause + ATTEMPT_LEAST)
 			break;
 		pause_for(pause);
+		DEBUG_POINT("between-attempts");
+		if (is_too_late(request))
+			break;
 	}
 
 	if (uncertain && reply->outcome == STRIPE_NOT_EXECUTED && request->idempotency_key != NULL)

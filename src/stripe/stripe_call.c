@@ -547,6 +547,8 @@ send_call(Call *call)
 		request.content_type = v2 ? "application/json" : "application/x-www-form-urlencoded";
 	}
 	request.sending = recorder_sending;
+	request.sent_before = claim->sent_before;
+	request.resend_until = claim->resend_until;
 
 	DEBUG_POINT("before-send");
 	exchange(&request, &call->key, &call->deadline, &call->reply);
