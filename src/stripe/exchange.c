@@ -370,8 +370,8 @@ not_sent(StripeReply *reply, const char *reason)
  * Send a request until there is an answer that counts, or no more time.
  *
  * The last attempt's answer is the one that is told.  Where it says that
- * nothing was executed, but an earlier attempt may have been, the outcome of a
- * request with a key is unknown.
+ * nothing was executed, but an earlier attempt may have been, the outcome of
+ * whatever isn't a mere reading is unknown.
  */
 void
 exchange(const StripeRequest *request, const ApiKey *key,
@@ -468,7 +468,7 @@ exchange(const StripeRequest *request, const ApiKey *key,
 			break;
 	}
 
-	if (uncertain && reply->outcome == STRIPE_NOT_EXECUTED && request->idempotency_key != NULL)
+	if (uncertain && reply->outcome == STRIPE_NOT_EXECUTED && strcmp(request->method, "GET") != 0)
 	{
 		reply->outcome = STRIPE_UNKNOWN;
 		reply->reason = gettext_noop("an earlier attempt may have been executed");

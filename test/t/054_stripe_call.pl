@@ -432,6 +432,14 @@ is(header($arrival, 'Idempotency-Key'), undef, 'it has no key in API v1');
 is($arrival->{body}, '', 'and no body');
 has(stripe_call($node, 'delete', '1', 'DELETE', "/v1/customers/$customer"), { outcome => 'completed', http_status => 404 },
 	'gone is what it should be');
+$customer = stripe_call($node, 'customer', '2', 'POST', '/v1/customers')->{resource_id};
+$stripe->fault('close_after');
+$stripe->fault('401', match => { method => 'DELETE' }, nth => 2);
+has(stripe_call($node, 'delete', 'then refused', 'DELETE', "/v1/customers/$customer", settings => { stripe_max_retries => 1 }),
+	{ outcome => 'unknown', attempts => 2, http_status => 401 }, 'a DELETE whose answer is lost, and whose second attempt is refused');
+$stripe->clear_faults;
+has(stripe_call($node, 'delete', 'then refused', 'DELETE', "/v1/customers/$customer"), { outcome => 'completed', http_status => 404 },
+	'may have been executed, and was');
 stripe_call($node, 'delete', 'params', 'DELETE', "/v1/subscriptions/sub_1", params => { prorate => $true, a => [ 1 ] });
 is(($stripe->arrivals)[-1]->{target}, '/v1/subscriptions/sub_1?a[0]=1&prorate=true', 'its parameters are a query');
 $stripe->fault('429');
