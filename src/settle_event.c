@@ -54,8 +54,12 @@
 #include "stripe_ledger.h"
 #include "webhooks.h"
 
-/* As many events as may wait for one call and are looked at together. */
-#define KEPT_EVENTS_MAX 20
+/*
+ * Events that wait for one call: as many are looked at together, and as many of
+ * them at all.
+ */
+#define KEPT_EVENTS_PAGE 20
+#define KEPT_EVENTS_MAX 1000
 
 /* What of a call is looked at; the order of columns is CALL_COLUMNS. */
 typedef enum CallColumn
@@ -127,18 +131,25 @@ static OwnerStatement note_asked = {
 	5, {TEXTOID, TEXTOID, TEXTOID, INT8OID, JSONBOID}
 };
 
-/* $1: a key, $2 and $3: an object and its account, or NULL */
+/*
+ * $1: a key, $2 and $3: an object and its account, or NULL, $4: how many to
+ * skip.  Those that tell of a failure come last: where a payment has failed and
+ * was made all the same, later or by another card, that it was made counts.
+ */
 static OwnerStatement find_kept_events = {
-	"SELECT pg_catalog.array_agg(k.payload_snapshot ORDER BY k.received_at) FROM ("
-	" (SELECT payload_snapshot, received_at FROM idempotency.stripe_webhook_events"
+	"SELECT pg_catalog.array_agg(k.payload_snapshot"
+	" ORDER BY k.failed, k.created, k.stripe_event_id, k.consumer) FROM (SELECT * FROM ("
+	"SELECT payload_snapshot, event_type OPERATOR(pg_catalog.~~) '%failed' AS failed,"
+	" created, stripe_event_id, consumer FROM idempotency.stripe_webhook_events"
 	" WHERE pending_key OPERATOR(pg_catalog.=) $1 AND payload_snapshot IS NOT NULL"
-	" LIMIT 20)"
 	" UNION ALL"
-	" (SELECT payload_snapshot, received_at FROM idempotency.stripe_webhook_events"
+	" SELECT payload_snapshot, event_type OPERATOR(pg_catalog.~~) '%failed',"
+	" created, stripe_event_id, consumer FROM idempotency.stripe_webhook_events"
 	" WHERE object_id OPERATOR(pg_catalog.=) $2 AND account OPERATOR(pg_catalog.=) $3"
-	" AND payload_snapshot IS NOT NULL"
-	" LIMIT 20)) k",
-	3, {TEXTOID, TEXTOID, TEXTOID}
+	" AND payload_snapshot IS NOT NULL) u"
+	" ORDER BY failed, created, stripe_event_id, consumer"
+	" LIMIT " CppAsString2(KEPT_EVENTS_PAGE) " OFFSET $4) k",
+	4, {TEXTOID, TEXTOID, TEXTOID, INT8OID}
 };
 
 /* $1: the pending key before it */
@@ -522,23 +533,28 @@ settle_by_kept_events(const Datum *key, int64 claimed_token, bool only_look)
 							  CALL_NCOLUMNS) > 0 &&
 		(outcome_is(&call, "unknown") || outcome_is(&call, "in_progress")))
 	{
-		Datum		values[3];
-		char		nulls[] = "   ";
+		Datum		values[4];
+		char		nulls[] = "    ";
 		Datum		events;
 		bool		isnull;
+		int			skip;
+		int			n = KEPT_EVENTS_PAGE;
 
 		values[0] = call.values[CALL_KEY];
 		values[1] = call.values[CALL_RESOURCE_ID];
 		nulls[1] = call.isnull[CALL_RESOURCE_ID] ? 'n' : ' ';
 		values[2] = key[0];
-		(void) ledger_execute_latest(events_rel, &find_kept_events, values, nulls, &events,
-									 &isnull, 1);
-		if (!isnull)
+		for (skip = 0; skip < KEPT_EVENTS_MAX && n == KEPT_EVENTS_PAGE && !settled; skip += n)
 		{
 			Datum	   *payloads;
-			int			n;
 			int			i;
 
+			CHECK_FOR_INTERRUPTS();
+			values[3] = Int64GetDatum(skip);
+			(void) ledger_execute_latest(events_rel, &find_kept_events, values, nulls, &events,
+										 &isnull, 1);
+			if (isnull)
+				break;
 			deconstruct_array(DatumGetArrayTypeP(events), JSONBOID, -1, false, TYPALIGN_INT,
 							  &payloads, NULL, &n);
 			for (i = 0; i < n && !settled; i++)
