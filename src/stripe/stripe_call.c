@@ -39,6 +39,7 @@
 
 #include "fmgr.h"
 #include "lib/stringinfo.h"
+#include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
 #include "utils/json.h"
@@ -413,7 +414,9 @@ encode_request(StripeCall *call, const char *path, Jsonb *params)
 	appendStringInfoSpaces(&body, VARHDRSZ);
 	if (path_is_v2(path))
 	{
-		(void) JsonbToCString(&body, &params->root, VARSIZE(params));
+		char	   *json = JsonbToCString(NULL, &params->root, VARSIZE(params));
+
+		appendStringInfoString(&body, pg_server_to_any(json, strlen(json), PG_UTF8));
 		if (body.len - VARHDRSZ > max_size)
 			ereport(ERROR,
 					(errcode(ERRCODE_TOO_LARGE),

@@ -406,6 +406,14 @@ is_deeply($json->decode($arrival->{body}), \%payout, 'API v2 takes JSON');
 is(header($arrival, 'Content-Type'), 'application/json', 'and is told so');
 is(header($arrival, 'Idempotency-Key'), $r->{idempotency_key}, 'with a key');
 is($r->{outcome}, 'completed', 'completed') or diag(explain($r));
+sql($node, q{CREATE DATABASE latin1 TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'});
+sql($node, 'CREATE EXTENSION idempotency', db => 'latin1');
+foreach my $path ('/v2/core/accounts', '/v1/customers')
+{
+	stripe_call($node, 'latin1', $path, 'POST', $path, params => '{"name": "\u00e9"}', db => 'latin1',
+		before => q{SET client_encoding = 'UTF8'});
+	like(($stripe->arrivals)[-1]->{body}, qr/\x{e9}|%C3%A9/, "$path: UTF-8 from a database that has another encoding");
+}
 $stripe->fault('close_before');
 payout('old');
 sql($node, q{UPDATE idempotency.stripe_idempotency_keys SET first_sent_at = first_sent_at - interval '29 d' WHERE operation_type = 'payout'});
