@@ -581,6 +581,19 @@ record_call(Call *call)
 }
 
 /*
+ * "unknown" mostly means that the same call, made again, may tell more.  Say so
+ * where it can't.
+ */
+static void
+say_that_resend_is_useless(const StripeCall *call)
+{
+	ereport(NOTICE,
+			(errmsg("outcome of Stripe operation \"%s:%s\" is not known, and can't be found out by calling again",
+					call->operation_type, call->operation_id),
+			 errhint("The view \"idempotency.stripe_unknown\" says what to do.")));
+}
+
+/*
  * Claim, send, record; the result is set.
  */
 static void
@@ -596,6 +609,8 @@ run_call(Call *call)
 		result_set_text(&call->result, R_IDEMPOTENCY_KEY, claim->idempotency_key);
 		if (claim->generation > 0)
 			result_set(&call->result, R_GENERATION, Int32GetDatum(claim->generation));
+		if (claim->verdict == STRIPE_CANT_TELL && strcmp(claim->outcome, "unknown") == 0)
+			say_that_resend_is_useless(&call->call);
 		return;
 	}
 
@@ -611,6 +626,8 @@ run_call(Call *call)
 	result_set_enum(&call->result, R_OUTCOME, outcome);
 	result_set_text(&call->result, R_IDEMPOTENCY_KEY, claim->idempotency_key);
 	result_set(&call->result, R_GENERATION, Int32GetDatum(claim->generation));
+	if (strcmp(outcome, "unknown") == 0 && !call->reply.resend)
+		say_that_resend_is_useless(&call->call);
 }
 
 static Datum

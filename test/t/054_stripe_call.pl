@@ -391,6 +391,24 @@ is(arrivals {
 is(arrivals { is(pay('almost a day')->{outcome}, 'completed', 'before it is') }, 1, 'sent');
 charges('almost a day', 1);
 
+# an outcome that no repetition will tell says so
+sub said
+{
+	my ($function, $arguments) = @_;
+	my (undef, undef, $stderr) = $node->psql('postgres', "SELECT FROM idempotency.$function($arguments)");
+
+	return $stderr;
+}
+my $useless = qr/NOTICE:  outcome of Stripe operation "payment:[^"]*" is not known, and can't be found out by calling again\nHINT:  The view "idempotency.stripe_unknown"/;
+my $call = q{'POST', '/v1/payment_intents', '{"amount": 2000, "currency": "usd"}'};
+like(said('stripe_retry', q{'payment', 'a day'}), $useless, 'too late');
+$stripe->fault('500');
+like(said('stripe_call', "'payment', 'useless', $call"), $useless, 'a saved failure, at once');
+like(said('stripe_call', "'payment', 'useless', $call"), $useless, 'and later');
+$stripe->fault('close_after');
+is(said('stripe_call', "'payment', 'useful', $call"), '', 'nothing is said where it may help');
+is(said('stripe_call', "'payment', 'useful', $call"), '', 'and where it did');
+
 # API v2
 my %payout = (amount => { value => 100, currency => 'usd' }, from => { financial_account => 'fa_1' },
 	to => { recipient => 'acct_1' }, description => undef);
