@@ -203,6 +203,12 @@ SELECT receive('evt_m2c', 'charge.succeeded', obj('charge', 'ch_m2', meta(key('m
 SELECT state('m2');
 SELECT receive('evt_m2d', 'payment_intent.succeeded', obj('payment_intent', 'pi_m2', meta(key('m2'), '{"status": "succeeded"}')));
 SELECT state('m2');
+-- a payment that another call has made, with metadata copied from one that was never made
+CALL call('copied', '/v1/payment_intents', '{"confirm": true}');
+CALL call('copy', '/v1/payment_intents', '{"confirm": true}');
+SELECT receive('evt_copy', 'payment_intent.succeeded', obj('payment_intent', 'pi_copy',
+	jsonb_build_object('status', 'succeeded', 'metadata', jsonb_build_object('key', key('copied')))), by(key('copy')));
+SELECT state('copy'), state('copied');
 -- what a request with another key has made is a copy, and so may be what has two keys
 CALL call('m5', '/v1/customers');
 SELECT receive('evt_m5a', 'customer.created', obj('customer', 'cus_copy', meta(key('m5'))), by('k-2'));

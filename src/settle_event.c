@@ -315,72 +315,6 @@ finding_of_event(const WebhookEvent *event, FoundBy found_by, Jsonb *request, Fi
 }
 
 /*
- * Settle a call by an event that was found to be about it.  "claimed_token" is
- * the token of a claim that this transaction has just made, or 0.  With
- * "only_look" nothing is written, and no row locked.
- */
-static Settled
-settle(Relation rel, Call *call, const WebhookEvent *event, FoundBy found_by,
-	   int64 claimed_token, bool only_look, Execute execute)
-{
-	TimestampTz now = GetCurrentTimestamp();
-	Finding		finding;
-
-	if (!outcome_is(call, "unknown") && !outcome_is(call, "in_progress"))
-		return SETTLED_NOT;
-
-	/* where a database was copied, both modes have the same keys */
-	if (event->livemode_known && !call->isnull[CALL_LIVEMODE] &&
-		event->livemode != DatumGetBool(call->values[CALL_LIVEMODE]))
-		return SETTLED_NOT;
-	if (!finding_of_event(event, found_by, call->isnull[CALL_REQUEST] ? NULL :
-						  DatumGetJsonbP(call->values[CALL_REQUEST]), &finding))
-		return SETTLED_NOT;
-	if (!call_is_open(call, claimed_token, now))
-		return SETTLED_LATER;
-	if (only_look)
-		return SETTLED;
-
-	finding.by = "event";
-	finding.evidence = DatumGetJsonbP(evidence_of_event(event, found_by));
-	if (!lock_open_call(rel, call, claimed_token, now, execute) ||
-		!write_finding(rel, call, &finding, now, execute))
-		return SETTLED_LATER;
-	return SETTLED;
-}
-
-/*
- * Settle a call by what somebody has found out at Stripe, or with an outcome
- * of NULL keep just what was asked.  "token" is the row's from before it was
- * asked.  Doesn't wait: returns false, and leaves the row alone, where it isn't
- * as it was, or somebody else has it.
- */
-bool
-settle_by_finding(const Datum *key, int64 token, const Finding *finding)
-{
-	Relation	rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
-	TimestampTz now = GetCurrentTimestamp();
-	Call		call;
-	bool		written;
-
-	memcpy(call.values, key, 3 * sizeof(Datum));
-	call.values[CALL_TOKEN] = Int64GetDatum(token);
-	written = lock_open_call(rel, &call, 0, now, ledger_execute_latest);
-	if (written && finding->outcome != NULL)
-		written = write_finding(rel, &call, finding, now, ledger_execute_latest);
-	else if (written)
-	{
-		Datum		values[5];
-
-		memcpy(values, call.values, 4 * sizeof(Datum));
-		values[4] = JsonbPGetDatum(finding->evidence);
-		(void) ledger_execute_latest(rel, &note_asked, values, NULL, NULL, NULL, 0);
-	}
-	ledger_close(rel);
-	return written;
-}
-
-/*
  * May an event be about a call of this account?
  *
  * One whose context is one's own account may be about a call that was made
@@ -431,6 +365,91 @@ call_with_key(Relation rel, const WebhookEvent *event, const char *key, Call *ca
 		}
 	}
 	return false;
+}
+
+/*
+ * Was the object of an event made by another call than the one that it has in its
+ * metadata?  Then its metadata was copied.
+ */
+static bool
+is_made_by_another(Relation rel, const WebhookEvent *event)
+{
+	Call		call;
+	bool		other;
+
+	return event->idempotency_key != NULL && is_stripe_key(event->idempotency_key) &&
+		strcmp(event->idempotency_key, event->metadata_key) != 0 &&
+		call_with_key(rel, event, event->idempotency_key, &call, &other) &&
+		request_makes_object(call.isnull[CALL_REQUEST] ? NULL :
+							 DatumGetJsonbP(call.values[CALL_REQUEST]), event);
+}
+
+/*
+ * Settle a call by an event that was found to be about it.  "claimed_token" is
+ * the token of a claim that this transaction has just made, or 0.  With
+ * "only_look" nothing is written, and no row locked.
+ */
+static Settled
+settle(Relation rel, Call *call, const WebhookEvent *event, FoundBy found_by,
+	   int64 claimed_token, bool only_look, Execute execute)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	Finding		finding;
+
+	if (!outcome_is(call, "unknown") && !outcome_is(call, "in_progress"))
+		return SETTLED_NOT;
+
+	/* where a database was copied, both modes have the same keys */
+	if (event->livemode_known && !call->isnull[CALL_LIVEMODE] &&
+		event->livemode != DatumGetBool(call->values[CALL_LIVEMODE]))
+		return SETTLED_NOT;
+	if (found_by == BY_METADATA && is_made_by_another(rel, event))
+		return SETTLED_NOT;
+	if (!finding_of_event(event, found_by, call->isnull[CALL_REQUEST] ? NULL :
+						  DatumGetJsonbP(call->values[CALL_REQUEST]), &finding))
+		return SETTLED_NOT;
+	if (!call_is_open(call, claimed_token, now))
+		return SETTLED_LATER;
+	if (only_look)
+		return SETTLED;
+
+	finding.by = "event";
+	finding.evidence = DatumGetJsonbP(evidence_of_event(event, found_by));
+	if (!lock_open_call(rel, call, claimed_token, now, execute) ||
+		!write_finding(rel, call, &finding, now, execute))
+		return SETTLED_LATER;
+	return SETTLED;
+}
+
+/*
+ * Settle a call by what somebody has found out at Stripe, or with an outcome
+ * of NULL keep just what was asked.  "token" is the row's from before it was
+ * asked.  Doesn't wait: returns false, and leaves the row alone, where it isn't
+ * as it was, or somebody else has it.
+ */
+bool
+settle_by_finding(const Datum *key, int64 token, const Finding *finding)
+{
+	Relation	rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
+	TimestampTz now = GetCurrentTimestamp();
+	Call		call;
+	bool		written;
+
+	memcpy(call.values, key, 3 * sizeof(Datum));
+	call.values[CALL_TOKEN] = Int64GetDatum(token);
+	written = lock_open_call(rel, &call, 0, now, ledger_execute_latest);
+	if (written && finding->outcome != NULL)
+		written = write_finding(rel, &call, finding, now, ledger_execute_latest);
+	else if (written)
+	{
+		Datum		values[5];
+
+		memcpy(values, call.values, 4 * sizeof(Datum));
+		values[4] = JsonbPGetDatum(finding->evidence);
+		(void) ledger_execute_latest(rel, &note_asked, values, NULL, NULL, NULL, 0);
+	}
+	ledger_close(rel);
+	return written;
 }
 
 /*
