@@ -323,11 +323,15 @@ read_response(const StripeRequest *request, const HttpResponse *response,
 	reply->request_id = response->request_id[0] != '\0' ? pstrdup(response->request_id) : NULL;
 	reply->replayed = response->replayed;
 
-	/* some methods of API v2 answer with nothing */
+	/*
+	 * A refusal without Stripe's error object is somebody else's, and doesn't
+	 * tell what Stripe has done.  Some methods of API v2 answer with nothing.
+	 */
 	answer->http_status = response->status;
 	answer->sent = response->sent;
-	answer->body_complete = json != NULL ||
-		(response->whole && response->body_len == 0 && path_is_v2(request->target));
+	answer->body_complete = json != NULL ?
+		response->status / 100 != 4 || reply->body.error != NULL :
+		response->whole && response->body_len == 0 && path_is_v2(request->target);
 	answer->error_type = reply->body.error_type;
 	answer->error_code = reply->body.error_code;
 
@@ -339,8 +343,10 @@ read_response(const StripeRequest *request, const HttpResponse *response,
 			reply->body.error = exchange_error("api_connection_error", response->problem, NULL);
 		else if (!response->whole)
 			reply->body.error = exchange_error("api_error", response->problem, NULL);
-		else
+		else if (json == NULL)
 			reply->body.error = exchange_error("api_error", "answer is not a JSON object", NULL);
+		else
+			reply->body.error = exchange_error("api_error", "answer is not one of Stripe's", NULL);
 	}
 }
 

@@ -207,6 +207,8 @@ foreach my $case (
 }
 survives('drips', [ 'drip', ms => 50 ], { %unknown, http_status => 200 }, again => 1, timeout => '300 ms');
 survives('from somebody else', [ 'not_json', status => 404, effect => $false ], { %unknown, http_status => 404 }, again => 1);
+survives("$_ in JSON, from somebody else", [ 'not_json', status => $_, body => '{"message": "no"}', effect => $false ],
+	{ %unknown, http_status => $_ }, again => 1) foreach 400, 402, 404, 413;
 
 # redirects are not followed
 survives("$_ redirect", [ 'redirect', status => $_, location => $stripe->url . '/v1/payment_intents' ],
@@ -253,6 +255,15 @@ foreach my $what (qw(close_before reset_after cut 409_in_use 409 429_lock_timeou
 	$stripe->clear_faults;
 	has(pay('uncertain'), { outcome => 'completed', replayed => $true, attempts => 1 }, 'and is found');
 	charges('uncertain', 1);
+
+	# nor by a refusal that isn't Stripe's
+	$stripe->fault('close_after');
+	$stripe->fault('not_json', nth => 2, status => 400, body => '{"message": "no"}', effect => $false);
+	has(pay('uncertain at a gateway', settings => { stripe_max_retries => 1 }), { %unknown, http_status => 400, attempts => 2 },
+		'nor is it undone by something on the way to Stripe');
+	$stripe->clear_faults;
+	has(pay('uncertain at a gateway'), { outcome => 'completed', replayed => $true }, 'and it is found');
+	charges('uncertain at a gateway', 1);
 
 	# over two calls
 	$stripe->fault('close_after');
