@@ -203,6 +203,12 @@ SELECT receive('evt_m2c', 'charge.succeeded', obj('charge', 'ch_m2', meta(key('m
 SELECT state('m2');
 SELECT receive('evt_m2d', 'payment_intent.succeeded', obj('payment_intent', 'pi_m2', meta(key('m2'), '{"status": "succeeded"}')));
 SELECT state('m2');
+-- a payment that another call has made, with metadata copied from one that was never made
+CALL call('copied', '/v1/payment_intents', '{"confirm": true}');
+CALL call('copy', '/v1/payment_intents', '{"confirm": true}');
+SELECT receive('evt_copy', 'payment_intent.succeeded', obj('payment_intent', 'pi_copy',
+	jsonb_build_object('status', 'succeeded', 'metadata', jsonb_build_object('key', key('copied')))), by(key('copy')));
+SELECT state('copy'), state('copied');
 -- what a request with another key has made is a copy, and so may be what has two keys
 CALL call('m5', '/v1/customers');
 SELECT receive('evt_m5a', 'customer.created', obj('customer', 'cus_copy', meta(key('m5'))), by('k-2'));
@@ -346,6 +352,20 @@ CALL call('w7', '/v1/refunds', unknown => false);
 SELECT receive('evt_w7', 'refund.created', obj('refund', 're_w7'), by(key('w7')));
 SELECT FROM idempotency.stripe_idempotency_keys s, idempotency.stripe_record('t', 'w7', s.token, http_status => 500) WHERE s.operation_id = 'w7';
 SELECT verdict, outcome, resource_id FROM idempotency.stripe_claim('t', 'w7');
+
+-- many events about what the call merely touched don't hide the one about what it made
+SELECT count(receive('evt_w10_' || n, 'invoiceitem.updated', obj('invoiceitem', 'ii_' || n), by(key('w10')))) FROM generate_series(1, 50) n;
+SELECT receive('evt_w10_last', 'refund.created', obj('refund', 're_w10'), by(key('w10')));
+SELECT verdict, outcome, resource_id FROM idempotency.stripe_claim('t', 'w10', '{"method": "POST", "path": "/v1/refunds"}');
+
+-- a payment that has failed, and was made by another card before anybody looked, is made
+CALL call('w11', '/v1/payment_intents', '{"confirm": true}', unknown => false);
+SELECT receive('evt_w11_a', 'payment_intent.payment_failed', obj('payment_intent', 'pi_w11', '{"status": "requires_payment_method"}'),
+	by(key('w11'), '{"created": 1795300001}'));
+SELECT receive('evt_w11_b', 'payment_intent.succeeded', obj('payment_intent', 'pi_w11',
+	jsonb_build_object('status', 'succeeded', 'metadata', jsonb_build_object('key', key('w11')))), '{"created": 1795300060}');
+UPDATE idempotency.stripe_idempotency_keys SET lease_expires_at = clock_timestamp() WHERE operation_id = 'w11';
+SELECT verdict, outcome, resource_id, response ->> 'status' AS status FROM idempotency.stripe_claim('t', 'w11');
 
 -- as far as the payload is kept: one that may settle something is
 SET idempotency.webhook_payload = 'none';

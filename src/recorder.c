@@ -795,6 +795,8 @@ fill_call_claim(StripeClaim *claim, StripeCallClaim *answer)
 	if (!row->isnull[S_FIRST_SENT_AT])
 		answer->first_sent_at = DatumGetTimestampTz(row->values[S_FIRST_SENT_AT]);
 	answer->resend_until = stripe_resend_until(row, claim->rules.resend_margin);
+	answer->sent_before = answer->first_sent_at != 0 &&
+		answer->first_sent_at < DatumGetTimestampTz(row->values[S_CLAIMED_AT]);
 	answer->resource_id = stripe_row_string(row, S_RESOURCE_ID);
 	answer->resource_type = stripe_row_string(row, S_RESOURCE_TYPE);
 	answer->request_id = stripe_row_string(row, S_REQUEST_ID);

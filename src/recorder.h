@@ -97,6 +97,7 @@ typedef struct StripeCallClaim
 	bytea	   *body;
 	TimestampTz first_sent_at;	/* 0: never */
 	TimestampTz resend_until;	/* 0: never sent */
+	bool		sent_before;	/* may a claim before this one have been sent? */
 	int			retry_after;	/* seconds, with STRIPE_BUSY */
 
 	/* what is recorded */

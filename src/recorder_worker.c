@@ -67,7 +67,15 @@
 PGDLLEXPORT void idempotency_recorder_main(Datum arg);
 
 #define IDLE_EXIT_MS		2000
-#define LOCK_TIMEOUT		"100ms"
+
+/*
+ * How long an order waits for a lock, in milliseconds, and what is left of that
+ * for notes, and for orders once so many in the batch have waited in vain: who
+ * comes behind them mustn't pay for each row that somebody has locked.
+ */
+#define LOCK_TIMEOUT		100
+#define LOCK_TIMEOUT_LEAST	1
+#define PATIENT_ORDERS		2
 
 /* Between two tries of an order: doubled each time, up to the second. */
 #define RETRY_FIRST_MS		50
@@ -374,6 +382,12 @@ is_final_refusal(int sqlstate)
 		sqlstate == ERRCODE_UNDEFINED_TABLE;
 }
 
+static bool
+is_lock_failure(int sqlstate)
+{
+	return sqlstate == ERRCODE_LOCK_NOT_AVAILABLE || sqlstate == ERRCODE_T_R_DEADLOCK_DETECTED;
+}
+
 /*
  * An order has failed: answer it, or have it tried again.
  */
@@ -382,8 +396,7 @@ order_failed(BatchEntry *entry, ErrorData *edata, bool opened)
 {
 	Order	   *order = entry->order;
 	int			sqlstate = edata->sqlerrcode;
-	bool		is_lock = sqlstate == ERRCODE_LOCK_NOT_AVAILABLE ||
-		sqlstate == ERRCODE_T_R_DEADLOCK_DETECTED;
+	bool		is_lock = is_lock_failure(sqlstate);
 
 	if (is_tried_again(order->verb) && !is_final_refusal(sqlstate) &&
 		(is_lock || order->failures < MAX_FAILURES))
@@ -709,6 +722,7 @@ run_batch(void)
 {
 	MemoryContext context = CurrentMemoryContext;
 	char		activity[64];
+	volatile int nlocked = 0;
 	int			i;
 
 	PG_TRY();
@@ -735,11 +749,16 @@ run_batch(void)
 			CHECK_FOR_INTERRUPTS();
 			work.order = batch[i].order;
 			work.opened = false;
+			LockTimeout = nlocked < PATIENT_ORDERS ? LOCK_TIMEOUT : LOCK_TIMEOUT_LEAST;
 			edata = in_subtransaction(order_work, &work);
 			if (edata != NULL)
 				order_failed(&batch[i], edata, work.opened);
+			if (edata != NULL && is_lock_failure(edata->sqlerrcode))
+				nlocked++;
 		}
+		LockTimeout = LOCK_TIMEOUT_LEAST;
 		run_notes(ORDER_BATCH - nbatch);
+		LockTimeout = LOCK_TIMEOUT;
 
 		/*
 		 * Nobody waits for notes, and what is lost of them is found again.
@@ -918,7 +937,7 @@ fix_settings(void)
 	background_fix_settings();
 	background_set("role", "none");
 	background_set("default_transaction_read_only", "off");
-	background_set("lock_timeout", LOCK_TIMEOUT);
+	background_set("lock_timeout", CppAsString2(LOCK_TIMEOUT) "ms");
 	background_set("DateStyle", "ISO");
 	if (synchronous_commit < SYNCHRONOUS_COMMIT_ON)
 		background_set("synchronous_commit", "on");

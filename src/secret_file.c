@@ -201,11 +201,18 @@ secret_file_read(const char *path)
 {
 	char		buffer[SECRET_FILE_MAX_BYTES + 1];
 	char	   *what = psprintf("file \"%s\"", path);
-	List	   *secrets;
+	List	   *volatile secrets = NIL;
 
 	secret_file_load(path, what, buffer, sizeof(buffer));
-	secrets = split_lines(buffer, what);
-	explicit_bzero(buffer, sizeof(buffer));
+	PG_TRY();
+	{
+		secrets = split_lines(buffer, what);
+	}
+	PG_FINALLY();
+	{
+		explicit_bzero(buffer, sizeof(buffer));
+	}
+	PG_END_TRY();
 	if (secrets == NIL)
 		ereport(ERROR,
 				(errcode(ERRCODE_CONFIG_FILE_ERROR),

@@ -54,8 +54,12 @@
 #include "stripe_ledger.h"
 #include "webhooks.h"
 
-/* As many events as may wait for one call and are looked at together. */
-#define KEPT_EVENTS_MAX 20
+/*
+ * Events that wait for one call: as many are looked at together, and as many of
+ * them at all.
+ */
+#define KEPT_EVENTS_PAGE 20
+#define KEPT_EVENTS_MAX 1000
 
 /* What of a call is looked at; the order of columns is CALL_COLUMNS. */
 typedef enum CallColumn
@@ -127,18 +131,25 @@ static OwnerStatement note_asked = {
 	5, {TEXTOID, TEXTOID, TEXTOID, INT8OID, JSONBOID}
 };
 
-/* $1: a key, $2 and $3: an object and its account, or NULL */
+/*
+ * $1: a key, $2 and $3: an object and its account, or NULL, $4: how many to
+ * skip.  Those that tell of a failure come last: where a payment has failed and
+ * was made all the same, later or by another card, that it was made counts.
+ */
 static OwnerStatement find_kept_events = {
-	"SELECT pg_catalog.array_agg(k.payload_snapshot ORDER BY k.received_at) FROM ("
-	" (SELECT payload_snapshot, received_at FROM idempotency.stripe_webhook_events"
+	"SELECT pg_catalog.array_agg(k.payload_snapshot"
+	" ORDER BY k.failed, k.created, k.stripe_event_id, k.consumer) FROM (SELECT * FROM ("
+	"SELECT payload_snapshot, event_type OPERATOR(pg_catalog.~~) '%failed' AS failed,"
+	" created, stripe_event_id, consumer FROM idempotency.stripe_webhook_events"
 	" WHERE pending_key OPERATOR(pg_catalog.=) $1 AND payload_snapshot IS NOT NULL"
-	" LIMIT 20)"
 	" UNION ALL"
-	" (SELECT payload_snapshot, received_at FROM idempotency.stripe_webhook_events"
+	" SELECT payload_snapshot, event_type OPERATOR(pg_catalog.~~) '%failed',"
+	" created, stripe_event_id, consumer FROM idempotency.stripe_webhook_events"
 	" WHERE object_id OPERATOR(pg_catalog.=) $2 AND account OPERATOR(pg_catalog.=) $3"
-	" AND payload_snapshot IS NOT NULL"
-	" LIMIT 20)) k",
-	3, {TEXTOID, TEXTOID, TEXTOID}
+	" AND payload_snapshot IS NOT NULL) u"
+	" ORDER BY failed, created, stripe_event_id, consumer"
+	" LIMIT " CppAsString2(KEPT_EVENTS_PAGE) " OFFSET $4) k",
+	4, {TEXTOID, TEXTOID, TEXTOID, INT8OID}
 };
 
 /* $1: the pending key before it */
@@ -304,72 +315,6 @@ finding_of_event(const WebhookEvent *event, FoundBy found_by, Jsonb *request, Fi
 }
 
 /*
- * Settle a call by an event that was found to be about it.  "claimed_token" is
- * the token of a claim that this transaction has just made, or 0.  With
- * "only_look" nothing is written, and no row locked.
- */
-static Settled
-settle(Relation rel, Call *call, const WebhookEvent *event, FoundBy found_by,
-	   int64 claimed_token, bool only_look, Execute execute)
-{
-	TimestampTz now = GetCurrentTimestamp();
-	Finding		finding;
-
-	if (!outcome_is(call, "unknown") && !outcome_is(call, "in_progress"))
-		return SETTLED_NOT;
-
-	/* where a database was copied, both modes have the same keys */
-	if (event->livemode_known && !call->isnull[CALL_LIVEMODE] &&
-		event->livemode != DatumGetBool(call->values[CALL_LIVEMODE]))
-		return SETTLED_NOT;
-	if (!finding_of_event(event, found_by, call->isnull[CALL_REQUEST] ? NULL :
-						  DatumGetJsonbP(call->values[CALL_REQUEST]), &finding))
-		return SETTLED_NOT;
-	if (!call_is_open(call, claimed_token, now))
-		return SETTLED_LATER;
-	if (only_look)
-		return SETTLED;
-
-	finding.by = "event";
-	finding.evidence = DatumGetJsonbP(evidence_of_event(event, found_by));
-	if (!lock_open_call(rel, call, claimed_token, now, execute) ||
-		!write_finding(rel, call, &finding, now, execute))
-		return SETTLED_LATER;
-	return SETTLED;
-}
-
-/*
- * Settle a call by what somebody has found out at Stripe, or with an outcome
- * of NULL keep just what was asked.  "token" is the row's from before it was
- * asked.  Doesn't wait: returns false, and leaves the row alone, where it isn't
- * as it was, or somebody else has it.
- */
-bool
-settle_by_finding(const Datum *key, int64 token, const Finding *finding)
-{
-	Relation	rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
-	TimestampTz now = GetCurrentTimestamp();
-	Call		call;
-	bool		written;
-
-	memcpy(call.values, key, 3 * sizeof(Datum));
-	call.values[CALL_TOKEN] = Int64GetDatum(token);
-	written = lock_open_call(rel, &call, 0, now, ledger_execute_latest);
-	if (written && finding->outcome != NULL)
-		written = write_finding(rel, &call, finding, now, ledger_execute_latest);
-	else if (written)
-	{
-		Datum		values[5];
-
-		memcpy(values, call.values, 4 * sizeof(Datum));
-		values[4] = JsonbPGetDatum(finding->evidence);
-		(void) ledger_execute_latest(rel, &note_asked, values, NULL, NULL, NULL, 0);
-	}
-	ledger_close(rel);
-	return written;
-}
-
-/*
  * May an event be about a call of this account?
  *
  * One whose context is one's own account may be about a call that was made
@@ -420,6 +365,91 @@ call_with_key(Relation rel, const WebhookEvent *event, const char *key, Call *ca
 		}
 	}
 	return false;
+}
+
+/*
+ * Was the object of an event made by another call than the one that it has in its
+ * metadata?  Then its metadata was copied.
+ */
+static bool
+is_made_by_another(Relation rel, const WebhookEvent *event)
+{
+	Call		call;
+	bool		other;
+
+	return event->idempotency_key != NULL && is_stripe_key(event->idempotency_key) &&
+		strcmp(event->idempotency_key, event->metadata_key) != 0 &&
+		call_with_key(rel, event, event->idempotency_key, &call, &other) &&
+		request_makes_object(call.isnull[CALL_REQUEST] ? NULL :
+							 DatumGetJsonbP(call.values[CALL_REQUEST]), event);
+}
+
+/*
+ * Settle a call by an event that was found to be about it.  "claimed_token" is
+ * the token of a claim that this transaction has just made, or 0.  With
+ * "only_look" nothing is written, and no row locked.
+ */
+static Settled
+settle(Relation rel, Call *call, const WebhookEvent *event, FoundBy found_by,
+	   int64 claimed_token, bool only_look, Execute execute)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	Finding		finding;
+
+	if (!outcome_is(call, "unknown") && !outcome_is(call, "in_progress"))
+		return SETTLED_NOT;
+
+	/* where a database was copied, both modes have the same keys */
+	if (event->livemode_known && !call->isnull[CALL_LIVEMODE] &&
+		event->livemode != DatumGetBool(call->values[CALL_LIVEMODE]))
+		return SETTLED_NOT;
+	if (found_by == BY_METADATA && is_made_by_another(rel, event))
+		return SETTLED_NOT;
+	if (!finding_of_event(event, found_by, call->isnull[CALL_REQUEST] ? NULL :
+						  DatumGetJsonbP(call->values[CALL_REQUEST]), &finding))
+		return SETTLED_NOT;
+	if (!call_is_open(call, claimed_token, now))
+		return SETTLED_LATER;
+	if (only_look)
+		return SETTLED;
+
+	finding.by = "event";
+	finding.evidence = DatumGetJsonbP(evidence_of_event(event, found_by));
+	if (!lock_open_call(rel, call, claimed_token, now, execute) ||
+		!write_finding(rel, call, &finding, now, execute))
+		return SETTLED_LATER;
+	return SETTLED;
+}
+
+/*
+ * Settle a call by what somebody has found out at Stripe, or with an outcome
+ * of NULL keep just what was asked.  "token" is the row's from before it was
+ * asked.  Doesn't wait: returns false, and leaves the row alone, where it isn't
+ * as it was, or somebody else has it.
+ */
+bool
+settle_by_finding(const Datum *key, int64 token, const Finding *finding)
+{
+	Relation	rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
+	TimestampTz now = GetCurrentTimestamp();
+	Call		call;
+	bool		written;
+
+	memcpy(call.values, key, 3 * sizeof(Datum));
+	call.values[CALL_TOKEN] = Int64GetDatum(token);
+	written = lock_open_call(rel, &call, 0, now, ledger_execute_latest);
+	if (written && finding->outcome != NULL)
+		written = write_finding(rel, &call, finding, now, ledger_execute_latest);
+	else if (written)
+	{
+		Datum		values[5];
+
+		memcpy(values, call.values, 4 * sizeof(Datum));
+		values[4] = JsonbPGetDatum(finding->evidence);
+		(void) ledger_execute_latest(rel, &note_asked, values, NULL, NULL, NULL, 0);
+	}
+	ledger_close(rel);
+	return written;
 }
 
 /*
@@ -522,23 +552,28 @@ settle_by_kept_events(const Datum *key, int64 claimed_token, bool only_look)
 							  CALL_NCOLUMNS) > 0 &&
 		(outcome_is(&call, "unknown") || outcome_is(&call, "in_progress")))
 	{
-		Datum		values[3];
-		char		nulls[] = "   ";
+		Datum		values[4];
+		char		nulls[] = "    ";
 		Datum		events;
 		bool		isnull;
+		int			skip;
+		int			n = KEPT_EVENTS_PAGE;
 
 		values[0] = call.values[CALL_KEY];
 		values[1] = call.values[CALL_RESOURCE_ID];
 		nulls[1] = call.isnull[CALL_RESOURCE_ID] ? 'n' : ' ';
 		values[2] = key[0];
-		(void) ledger_execute_latest(events_rel, &find_kept_events, values, nulls, &events,
-									 &isnull, 1);
-		if (!isnull)
+		for (skip = 0; skip < KEPT_EVENTS_MAX && n == KEPT_EVENTS_PAGE && !settled; skip += n)
 		{
 			Datum	   *payloads;
-			int			n;
 			int			i;
 
+			CHECK_FOR_INTERRUPTS();
+			values[3] = Int64GetDatum(skip);
+			(void) ledger_execute_latest(events_rel, &find_kept_events, values, nulls, &events,
+										 &isnull, 1);
+			if (isnull)
+				break;
 			deconstruct_array(DatumGetArrayTypeP(events), JSONBOID, -1, false, TYPALIGN_INT,
 							  &payloads, NULL, &n);
 			for (i = 0; i < n && !settled; i++)

@@ -197,6 +197,16 @@ judge_request(Jsonb *request_jsonb, const char *type, const char *id, Judged *ju
 	return judged->kind != CALL_OTHER;
 }
 
+/* Was the object of an event to be made by this request? */
+bool
+request_makes_object(Jsonb *request, const WebhookEvent *event)
+{
+	Judged		judged;
+
+	return judge_request(request, event->object_type, event->object_id, &judged) &&
+		judged.kind == CALL_CREATES;
+}
+
 /*
  * Does an event of this type say that a payment, or the leave for one, is under
  * way or made?  Of others, such as one that an invoice was finalized, canceled

@@ -28,6 +28,7 @@ extern const char *const found_by_names[];
 
 /* "request" is what the row has: method, path and parameters */
 extern const char *outcome_of_event(const WebhookEvent *event, FoundBy found_by, Jsonb *request);
+extern bool request_makes_object(Jsonb *request, const WebhookEvent *event);
 extern const char *outcome_of_object(JsonbContainer *object, Jsonb *request);
 
 #endif							/* IDEMPOTENCY_STRIPE_EFFECT_H */

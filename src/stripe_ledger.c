@@ -151,6 +151,19 @@ static OwnerStatement renew_claim = {
 };
 
 /*
+ * The secret of an endpoint for webhooks is told once, to whoever has made the
+ * endpoint, and has no place in a table.
+ */
+#define WITHOUT_SECRET(response) \
+	"CASE WHEN (" response " OPERATOR(pg_catalog.->>) 'object'::pg_catalog.text)" \
+	" OPERATOR(pg_catalog.=) 'webhook_endpoint'" \
+	" THEN " response " OPERATOR(pg_catalog.-) 'secret'::pg_catalog.text" \
+	" WHEN (" response " OPERATOR(pg_catalog.->>) 'object'::pg_catalog.text)" \
+	" OPERATOR(pg_catalog.=) 'v2.core.event_destination'" \
+	" THEN " response " OPERATOR(pg_catalog.#-) '{webhook_endpoint,signing_secret}'::pg_catalog.text[]" \
+	" ELSE " response " END"
+
+/*
  * $6 is the outcome of this answer.  It makes the operation free only where no
  * attempt before may have been executed; and an outcome that isn't known stays
  * uncertain whatever this token records next, but for a definitive one.
@@ -163,7 +176,7 @@ static OwnerStatement record_outcome = {
 	" THEN 'unknown'::idempotency.outcome ELSE $6::idempotency.outcome END,"
 	" uncertain = uncertain OR $6 OPERATOR(pg_catalog.=) 'unknown',"
 	" resource_id = COALESCE($7, resource_id), resource_type = COALESCE($8, resource_type),"
-	" http_status = $9, response = $10, error = $11,"
+	" http_status = $9, response = " WITHOUT_SECRET("$10") ", error = $11,"
 	" request_id = COALESCE($12, request_id), livemode = COALESCE($13, livemode),"
 	" first_sent_at = CASE WHEN $14 AND first_sent_at OPERATOR(pg_catalog.=) claimed_at"
 	" THEN NULL ELSE first_sent_at END,"

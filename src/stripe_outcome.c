@@ -66,6 +66,12 @@ static const OutcomeRule outcome_rules[] = {
 		{STRIPE_UNKNOWN, true, true, gettext_noop("the request was sent and no answer came")}
 	},
 
+	/* no answer of Stripe's says both, so something on the way has made it */
+	{
+		200, 299, ANY, YES, YES, NULL, NULL,
+		{STRIPE_UNKNOWN, true, false, gettext_noop("an answer that says success and error isn't one of Stripe's")}
+	},
+
 	/* api/errors, "HTTP status code summary": 200, everything worked */
 	{
 		200, 299, ANY, YES, ANY, NULL, NULL,

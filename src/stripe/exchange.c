@@ -37,6 +37,7 @@
 #include "utils/wait_event.h"
 
 #include "compat.h"
+#include "debug_point.h"
 #include "errors.h"
 #include "settings.h"
 #include "stripe/exchange.h"
@@ -322,11 +323,15 @@ read_response(const StripeRequest *request, const HttpResponse *response,
 	reply->request_id = response->request_id[0] != '\0' ? pstrdup(response->request_id) : NULL;
 	reply->replayed = response->replayed;
 
-	/* some methods of API v2 answer with nothing */
+	/*
+	 * A refusal without Stripe's error object is somebody else's, and doesn't
+	 * tell what Stripe has done.  Some methods of API v2 answer with nothing.
+	 */
 	answer->http_status = response->status;
 	answer->sent = response->sent;
-	answer->body_complete = json != NULL ||
-		(response->whole && response->body_len == 0 && path_is_v2(request->target));
+	answer->body_complete = json != NULL ?
+		response->status / 100 != 4 || reply->body.error != NULL :
+		response->whole && response->body_len == 0 && path_is_v2(request->target);
 	answer->error_type = reply->body.error_type;
 	answer->error_code = reply->body.error_code;
 
@@ -338,9 +343,21 @@ read_response(const StripeRequest *request, const HttpResponse *response,
 			reply->body.error = exchange_error("api_connection_error", response->problem, NULL);
 		else if (!response->whole)
 			reply->body.error = exchange_error("api_error", response->problem, NULL);
-		else
+		else if (json == NULL)
 			reply->body.error = exchange_error("api_error", "answer is not a JSON object", NULL);
+		else
+			reply->body.error = exchange_error("api_error", "answer is not one of Stripe's", NULL);
 	}
+}
+
+/*
+ * Is it too late to send the same again?  To be asked before each attempt: this
+ * process may have been held up since the call was claimed.
+ */
+static bool
+is_too_late(const StripeRequest *request)
+{
+	return request->resend_until != 0 && GetCurrentTimestamp() >= request->resend_until;
 }
 
 /* No attempt can be made, or no more. */
@@ -359,8 +376,8 @@ not_sent(StripeReply *reply, const char *reason)
  * Send a request until there is an answer that counts, or no more time.
  *
  * The last attempt's answer is the one that is told.  Where it says that
- * nothing was executed, but an earlier attempt may have been, the outcome of a
- * request with a key is unknown.
+ * nothing was executed, but an earlier attempt may have been, the outcome of
+ * whatever isn't a mere reading is unknown.
  */
 void
 exchange(const StripeRequest *request, const ApiKey *key,
@@ -383,6 +400,12 @@ exchange(const StripeRequest *request, const ApiKey *key,
 	if (left_ms(deadline) <= 0)
 	{
 		not_sent(reply, gettext_noop("no time is left"));
+		return;
+	}
+
+	if (request->sent_before && is_too_late(request))
+	{
+		not_sent(reply, gettext_noop("it is too late to send the same key again"));
 		return;
 	}
 
@@ -446,9 +469,12 @@ exchange(const StripeRequest *request, const ApiKey *key,
 		if (left_ms(deadline) < pause + ATTEMPT_LEAST)
 			break;
 		pause_for(pause);
+		DEBUG_POINT("between-attempts");
+		if (is_too_late(request))
+			break;
 	}
 
-	if (uncertain && reply->outcome == STRIPE_NOT_EXECUTED && request->idempotency_key != NULL)
+	if (uncertain && reply->outcome == STRIPE_NOT_EXECUTED && strcmp(request->method, "GET") != 0)
 	{
 		reply->outcome = STRIPE_UNKNOWN;
 		reply->reason = gettext_noop("an earlier attempt may have been executed");

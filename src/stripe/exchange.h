@@ -14,6 +14,7 @@
 
 #include "portability/instr_time.h"
 #include "utils/jsonb.h"
+#include "utils/timestamp.h"
 
 #include "arguments.h"
 #include "stripe/api_key.h"
@@ -38,6 +39,9 @@ typedef struct StripeRequest
 									 * nothing */
 	int			max_attempts;	/* 0: as idempotency.stripe_max_retries says,
 								 * otherwise not more than this either */
+	bool		sent_before;	/* may the same have been sent by another call? */
+	TimestampTz resend_until;	/* when it mustn't be sent again any more; 0:
+								 * any time */
 } StripeRequest;
 
 /* When a call has to be over. */

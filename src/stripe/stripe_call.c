@@ -39,6 +39,7 @@
 
 #include "fmgr.h"
 #include "lib/stringinfo.h"
+#include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
 #include "utils/json.h"
@@ -413,7 +414,9 @@ encode_request(StripeCall *call, const char *path, Jsonb *params)
 	appendStringInfoSpaces(&body, VARHDRSZ);
 	if (path_is_v2(path))
 	{
-		(void) JsonbToCString(&body, &params->root, VARSIZE(params));
+		char	   *json = JsonbToCString(NULL, &params->root, VARSIZE(params));
+
+		appendStringInfoString(&body, pg_server_to_any(json, strlen(json), PG_UTF8));
 		if (body.len - VARHDRSZ > max_size)
 			ereport(ERROR,
 					(errcode(ERRCODE_TOO_LARGE),
@@ -547,6 +550,8 @@ send_call(Call *call)
 		request.content_type = v2 ? "application/json" : "application/x-www-form-urlencoded";
 	}
 	request.sending = recorder_sending;
+	request.sent_before = claim->sent_before;
+	request.resend_until = claim->resend_until;
 
 	DEBUG_POINT("before-send");
 	exchange(&request, &call->key, &call->deadline, &call->reply);
@@ -576,6 +581,19 @@ record_call(Call *call)
 }
 
 /*
+ * "unknown" mostly means that the same call, made again, may tell more.  Say so
+ * where it can't.
+ */
+static void
+say_that_resend_is_useless(const StripeCall *call)
+{
+	ereport(NOTICE,
+			(errmsg("outcome of Stripe operation \"%s:%s\" is not known, and can't be found out by calling again",
+					call->operation_type, call->operation_id),
+			 errhint("The view \"idempotency.stripe_unknown\" says what to do.")));
+}
+
+/*
  * Claim, send, record; the result is set.
  */
 static void
@@ -591,6 +609,8 @@ run_call(Call *call)
 		result_set_text(&call->result, R_IDEMPOTENCY_KEY, claim->idempotency_key);
 		if (claim->generation > 0)
 			result_set(&call->result, R_GENERATION, Int32GetDatum(claim->generation));
+		if (claim->verdict == STRIPE_CANT_TELL && strcmp(claim->outcome, "unknown") == 0)
+			say_that_resend_is_useless(&call->call);
 		return;
 	}
 
@@ -606,6 +626,8 @@ run_call(Call *call)
 	result_set_enum(&call->result, R_OUTCOME, outcome);
 	result_set_text(&call->result, R_IDEMPOTENCY_KEY, claim->idempotency_key);
 	result_set(&call->result, R_GENERATION, Int32GetDatum(claim->generation));
+	if (strcmp(outcome, "unknown") == 0 && !call->reply.resend)
+		say_that_resend_is_useless(&call->call);
 }
 
 static Datum

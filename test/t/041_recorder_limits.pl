@@ -170,6 +170,29 @@ $s1->quit;
 $s3->query_safe('COMMIT');
 becomes('late', 'completed', 'and records as soon as the row is free, though the caller is gone');
 
+# rows that somebody has locked, and that many ask for, don't keep the recorder from
+# the others
+sql($node, q{SELECT count(idempotency.stripe_claim('call', 'locked ' || g, lease => '1 microsecond')) FROM generate_series(0, 49) g});
+$s3->query_safe(q{BEGIN; SELECT FROM idempotency.stripe_idempotency_keys WHERE operation_id LIKE 'locked %' FOR UPDATE});
+$s1 = session();
+arm($node, 'recorder-taken', 'wait');
+begin($s1, q{SELECT test_stripe_call('call', 'before them')});
+wait_for_point($node, 'recorder-taken');
+my $script = PostgreSQL::Test::Utils::tempdir() . '/locked.sql';
+append_to_file($script, "SELECT verdict FROM idempotency.stripe_claim('call', 'locked ' || :client_id);\n");
+my $many = IPC::Run::start([ 'pgbench', '-n', '-c', 50, '-j', 2, '-t', 1, '-f', $script, $node->connstr('postgres') ],
+	'>', \my $told, '2>', \my $said);
+ok($node->poll_query_until('postgres', q{SELECT count(*) = 51 FROM pg_stat_activity WHERE wait_event = 'transactionid'}),
+	'fifty callers want rows that are locked');
+begin($s2, q{SET idempotency.stripe_record_timeout = '2s'; SELECT test_stripe_call('call', 'behind them')});
+disarm($node, 'recorder-taken');
+like(end($s2), qr/^claimed completed/, 'another caller isn\'t kept waiting by that');
+$s2->query_safe('RESET idempotency.stripe_record_timeout');
+end($s1);
+$s1->quit;
+ok($many->finish, 'the fifty are told that somebody has the rows') or diag($told . $said);
+$s3->query_safe('ROLLBACK');
+
 # the recorder is terminated while it has such an answer
 $s1 = session();
 arm($node, 'call-sent', 'wait');

@@ -285,6 +285,17 @@ unlike(substr(slurp_file($node->logfile), $offset), qr/Stripe call:/, 'no line a
 	  . q{SELECT FROM idempotency.stripe_get('/v1/customers')});
 like($notice, qr/NOTICE:  Stripe call: GET/, 'at notice, a line for the client');
 
+# the secret of a webhook's endpoint is told to whoever makes one, and kept nowhere
+my $made = secret('whsec_');
+$stripe->fault('not_json', body => qq({"id": "we_1", "object": "webhook_endpoint", "secret": "$made", "status": "enabled"}));
+is(stripe_call($node, 'endpoint', '1', 'POST', '/v1/webhook_endpoints')->{response}{secret}, $made, 'a new endpoint has a secret');
+is_deeply(stripe_call($node, 'endpoint', '1', 'POST', '/v1/webhook_endpoints')->{response},
+	{ id => 'we_1', object => 'webhook_endpoint', status => 'enabled' }, 'and a replay has not');
+$stripe->fault('not_json', body => qq({"id": "ed_1", "object": "v2.core.event_destination", "webhook_endpoint": {"signing_secret": "$made"}}));
+is(stripe_call($node, 'endpoint', '2', 'POST', '/v2/core/event_destinations')->{response}{webhook_endpoint}{signing_secret}, $made,
+	'nor has one of API v2');
+is_deeply(operation($node, 'endpoint', '2')->{response}{webhook_endpoint}, {}, 'in its row');
+
 # no table, no catalog, no log of changes
 $node->stop;
 my @found;

@@ -207,6 +207,8 @@ foreach my $case (
 }
 survives('drips', [ 'drip', ms => 50 ], { %unknown, http_status => 200 }, again => 1, timeout => '300 ms');
 survives('from somebody else', [ 'not_json', status => 404, effect => $false ], { %unknown, http_status => 404 }, again => 1);
+survives("$_ in JSON, from somebody else", [ 'not_json', status => $_, body => '{"message": "no"}', effect => $false ],
+	{ %unknown, http_status => $_ }, again => 1) foreach 400, 402, 404, 413;
 
 # redirects are not followed
 survives("$_ redirect", [ 'redirect', status => $_, location => $stripe->url . '/v1/payment_intents' ],
@@ -253,6 +255,15 @@ foreach my $what (qw(close_before reset_after cut 409_in_use 409 429_lock_timeou
 	$stripe->clear_faults;
 	has(pay('uncertain'), { outcome => 'completed', replayed => $true, attempts => 1 }, 'and is found');
 	charges('uncertain', 1);
+
+	# nor by a refusal that isn't Stripe's
+	$stripe->fault('close_after');
+	$stripe->fault('not_json', nth => 2, status => 400, body => '{"message": "no"}', effect => $false);
+	has(pay('uncertain at a gateway', settings => { stripe_max_retries => 1 }), { %unknown, http_status => 400, attempts => 2 },
+		'nor is it undone by something on the way to Stripe');
+	$stripe->clear_faults;
+	has(pay('uncertain at a gateway'), { outcome => 'completed', replayed => $true }, 'and it is found');
+	charges('uncertain at a gateway', 1);
 
 	# over two calls
 	$stripe->fault('close_after');
@@ -391,6 +402,24 @@ is(arrivals {
 is(arrivals { is(pay('almost a day')->{outcome}, 'completed', 'before it is') }, 1, 'sent');
 charges('almost a day', 1);
 
+# an outcome that no repetition will tell says so
+sub said
+{
+	my ($function, $arguments) = @_;
+	my (undef, undef, $stderr) = $node->psql('postgres', "SELECT FROM idempotency.$function($arguments)");
+
+	return $stderr;
+}
+my $useless = qr/NOTICE:  outcome of Stripe operation "payment:[^"]*" is not known, and can't be found out by calling again\nHINT:  The view "idempotency.stripe_unknown"/;
+my $call = q{'POST', '/v1/payment_intents', '{"amount": 2000, "currency": "usd"}'};
+like(said('stripe_retry', q{'payment', 'a day'}), $useless, 'too late');
+$stripe->fault('500');
+like(said('stripe_call', "'payment', 'useless', $call"), $useless, 'a saved failure, at once');
+like(said('stripe_call', "'payment', 'useless', $call"), $useless, 'and later');
+$stripe->fault('close_after');
+is(said('stripe_call', "'payment', 'useful', $call"), '', 'nothing is said where it may help');
+is(said('stripe_call', "'payment', 'useful', $call"), '', 'and where it did');
+
 # API v2
 my %payout = (amount => { value => 100, currency => 'usd' }, from => { financial_account => 'fa_1' },
 	to => { recipient => 'acct_1' }, description => undef);
@@ -406,6 +435,14 @@ is_deeply($json->decode($arrival->{body}), \%payout, 'API v2 takes JSON');
 is(header($arrival, 'Content-Type'), 'application/json', 'and is told so');
 is(header($arrival, 'Idempotency-Key'), $r->{idempotency_key}, 'with a key');
 is($r->{outcome}, 'completed', 'completed') or diag(explain($r));
+sql($node, q{CREATE DATABASE latin1 TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'});
+sql($node, 'CREATE EXTENSION idempotency', db => 'latin1');
+foreach my $path ('/v2/core/accounts', '/v1/customers')
+{
+	stripe_call($node, 'latin1', $path, 'POST', $path, params => '{"name": "\u00e9"}', db => 'latin1',
+		before => q{SET client_encoding = 'UTF8'});
+	like(($stripe->arrivals)[-1]->{body}, qr/\x{e9}|%C3%A9/, "$path: UTF-8 from a database that has another encoding");
+}
 $stripe->fault('close_before');
 payout('old');
 sql($node, q{UPDATE idempotency.stripe_idempotency_keys SET first_sent_at = first_sent_at - interval '29 d' WHERE operation_type = 'payout'});
@@ -432,6 +469,14 @@ is(header($arrival, 'Idempotency-Key'), undef, 'it has no key in API v1');
 is($arrival->{body}, '', 'and no body');
 has(stripe_call($node, 'delete', '1', 'DELETE', "/v1/customers/$customer"), { outcome => 'completed', http_status => 404 },
 	'gone is what it should be');
+$customer = stripe_call($node, 'customer', '2', 'POST', '/v1/customers')->{resource_id};
+$stripe->fault('close_after');
+$stripe->fault('401', match => { method => 'DELETE' }, nth => 2);
+has(stripe_call($node, 'delete', 'then refused', 'DELETE', "/v1/customers/$customer", settings => { stripe_max_retries => 1 }),
+	{ outcome => 'unknown', attempts => 2, http_status => 401 }, 'a DELETE whose answer is lost, and whose second attempt is refused');
+$stripe->clear_faults;
+has(stripe_call($node, 'delete', 'then refused', 'DELETE', "/v1/customers/$customer"), { outcome => 'completed', http_status => 404 },
+	'may have been executed, and was');
 stripe_call($node, 'delete', 'params', 'DELETE', "/v1/subscriptions/sub_1", params => { prorate => $true, a => [ 1 ] });
 is(($stripe->arrivals)[-1]->{target}, '/v1/subscriptions/sub_1?a[0]=1&prorate=true', 'its parameters are a query');
 $stripe->fault('429');

@@ -665,6 +665,81 @@ charged('payment', 'free', 1);
 $_->quit foreach $session, $other;
 
 #
+# Interrupts and rollbacks: nothing is settled, nothing stays locked, and the next
+# one finds all that there is to find
+#
+
+sub untouched
+{
+	my ($id, $name) = @_;
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+
+	is(sql($node, qq{SELECT outcome, reconciled IS NULL FROM idempotency.stripe_idempotency_keys
+		WHERE operation_type = 'interrupted' AND operation_id = '$id' FOR UPDATE NOWAIT}), 'unknown|t', $name);
+	return;
+}
+
+foreach my $how ('pg_cancel_backend', 'pg_terminate_backend')
+{
+	# the first is found by then, at the second it is struck
+	lose('interrupted', "$how $_") foreach 1, 2;
+	my $asked = last_arrival();
+	my $victim = $node->background_psql('postgres', on_error_stop => 0);
+	my $pid = $victim->query_safe('SELECT pg_backend_pid()');
+	$fault = $stripe->fault('hang_before', match => { method => 'GET' }, nth => 2);
+	$victim->query_until(qr/asking/, "\\echo asking\nBEGIN; SELECT outcome FROM idempotency.stripe_reconcile('interrupted');\n");
+	$stripe->wait_fault($fault, holding => 1);
+	sql($node, "SELECT $how($pid)");
+	$stripe->wait_fault($fault, gone => 1);
+	ok($node->poll_query_until('postgres',
+			"SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $pid AND state = 'active')"), "$how: ends at once");
+	cmp_ok(scalar gets($asked), '>=', 2, "$how: after it has asked about the first");
+	$stripe->clear_faults;
+	untouched("$how $_", "$how: $_ is as it was") foreach 1, 2;
+	$victim->{run}->kill_kill;
+	is(join(' ', map { $_->{outcome} } reconcile(q{'interrupted'})), 'completed completed', "$how: the next one finds both");
+	charged('interrupted', "$how $_", 1) foreach 1, 2;
+}
+
+# it ends by itself before statement_timeout, and keeps how far it has got
+lose('interrupted', 'statement_timeout');
+$stripe->fault('hang_before', match => { method => 'GET' }, times => 0);
+($row) = reconcile(q{'interrupted', 'statement_timeout'}, before => q{SET statement_timeout = '1500 ms';});
+has($row, { outcome => 'unknown' }, 'statement_timeout: unknown');
+has($row->{evidence}, { requests => 1, next => 'search' }, 'one question, to be asked again');
+ok(defined $row->{evidence}{stopped}, 'and why it was the last');
+$stripe->clear_faults;
+is(sql($node, q{SELECT reconciled ->> 'next' FROM idempotency.stripe_lookup('interrupted', 'statement_timeout')}), 'search', 'which is kept');
+is(arrivals { ($row) = reconcile(q{'interrupted', 'statement_timeout'}, before => q{SET statement_timeout = '900 ms';}) }, 0,
+	'with less than a second nothing is asked');
+has(reconcile_one('interrupted', 'statement_timeout'), { outcome => 'completed' }, 'and then it is found');
+charged('interrupted', 'statement_timeout', 1);
+
+# a savepoint, and an exception that is caught
+foreach my $how (
+	[ 'savepoint', q{BEGIN; SAVEPOINT s; SELECT outcome FROM idempotency.stripe_reconcile('interrupted', 'savepoint'); ROLLBACK TO s; COMMIT} ],
+	[ 'exception', q{DO $$ BEGIN
+		PERFORM FROM idempotency.stripe_reconcile('interrupted', 'exception') WHERE outcome = 'completed';
+		RAISE EXCEPTION '%', FOUND;
+	EXCEPTION WHEN raise_exception THEN RAISE NOTICE 'found: %', SQLERRM; END $$} ])
+{
+	my ($id, $statements) = @$how;
+
+	lose('interrupted', $id);
+	my (undef, $stdout, $stderr) = $node->psql('postgres', $statements);
+	like($stdout . $stderr, qr/^completed$|found: t$/m, "$id: found");
+	untouched($id, "$id: and not settled, since that was rolled back");
+	has(reconcile_one('interrupted', $id), { outcome => 'completed' }, "$id: found again");
+	charged('interrupted', $id, 1);
+}
+
+# one that was rolled back in a savepoint counts when it is asked again in the same transaction
+lose('interrupted', 'again');
+is(sql($node, q{BEGIN; SAVEPOINT s; SELECT FROM idempotency.stripe_reconcile('interrupted', 'again'); ROLLBACK TO s;
+	SELECT outcome FROM idempotency.stripe_reconcile('interrupted', 'again'); COMMIT}) =~ s/^\n+//r, 'completed', 'again, in the same transaction');
+charged('interrupted', 'again', 1);
+
+#
 # Privileges
 #
 

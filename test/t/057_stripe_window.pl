@@ -18,12 +18,13 @@ use StripeTest;
 use Test::More;
 
 plan skip_all => 'python3 is not installed' if system('python3 -c 1 >/dev/null 2>&1') != 0;
+needs_debug_points();
 
 use constant { HOUR => 3600, MINUTE => 60 };
 
 my $clock = MovedClock->new(PostgreSQL::Test::Utils::tempdir());
 my $stripe = FakeStripe->start;
-my $node = stripe_node('main', $stripe, preload => 1, conf => "idempotency.stripe_max_retries = 0\n");
+my $node = stripe_node('main', $stripe, debug => 1, conf => "idempotency.stripe_max_retries = 0\n");
 $clock->around(sub { $node->restart });
 
 # Both clocks, so many seconds after the beginning; a call takes a moment by both.
@@ -58,14 +59,14 @@ sub sent
 my @before = ('soon', 'next day', 'after a restart');
 my @after = ('a minute late', 'forgotten', 'a month late');
 my %key;
-foreach my $id (@before, @after)
+foreach my $id (@before, 'between attempts', 'before the send', @after)
 {
 	$stripe->fault('close_after');
 	my $r = pay($id);
 	is($r->{outcome}, 'unknown', "$id: the answer is lost");
 	$key{$id} = $r->{idempotency_key};
 }
-is($stripe->charges, 6, 'all are charged');
+is($stripe->charges, 8, 'all are charged');
 
 sub is_sent_again
 {
@@ -105,6 +106,23 @@ is_sent_again('next day');
 $clock->around(sub { $node->restart });
 is_sent_again('after a restart');
 
+# one session is held up between two attempts, another before its first byte
+pass_to(23 * HOUR - MINUTE);
+my @held = (['between attempts', 'between-attempts', 1], ['before the send', 'before-send', 0]);
+my %session;
+foreach (@held)
+{
+	my ($id, $point, $attempts) = @$_;
+
+	$stripe->fault('503', match => { key => $key{$id} });
+	arm($node, $point, 'wait');
+	$session{$id} = $node->background_psql('postgres');
+	$session{$id}->query_until(qr/begun/, "SET idempotency.stripe_max_retries = 1;\n\\echo begun\n"
+		  . "SELECT outcome, attempts FROM idempotency.stripe_retry('payment', '$id');\n");
+	wait_for_point($node, $point);
+	is(sent($id), 1 + $attempts, "$id: claimed in time");
+}
+
 # the margin of an hour has begun
 pass_to(23 * HOUR + MINUTE);
 is_not_sent('a minute late');
@@ -112,6 +130,18 @@ pass_to(24 * HOUR + MINUTE);
 is_not_sent('forgotten');
 # Stripe would indeed charge again: it has forgotten the key
 is_deeply($stripe->control('GET', 'idempotency', { key => $key{forgotten} })->{keys}, [], 'Stripe has forgotten the key');
+# what was claimed in time is too late now
+foreach (@held)
+{
+	my ($id, $point, $attempts) = @$_;
+
+	disarm($node, $point);
+	is($session{$id}->query('SELECT 1') =~ s/\n?1\z//r, "unknown|$attempts", "$id: unknown");
+	$session{$id}->quit;
+	is(sent($id), 1 + $attempts, "$id: nothing more is sent");
+	is($stripe->charges(metadata => { id => $id }), 1, "$id: one charge");
+}
+$stripe->clear_faults;
 
 # which is found out by reading
 is(sql($node, q{SELECT outcome || ' ' || (resource_id IS NOT NULL) FROM idempotency.stripe_reconcile('payment', 'forgotten')}),
@@ -120,7 +150,7 @@ is(pay('forgotten')->{outcome}, 'completed', 'and replayed');
 
 pass_to(31 * 24 * HOUR);
 is_not_sent('a month late');
-is($stripe->charges, 6, 'six charges for six payments');
+is($stripe->charges, 8, 'eight charges for eight payments');
 
 # The recorder tries again in a moment what met a lock, also if the clock is set
 # back by three weeks in that moment.  (By more, PostgreSQL's own checkpointer

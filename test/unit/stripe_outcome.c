@@ -45,6 +45,7 @@ static const Row rows[] = {
 	{"200", 200, true, true, NULL, NULL, COMPLETED, false, false},
 	{"201", 201, true, true, NULL, NULL, COMPLETED, false, false},
 	{"299", 299, true, true, NULL, NULL, COMPLETED, false, false},
+	{"200 with an error", 200, true, true, "api_error", NULL, UNKNOWN, true, false},
 	{"200, cut", 200, true, false, NULL, NULL, UNKNOWN, true, true},
 
 	/* redirects */
