@@ -64,8 +64,9 @@ sub signature
 sub block_of_page
 {
 	my ($language) = @_;
+	my @blocks = $page =~ /^```$language\n(.*?)^```$/msg or die "doc/webhooks.md has no block of $language";
 
-	return $page =~ /^```$language\n(.*?)^```$/ms ? $1 : die "doc/webhooks.md has no block of $language";
+	return join("\n", @blocks);
 }
 
 sub order
@@ -151,6 +152,15 @@ SKIP:
 	my $held = payment('evt_n3', "${order}3");
 	is($deliver->($held, signature($held)), '409', 'what somebody else is at');
 
+	# it overtakes the transaction that caused it
+	my $early = payment('evt_n0', "${order}0");
+	is($deliver->($early, signature($early)), '500', 'whose order is not there yet');
+	sql($node, "INSERT INTO orders (id) VALUES ('${order}0')");
+	is($deliver->($early, signature($early)), '200', 'is delivered again');
+	is(order(0), 'pi_evt_n0|1', 'and has its effect then');
+	my $others = payment('evt_n5', 'x') =~ s/"metadata": \{[^}]*\}/"metadata": {}/r;
+	is($deliver->($others, signature($others)), '200', 'a payment that is no order of ours');
+
 	# ten deliveries at once
 	my $many = payment('evt_n4', "${order}4");
 	my @sockets = map { IO::Socket::INET->new(PeerAddr => '127.0.0.1', PeerPort => $port, Timeout => 60) // die "connect: $!" } 1 .. 10;
@@ -183,7 +193,7 @@ SKIP:
 	append_to_file("$dir/drive.py", <<'PY');
 import hashlib, hmac, json, sys, threading, time
 import psycopg
-from stripe_events import receive, work
+from stripe_events import paid, receive, work
 
 order = sys.argv[1]
 
@@ -193,10 +203,6 @@ def event(id, order_id):
         ensure_ascii=False, indent=1).encode()
     t = str(int(time.time()))
     return body, "t=" + t + ",v1=" + hmac.new(b"whsec_test_clients", t.encode() + b"." + body, hashlib.sha256).hexdigest()
-
-def paid(conn, e):
-    conn.execute("UPDATE orders SET payment = %s WHERE id = %s",
-        (e["object_id"], e["event"]["data"]["object"]["metadata"]["order_id"]))
 
 handlers = {"payment_intent.succeeded": paid}
 conn = psycopg.connect(autocommit=True)
@@ -208,6 +214,11 @@ print("receive", receive(conn, *event("evt_p2", "17")))
 print("failed", work(conn, handlers))
 # a handler that is mended
 print("again", work(conn, {"payment_intent.succeeded": lambda conn, e: None}), work(conn, handlers))
+# it overtakes the transaction that caused it
+receive(conn, *event("evt_p3", order + "a"))
+print("early", work(conn, handlers))
+conn.execute("INSERT INTO orders (id) VALUES (%s)", (order + "a",))
+print("in time", work(conn, handlers), work(conn, handlers))
 
 for i in range(20):
     receive(conn, *event("evt_w%d" % i, order + "6"))
@@ -230,13 +241,15 @@ work True None
 receive 200
 failed False
 again True None
+early False
+in time True None
 workers 20
 OUT
 	is(order(5), 'pi_evt_p1|1', 'each with its effect');
 	is(sql($node, "SELECT times FROM orders WHERE id = '${order}6'"), '20', 'also with workers side by side');
 	is(sql($node, q{SELECT count(*), bool_and(success) FROM idempotency.stripe_webhook_events
 			WHERE stripe_event_id LIKE 'evt\_w%' OR stripe_event_id LIKE 'evt\_p%'}),
-		'22|t', 'and recorded');
+		'23|t', 'and recorded');
 }
 
 $node->stop;
