@@ -27,13 +27,14 @@ needs_debug_points();
 my $seconds = $ENV{TORTURE_SECONDS} || 120;
 my $seed = $ENV{TORTURE_SEED} || int(rand(1_000_000_000));
 my $sessions = abs_path(dirname(__FILE__)) . '/torture';
-my @kinds = (([keys => 4], [paying => 4], [sending => 2], [late => 1], [events => 2]));
+my @kinds = (([keys => 4], [paying => 4], [sending => 2], [late => 1], [reconciling => 1], [events => 2]));
 my $webhook_secret = 'whsec_torture';
 
 diag("seed $seed, $seconds seconds, " . join(', ', map { "$_->[1] $_->[0]" } @kinds));
 srand($seed);
 
 my $stripe = FakeStripe->start;
+$stripe->settings(search_lag => 1);
 my $directory = "$PostgreSQL::Test::Utils::tmp_check/torture";
 mkdir $directory;
 append_to_file("$directory/webhook_secret", $webhook_secret);
@@ -42,6 +43,7 @@ chmod(0600, "$directory/webhook_secret");
 my $number = 1;
 my $node = stripe_node("main$number", $stripe, debug => 1, init => { allows_streaming => 1 }, conf => qq{
 max_connections = 50
+max_prepared_transactions = 20
 shared_buffers = '32MB'
 restart_after_crash = on
 synchronous_commit = off
@@ -55,6 +57,8 @@ idempotency.expiry_interval = '1 s'
 idempotency.abandoned_retention = '5 s'
 });
 my @logs = ($node->logfile);
+my (@points, @gentle, @unreplayed);
+append_to_file("$directory/succeeded", '');
 sql($node, PAYING_APPLICATION);
 sql($node, 'CREATE TABLE handled (event text, session text)');
 
@@ -92,23 +96,57 @@ sub set_synchronous
 	return;
 }
 
-# The node is gone, and its standby takes over, with all that anybody was told.
+# The node is gone, and its standby takes over, with all that anybody was told,
+# replayed already or not.  Returns what to call it, or undef where there was no
+# standby to be had.
 sub fail_over
 {
 	my $old = $node;
+	my $name = $old->name;
+	my $lags = rand() < 0.6;
+	my $lag;
+
+	# a crash would make visible what the standby hasn't; without replay there
+	# would be no new connection to it, either
+	disarm($old, $_) foreach @points;
+	$standby->safe_psql('postgres', 'SELECT pg_wal_replay_pause()') if $lags;
+	my $until = time + ($lags ? 2 + rand(4) : 0);
+	while (time < $until)
+	{
+		choose(@gentle)->();
+		pause(0.02 + rand(0.1));
+	}
 
 	# what a crash made visible before the standby had it, it has now
 	my $visible = try_sql('SELECT pg_current_wal_flush_lsn()');
-	return unless defined $visible && eventually(qq{SELECT EXISTS (SELECT FROM pg_stat_replication
-		WHERE sync_state = 'sync' AND flush_lsn >= '$visible')});
+	if (!defined $visible || !eventually(qq{SELECT EXISTS (SELECT FROM pg_stat_replication
+		WHERE sync_state = 'sync' AND flush_lsn >= '$visible')}))
+	{
+		$standby->safe_psql('postgres', 'SELECT pg_wal_replay_resume()') if $lags;
+		return;
+	}
+	my $connected = try_sql(q{SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend'}) // '';
 	$old->stop(choose('immediate', 'fast'));
+	is(join(' ', grep { title($_) =~ /^postgres: \Q$name\E: / } split /\n/, $connected), '', "nobody is left at $name");
+	$lag = $standby->safe_psql('postgres', 'SELECT pg_wal_lsn_diff(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn())')
+	  if $lags;
 	$standby->append_conf('postgresql.conf', "synchronous_standby_names = ''");
 	$standby->promote;
+	append_to_file("$directory/succeeded", $old->port . ' ' . time . "\n");
 	$node = $standby;
 	publish();
 	$old->clean_node;
 	add_standby();
-	return;
+	push @unreplayed, $lag if $lag;
+	return 1;
+}
+
+# The title of a process, or nothing where it is gone.
+sub title
+{
+	my ($pid) = @_;
+
+	return eval { slurp_file("/proc/$pid/cmdline") } // '';
 }
 
 sub pause
@@ -143,7 +181,7 @@ sub eventually
 # What strikes
 #
 
-my @points = qw(claim-answered before-send after-answer before-record after-record
+@points = qw(claim-answered before-send after-answer before-record after-record
   recorder-start recorder-taken recorder-before-commit recorder-after-commit);
 my @at_stripe = (
 	(map { [$_] } qw(close_before reset_before close_after reset_after cut garbled not_json 401 409 409_in_use
@@ -207,7 +245,8 @@ my @strikes = (
 	[ crash => 1, sub { $node->stop('immediate'); $node->start } ],
 	[ cut_off_standby => 1, sub { signal('pg_terminate_backend', one_of(q{backend_type = 'walsender'})) } ]);
 my @by_weight = map { my $strike = $_; ($strike) x $strike->[1] } @strikes;
-
+# those that leave the server alive
+@gentle = map { $_->[2] } grep { $_->[0] =~ /^(cancel|terminate|terminate_recorder|stripe)$/ } @by_weight;
 
 add_standby();
 publish();
@@ -242,8 +281,7 @@ while (time < $deadline)
 {
 	if (time > $next_failover)
 	{
-		fail_over();
-		$struck{failover}++;
+		$struck{failover}++ if fail_over();
 		$next_failover = time + 40 + rand(40);
 	}
 	my $strike = choose(@by_weight);
@@ -256,6 +294,7 @@ disarm($node, $_) foreach @points;
 $stripe->clear_faults;
 wait_until_up($node);
 diag(join(', ', map { "$_ $struck{$_}" } sort keys %struck));
+diag(scalar(@unreplayed) . ' of the fail-overs to a standby with WAL it had not replayed: ' . join(', ', @unreplayed) . ' bytes');
 foreach my $pid (sort { $a <=> $b } keys %children)
 {
 	waitpid($pid, 0);

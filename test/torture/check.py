@@ -19,6 +19,7 @@ from psycopg.rows import dict_row
 
 import check_events
 import check_keys
+import check_reconcile
 import check_stripe
 
 
@@ -26,6 +27,7 @@ class Violations:
     def __init__(self):
         self.found = collections.OrderedDict()
         self.cases = collections.Counter()
+        self.told = []
 
     def looked(self, invariant):
         """One more case in which it could have been violated."""
@@ -57,26 +59,56 @@ def histories(directory):
                     calls.append(call)
     calls.sort(key=lambda call: call["t0"])
 
-    # a transaction without an end was lost after its last answer, at any time
-    last = {}
+    by_tx = collections.defaultdict(list)
     for call in calls:
         if call["tx"] is not None:
-            last[call["tx"]] = max(last.get(call["tx"], 0), 0 if "lost" in call else call["t1"])
-    for call in calls:
-        tx = call["tx"]
-        end = ends.get(tx)
-        call["committed"] = "lost" not in call and "error" not in call and (
-            tx is None or (end is not None and end.get("res", {}).get("status") == "COMMIT"))
-        if tx is None:
-            call["may_have_committed"] = "error" not in call
+            by_tx[call["tx"]].append(call)
         else:
-            call["may_have_committed"] = "error" not in call and end is not None and end["op"] == "commit" and (
-                "lost" in end or call["committed"])
-        # when it was certainly still under way, when its effect was certainly there
-        call["open_until"] = call["t0"] if tx is None else \
-            end["t0"] if end is not None and "lost" not in end else last[tx]
-        call["done"] = call["t1"] if tx is None else end["t1"] if end is not None else math.inf
-    return calls
+            # when it was certainly still under way, when its effect was certainly there
+            call["committed"] = "lost" not in call and "error" not in call
+            call["may_have_committed"] = "error" not in call
+            call["open_until"], call["done"] = call["t0"], call["t1"]
+    for tx, of_tx in by_tx.items():
+        end_transaction(of_tx, ends.get(tx))
+    return calls, list(ends.values())
+
+
+def end_transaction(calls, end):
+    """It was certainly under way until its end was sent; but where an error or a lost connection came first,
+    it may have been over since the last good answer."""
+    broken = end is None or "lost" in end
+    last = 0
+    for call in calls:
+        # a lost PREPARE whose transaction was found has been no end
+        if "error" in call or ("lost" in call and (call["op"] != "prepare" or end is None)):
+            broken = True
+            break
+        last = call["t1"]
+    committed = end is not None and (end.get("res") or {}).get("status") == "COMMIT"
+    may_have_committed = end is not None and end["op"] == "commit" and ("lost" in end or committed)
+    savepoint = None
+    for i, call in enumerate(calls):
+        good = "lost" not in call and "error" not in call
+        call["committed"] = good and committed
+        call["may_have_committed"] = good and may_have_committed
+        call["open_until"] = last if broken else end["t0"]
+        call["done"] = math.inf if end is None else end["t1"]
+        if call["op"] == "savepoint":
+            savepoint = i
+        elif call["op"] == "undo" and good:
+            for undone in calls[savepoint + 1:i]:
+                undone.update(undone=True, committed=False, may_have_committed=False, done=call["t1"],
+                              open_until=min(call["t0"], call["open_until"]))
+
+
+def check_servers(calls, ends, directory, violations):
+    """I1: nobody is answered by a primary that another has succeeded."""
+    with open(f"{directory}/succeeded", encoding="utf-8") as lines:
+        since = {int(port): float(time) for port, time in map(str.split, lines)}
+    for call in calls + ends:
+        if since.get(call.get("server"), math.inf) < call["t0"] and "lost" not in call:
+            violations.add("I1", f"{call['s']}: {call['op']} was answered at {call['t1']:.3f} by the server on port"
+                           f" {call['server']}, which had a successor at {since[call['server']]:.3f}")
 
 
 def ask(control, what):
@@ -108,21 +140,37 @@ def look_for_secrets(connection, violations, directory, secrets):
             violations.add("I9", f"in {row['name']}")
 
 
+def verdict_of(call):
+    res = call.get("res")
+    return res.get("verdict", "") if isinstance(res, dict) else ""
+
+
 def main(directory, conninfo, control, *secrets):
     violations = Violations()
-    calls = histories(directory)
+    calls, ends = histories(directory)
     arrivals = ask(control, "arrivals")["arrivals"]
     effects = ask(control, "effects?type=charge&action=create&status=succeeded")["effects"]
+    declined = ask(control, "effects?type=charge&action=create&status=failed")["effects"]
     with psycopg.connect(conninfo, autocommit=True, row_factory=dict_row) as connection:
         look_for_secrets(connection, violations, directory, secrets)
         check_keys.check(calls, connection, violations)
         check_stripe.check(calls, arrivals, effects, connection, violations)
+        check_reconcile.check(calls, arrivals, effects, declined, connection, violations)
         check_events.check(calls, connection, violations)
     for call in calls:
         if call["op"] in ("surprise", "gave up"):
             violations.add("I0", f"{call['s']}: {call['op']} {call.get('error', '')}")
-    counted = collections.Counter((call["op"], (call.get("res") or {}).get("verdict", "")) for call in calls)
+        elif call["op"] == "vanished":
+            violations.add("I6", f"{call['s']}: prepared transaction {call['tx']} is gone")
+    check_servers(calls, ends, directory, violations)
+    counted = collections.Counter((call["op"], verdict_of(call)) for call in calls)
     print("# " + ", ".join(f"{op} {verdict + ' ' if verdict else ''}{n}" for (op, verdict), n in sorted(counted.items())))
+    for line in violations.told:
+        print(f"# {line}")
+    prepared = collections.Counter(call["how"] for call in calls if call["op"] == "concluded")
+    crossed = sum(call["crossed"] for call in calls if call["op"] == "concluded")
+    print(f"# prepared: {prepared['commit']} committed, {prepared['rollback']} rolled back, {crossed} of them after a crash,"
+          f" a restart or a fail-over; savepoints rolled back: {sum(call['op'] == 'undo' for call in calls)}")
     print(f"# {len(calls)} calls, {len(arrivals)} requests at Stripe, {len(effects)} charges")
     print("# cases: " + ", ".join(f"I{n} {violations.cases[f'I{n}']}" for n in range(1, 13)))
     sys.exit(1 if violations.report() else 0)

@@ -12,6 +12,8 @@ def check(calls, connection, violations):
     for call in calls:
         if call["op"] in ("event_claim", "event_next") and call.get("res"):
             event = call["res"]["stripe_event_id"]
+            if event in recorded:
+                violations.looked("I2")
             if event in recorded and recorded[event] <= call["t0"] and call["res"]["verdict"] == "claimed":
                 violations.add("I2", f"{event}: claimed again after it was recorded")
         elif call["op"] == "event_record" and call["committed"] and call["args"]["success"]:
@@ -20,9 +22,11 @@ def check(calls, connection, violations):
                 and call["res"]["stripe_event_id"] not in ledger:
             violations.add("I6", f"{call['res']['stripe_event_id']}: was received, and is gone")
     for event, count in handled.items():
+        violations.looked("I1")
         if count != 1:
             violations.add("I1", f"{event}: handled {count} times")
     for event, row in ledger.items():
+        violations.looked("I6")
         if not row["success"]:
             violations.add("I6", f"{event}: was never processed")
         elif event not in handled:

@@ -28,8 +28,10 @@ class Holding:
         self.variant = claim["args"]["variant"]
         self.token = claim["res"]["token"]
         self.start = claim["t1"]
-        # attempts that may have ended it
-        self.endings = [call for call in tried if call["op"] in ENDS and "error" not in call]
+        # attempts that may have ended it: in its own transaction, or for good
+        self.endings = [call for call in tried if call["op"] in ENDS and (
+            call["may_have_committed"] or
+            (claim["tx"] is not None and "error" not in call and not call.get("undone")))]
         if claim["tx"] is not None:
             self.until = claim["open_until"]
             self.lapses = math.inf
@@ -37,7 +39,7 @@ class Holding:
             self.lapses = claim["res"]["lease_expires_at"]
             for call in tried:
                 if call["op"] in ("checkpoint", "extend") and call.get("res") and call["committed"] \
-                        and call["t0"] < self.lapses:
+                        and call["t1"] < self.lapses:
                     self.lapses = max(self.lapses, list(call["res"].values())[0])
             self.until = min([self.lapses] + [call["t0"] for call in self.endings])
         self.checkpoints = [call for call in tried if call["op"] == "checkpoint" and "error" not in call]
@@ -67,11 +69,11 @@ def check_key(key, calls, violations):
     holdings = [Holding(claim, tried[claim["res"]["token"]]) for claim in claims
                 if claim["res"]["verdict"] == "claimed"]
     by_token = {holding.token: holding for holding in holdings}
-    results = [call for call in calls if call["op"] == "record" and "error" not in call]
+    results = [call for call in calls if call["op"] == "record" and call["may_have_committed"]]
 
+    check_holdings(key, holdings, violations)
     for claim in claims:
-        check_claimed(key, claim, holdings, violations)
-        check_replay(key, claim, results, violations)
+        check_replay(key, claim, results, holdings, violations)
         check_wait(key, claim, holdings, violations)
     check_recorded(key, claims, results, violations)
     check_fencing(key, calls, holdings, by_token, violations)
@@ -79,18 +81,20 @@ def check_key(key, calls, violations):
     check_commits(key, holdings, violations)
 
 
-def check_claimed(key, claim, holdings, violations):
-    if claim["res"]["verdict"] != "claimed":
-        return
-    violations.looked("I1")
-    for holding in holdings:
-        if holding.claim is not claim and holding.certain(claim):
-            violations.add("I5" if holding.variant != claim["args"]["variant"] else "I1",
-                           f"{key}: {claim['s']} claimed at {claim['t1']:.3f} what {holding.claim['s']} held"
-                           f" from {holding.start:.3f} until {holding.until:.3f}")
+def check_holdings(key, holdings, violations):
+    """No two of them at the same moment, whichever was asked for first."""
+    last = None
+    for holding in sorted(holdings, key=lambda holding: holding.start):
+        violations.looked("I1")
+        if last is not None and holding.start < min(last.until, holding.until):
+            violations.add("I5" if last.variant != holding.variant else "I1",
+                           f"{key}: {holding.claim['s']} claimed at {holding.start:.3f} what {last.claim['s']} held"
+                           f" from {last.start:.3f} until {last.until:.3f}")
+        if last is None or holding.until > last.until:
+            last = holding
 
 
-def check_replay(key, claim, results, violations):
+def check_replay(key, claim, results, holdings, violations):
     """What is replayed is what somebody recorded for this request, and hasn't expired; a mismatch tells nothing."""
     res = claim["res"]
     told = [name for name in ("response", "response_headers", "response_body", "recovery_point", "recovery_data", "token")
@@ -107,6 +111,9 @@ def check_replay(key, claim, results, violations):
     if not any(result["args"]["response"] == res["response"] and result["args"]["body"] == res["response_body"]
                for result in results):
         violations.add("I2", f"{key}: nobody has recorded what {claim['s']} is replayed at {claim['t1']:.3f}")
+    for holding in holdings:
+        if holding.certain(claim):
+            violations.add("I2", f"{key}: {claim['s']} is replayed at {claim['t1']:.3f} what {holding.claim['s']} holds")
     if res["expires_at"] <= claim["t0"]:
         violations.add("I11", f"{key}: replayed at {claim['t0']:.3f} what expired at {res['expires_at']:.3f}")
 
@@ -164,6 +171,9 @@ def check_fencing(key, calls, holdings, by_token, violations):
             continue
         if call.get("error") == "IK001":
             violations.looked("I4")
+            if mine.claim["tx"] is None and mine.certain(call):
+                violations.add("I4", f"{key}: {call['s']} was refused at {call['t1']:.3f}, though it held the key from"
+                               f" {mine.start:.3f} until {mine.until:.3f}")
         if "error" in call:
             continue
         for other in holdings:
@@ -190,9 +200,9 @@ def check_succession(key, calls, claims, holdings, violations):
         # nothing else may have happened in between
         if last.endings or any(
                 call is not claim and call is not last.claim and call["done"] >= last.claim["t0"]
-                and call["t0"] <= claim["t1"] and (
+                and call["t0"] <= claim["t1"] and call["may_have_committed"] and (
                     (call["op"] == "claim" and ("lost" in call or (call.get("res") or {}).get("verdict") == "claimed"))
-                    or (call["op"] in ENDS and "error" not in call))
+                    or call["op"] in ENDS)
                 for call in calls):
             continue
         sure = [call for call in last.checkpoints if call["committed"] and call["t1"] < claim["t0"]]

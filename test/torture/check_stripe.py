@@ -1,9 +1,36 @@
-"""Calls sent: I1, I3, I4, I6, I7, I8."""
+"""Calls sent: I1, I2, I3, I4, I6, I7, I8."""
 
 import collections
 import json
 
-from payments import LateSession, is_declined
+from payments import LateSession, SendingSession
+
+
+# how long a request may be under way that nobody waits for any more
+HELD_UP = 5
+
+
+def sent_again(sent, known, callers):
+    """Was it certainly sent after that moment?  Who was cut off in a call before may have left one request, which
+    arrives when the fake comes to it.  sent: when requests arrived."""
+    after = [at for at in sent if at > known]
+    cut_off = [call for call in callers if ("lost" in call or "error" in call) and call["t0"] < known
+               and call["t1"] > known - HELD_UP]
+    return len(after) > len(cut_off) or any(at > known + HELD_UP for at in after)
+
+
+def callers_of(calls):
+    """The calls of each operation, but for reconcile's."""
+    of_payment = {call["args"]["key"]: call["res"]["operation"] for call in calls if call["op"] == "pay" and call.get("res")}
+    found = collections.defaultdict(list)
+    for call in calls:
+        if call["op"] == "pay":
+            found[("payment", of_payment.get(call["args"]["key"]))].append(call)
+        elif call["op"] == "late":
+            found[("late", call["args"]["operation"])].append(call)
+        elif call["op"] in ("stripe_claim", "stripe_record"):
+            found[("transfer", call["args"]["operation"])].append(call)
+    return found
 
 
 def operation_of(key):
@@ -25,10 +52,11 @@ def check(calls, arrivals, effects, connection, violations):
 
     for operation, requests in sent.items():
         check_sent(operation, requests, ledger.get(operation), violations)
+    check_late(calls, ledger, sent, violations)
     for operation, row in ledger.items():
         check_row(operation, row, charges[operation], connection, violations)
     check_answers(calls, ledger, sent, violations)
-    check_claims(calls, violations)
+    check_claims(calls, ledger, violations)
     check_payments(calls, ledger, charges, connection, violations)
 
 
@@ -51,10 +79,20 @@ def check_sent(operation, requests, row, violations):
     first = min(arrival["at"] for arrival in requests)
     if row["first_sent_at"] is None or row["first_sent_at"].timestamp() > first:
         violations.add("I7", f"{name}: first sent at {row['first_sent_at']}, arrived at {first:.3f}")
-    if operation[0] == "late":
-        late = max(arrival["at"] for arrival in requests) - row["first_sent_at"].timestamp()
-        if late > LateSession.WINDOW + 0.5:
-            violations.add("I8", f"{name}: sent again after {late:.1f} s")
+
+
+def check_late(calls, ledger, sent, violations):
+    """What a call sent that was begun after the window's end; one that was begun before may have been held up."""
+    for call in calls:
+        if call["op"] != "late" or not call.get("res"):
+            continue
+        operation = ("late", call["args"]["operation"])
+        row = ledger.get(operation)
+        if row is None or row["first_sent_at"] is None:
+            continue
+        since = call["t0"] - row["first_sent_at"].timestamp()
+        if since > LateSession.WINDOW and call["res"]["attempts"] > 0 and any(call["t0"] < arrival["at"] < call["t1"] for arrival in sent[operation]):
+            violations.add("I8", f"{operation[0]}:{operation[1]}: sent again by a call of {since:.1f} s later")
 
 
 def check_row(operation, row, charges, connection, violations):
@@ -63,21 +101,24 @@ def check_row(operation, row, charges, connection, violations):
         violations.add("I3", f"{name}: generation {row['generation']}, which nobody reopened")
     if len(charges) > 1:
         violations.add("I3", f"{name}: charged {len(charges)} times")
-    if row["outcome"] == "completed" and not charges:
-        violations.add("I2", f"{name}: completed, and Stripe has no charge")
+    made = {charge["payment_intent"] or charge["id"] for charge in charges}
+    if row["outcome"] == "completed" and row["resource_id"] not in made:
+        violations.add("I2", f"{name}: completed with {row['resource_id']}, and Stripe has charged for {sorted(made)}")
     if row["outcome"] in ("failed", "not_executed") and charges:
         violations.add("I2", f"{name}: {row['outcome']}, and Stripe has charged")
 
 
 def check_answers(calls, ledger, sent, violations):
     """What was answered once stays so, at the ledger and on the way to Stripe."""
+    callers = callers_of(calls)
+    sent = {operation: [arrival["at"] for arrival in requests] for operation, requests in sent.items()}
     for call in calls:
         if not call.get("res"):
             continue
         if call["op"] == "pay":
             # whatever became of the transaction
-            if call["res"]["answer"][:3] in ("201", "402") and any(
-                    arrival["at"] > call["t1"] for arrival in sent[("payment", call["res"]["operation"])]):
+            operation = ("payment", call["res"]["operation"])
+            if call["res"]["answer"][:3] in ("201", "402") and sent_again(sent.get(operation, ()), call["t1"], callers[operation]):
                 violations.add("I7", f"payment:{call['res']['operation']}: sent again after its answer was known")
             continue
         if call["op"] == "late":
@@ -99,19 +140,33 @@ def check_answers(calls, ledger, sent, violations):
             if row["outcome"] != res["outcome"] or row["resource_id"] != res["resource_id"]:
                 violations.add("I2", f"{name}: {res['outcome']} {res['resource_id']} became"
                                f" {row['outcome']} {row['resource_id']}")
-            if any(arrival["at"] > call["t1"] for arrival in sent[operation]):
+            if sent_again(sent.get(operation, ()), call["t1"], callers[operation]):
                 violations.add("I7", f"{name}: sent again after its answer was known")
 
 
-def check_claims(calls, violations):
-    """stripe_claim with a lease: one claimant, and a late token of the same generation doesn't contradict."""
+def check_claims(calls, ledger, violations):
+    """stripe_claim with a lease: it is known from then on, has one claimant, and a late token of the same generation doesn't contradict."""
     by_operation = collections.defaultdict(list)
     for call in calls:
         if call["op"] in ("stripe_claim", "stripe_record"):
             by_operation[call["args"]["operation"]].append(call)
     for operation, of_operation in by_operation.items():
         recorded = None
+        # who certainly holds it
+        held = None
         for call in of_operation:
+            claimed = call["op"] == "stripe_claim" and call.get("res") and call["res"]["verdict"] == "claimed"
+            if call["op"] == "stripe_record":
+                if call["may_have_committed"]:
+                    held = None
+            elif held is not None and call["t1"] < held["t0"] + SendingSession.LEASE:
+                violations.looked("I1")
+                if claimed:
+                    violations.add("I1", f"transfer:{operation}: claimed at {call['t1']:.3f}, and before that at {held['t1']:.3f}")
+            if claimed:
+                held = call
+                if ("transfer", operation) not in ledger:
+                    violations.add("I6", f"transfer:{operation}: was claimed, and is gone")
             if call["op"] == "stripe_record" and call["committed"] and not call["args"]["undone"]:
                 outcome = list(call["res"].values())[0]
                 if recorded is not None and outcome in ("completed", "failed") and outcome != recorded:

@@ -19,7 +19,7 @@ class EventsSession(Session):
         self.again = []
 
     def next_delivery(self):
-        connection = http.client.HTTPConnection(self.control, timeout=10)
+        connection = http.client.HTTPConnection(self.control, timeout=60)
         try:
             connection.request("GET", f"/_control/webhooks/next?endpoint={self.endpoint}&timeout_ms=200")
             delivery = json.loads(connection.getresponse().read())["delivery"]

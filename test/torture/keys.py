@@ -24,6 +24,8 @@ def seconds(number):
 
 class KeysSession(Session):
     settings = "SET idempotency.wait_timeout = '2s'"
+    # where a stall has outlasted the lease
+    refusals = ("IK001",)
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -32,11 +34,18 @@ class KeysSession(Session):
         self.made = 0
 
     def step(self):
+        if self.prepared is not None:
+            self.conclude()
+            return
         if self.abandoned and self.abandoned[0][0] < time.time():
             self.come_back()
-        self.random.choices((self.in_one_transaction, self.with_a_lease, self.with_an_old_token, self.abandon),
-                            weights=(10, 10, 4, 1))[0]()
+        self.random.choices((self.in_one_transaction, self.in_two_phases, self.with_a_lease, self.with_an_old_token,
+                             self.abandon), weights=(10, 2, 10, 4, 1))[0]()
         self.pause(0.02)
+
+    def finish(self):
+        while self.prepared is not None and time.time() < self.deadline + self.PATIENCE:
+            self.conclude()
 
     def claim(self, key, lease=None, variant=None):
         variant = variant or ("b" if self.chance(0.15) else "a")
@@ -63,12 +72,16 @@ class KeysSession(Session):
     def in_one_transaction(self):
         key = f"k{self.random.randrange(KEYS)}"
         self.begin("REPEATABLE READ" if self.chance(0.2) else "READ COMMITTED")
+        if self.chance(0.2):
+            self.in_savepoint(key)
         got = self.claim(key)
         end = "rollback" if self.chance(0.2) else "commit"
         if got is not None:
             claimed, variant = got
             self.pause(0.1)
             whim = self.random.random()
+            if self.chance(0.15):
+                self.undone(claimed, variant)
             if whim < 0.65:
                 self.record(claimed, variant)
             elif whim < 0.8:
@@ -76,6 +89,43 @@ class KeysSession(Session):
             # otherwise it is forgotten, which a commit must refuse
             self.pause(0.02)
         self.end(end)
+
+    def in_savepoint(self, key):
+        """A claim as if it hadn't been."""
+        self.savepoint()
+        got = self.claim(key)
+        if got is not None and self.chance(0.5):
+            self.record(*got)
+        self.pause(0.05)
+        self.undo()
+
+    def undone(self, claimed, variant):
+        """An end as if it hadn't been: the claim goes on."""
+        self.savepoint()
+        if self.chance(0.7):
+            self.record(claimed, variant)
+        else:
+            self.do("release", claimed)
+        self.undo()
+
+    def in_two_phases(self):
+        """Prepared, and ended later, by another connection if this one breaks: a crash or a fail-over may come
+        in between."""
+        key = f"k{self.random.randrange(KEYS)}"
+        self.begin()
+        got = self.claim(key)
+        if got is None:
+            self.end("rollback")
+            return
+        whim = self.random.random()
+        if whim < 0.6:
+            self.record(*got)
+        elif whim < 0.8:
+            self.do("release", got[0])
+        # otherwise it is forgotten, which PREPARE must refuse
+        self.prepare("rollback" if self.chance(0.3) else "commit")
+        if self.prepared is not None:
+            time.sleep(self.random.uniform(0.1, 1.5))
 
     def with_a_lease(self):
         key = f"k{self.random.randrange(KEYS)}"
@@ -91,6 +141,10 @@ class KeysSession(Session):
                 self.do("checkpoint", claimed, recovery_point=f"{self.name} {self.random.randrange(1000000)}")
             else:
                 self.do("extend", claimed)
+        if self.chance(0.15):
+            self.begin()
+            self.undone(claimed, variant)
+            self.end("commit")
         whim = self.random.random()
         if whim < 0.5:
             self.record(claimed, variant)

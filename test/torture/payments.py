@@ -1,9 +1,12 @@
 """Calls sent: by an application that lets the database send (in pairs that click
-on the same orders), by one that sends itself, and by one that comes too late."""
+on the same orders), by one that sends itself, and by one that comes too late.
+And one that asks Stripe about them."""
 
 import http.client
 import json
 import time
+
+from psycopg.types.json import Jsonb
 
 from session import Refused, Session
 
@@ -18,6 +21,8 @@ class PayingSession(Session):
     def __init__(self, *args):
         super().__init__(*args)
         self.pair = int(self.name.rsplit("-", 1)[1]) // 2
+        if self.pair == 1:
+            self.settings = "SET idempotency.stripe_key_in_metadata = on"
         self.number = 0
         self.answered = True
 
@@ -45,15 +50,20 @@ class PayingSession(Session):
             pay, values = "pay(%s, %s)", (key, card)
         end = "rollback" if 0.1 < whim < 0.25 else "commit"
         self.begin()
-        answer = self.execute(f"SELECT {pay} AS answer, idempotency.operation_uuid(%s, 'user 1') AS operation",
-                              values + (key,), op="pay", key=key, declined=is_declined(self.number))["answer"]
-        self.answered = self.end(end) and answer[:3] in ("201", "402")
+        got = self.execute(f"SELECT {pay} AS answer, idempotency.operation_uuid(%s, 'user 1') AS operation",
+                           values + (key,), op="pay", key=key, declined=is_declined(self.number))
+        self.answered = self.end(end) and got["answer"][:3] in ("201", "402")
         if not self.answered:
             self.pause(0.05)
+            # the other one of the pair may be at it
+            if self.chance(0.5):
+                self.reconcile("payment", str(got["operation"]))
 
 
 class SendingSession(Session):
     """Sends by itself what it has claimed: dies, comes back late, records twice."""
+
+    LEASE = 0.3
 
     def __init__(self, *args, port):
         super().__init__(*args)
@@ -77,11 +87,15 @@ class SendingSession(Session):
     def attempt(self):
         operation = f"{self.name} {self.number}"
         got = self.call("stripe_claim", {"operation_type": "transfer", "operation_id": operation,
-                                         "lease": "300 ms"}, operation=operation)
+                                         "request": Jsonb({"method": "POST", "path": "/v1/charges", "body": {
+                                             "amount": 300, "currency": "usd", "source": "tok_visa"}}),
+                                         "lease": f"{self.LEASE} s"}, operation=operation)
         if got["verdict"] == "replay":
             self.settled = True
         if got["verdict"] != "claimed":
             self.pause(0.2)
+            if self.chance(0.5):
+                self.reconcile("transfer", operation)
             return
         self.tokens.append(got["token"])
         calm = self.is_over()
@@ -117,16 +131,19 @@ class SendingSession(Session):
     def send(self, key, operation):
         """Status and body; None where there is no answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=3)
+        body = f"amount=300&currency=usd&source=tok_visa&metadata[operation]={operation.replace(' ', '+')}"
+        if self.number % 2 == 0:
+            body += f"&metadata[idempotency_key]={key.replace(' ', '+')}"
         try:
-            connection.request("POST", "/v1/charges",
-                               f"amount=300&currency=usd&source=tok_visa&metadata[operation]={operation.replace(' ', '+')}",
+            connection.request("POST", "/v1/charges", body,
                                {"Idempotency-Key": key, "Authorization": "Bearer sk_test_application",
                                 "Content-Type": "application/x-www-form-urlencoded"})
             response = connection.getresponse()
             body = response.read().decode("utf-8", "replace")
-            # what isn't JSON, or no final answer, is no answer
-            return (response.status, body) if body.startswith("{") else None
-        except (OSError, http.client.HTTPException):
+            # what isn't JSON is no answer
+            json.loads(body)
+            return response.status, body
+        except (OSError, http.client.HTTPException, ValueError):
             return None
         finally:
             connection.close()
@@ -155,6 +172,8 @@ class LateSession(Session):
                          " 'payment_method', 'pm_card_visa', 'metadata', pg_catalog.jsonb_build_object('late', %s::text))) r",
                          (operation, operation), op="late", operation=operation)
             self.pause(1.2)
+            if self.chance(0.3):
+                self.reconcile("late", operation)
         self.ask("DELETE", f"faults/{fault}", "")
 
     def fault(self, operation, times):
@@ -163,9 +182,31 @@ class LateSession(Session):
             {"what": what, "times": times, "match": {"body": f"={operation}&"}}))["fault"]
 
     def ask(self, method, what, body):
-        connection = http.client.HTTPConnection(self.control, timeout=10)
+        connection = http.client.HTTPConnection(self.control, timeout=60)
         try:
             connection.request(method, f"/_control/{what}", body)
             return json.loads(connection.getresponse().read())
         finally:
             connection.close()
+
+
+class ReconcilingSession(Session):
+    """Asks Stripe about whatever nobody knows, and about what others are at."""
+
+    def step(self):
+        whim = self.random.random()
+        if whim < 0.4:
+            self.reconcile(requests=self.random.choice((1, 5, 20)))
+        else:
+            # one of those that were begun last: known, unknown, or under way
+            row = self.execute("SELECT operation_type, operation_id FROM idempotency.stripe_idempotency_keys"
+                               " ORDER BY claimed_at DESC OFFSET %s LIMIT 1", (self.random.randrange(4),))
+            if row is not None:
+                self.in_transaction(row) if whim < 0.55 else self.reconcile(*row.values())
+        self.pause(0.6)
+
+    def in_transaction(self, row):
+        self.begin()
+        self.reconcile(*row.values())
+        self.pause(0.1)
+        self.end("rollback" if self.chance(0.5) else "commit")

@@ -4,7 +4,7 @@ import sys
 
 from events import EventsSession
 from keys import KeysSession
-from payments import LateSession, PayingSession, SendingSession
+from payments import LateSession, PayingSession, ReconcilingSession, SendingSession
 
 
 def main(directory, kind, number, seed, deadline, port, control, endpoint="0"):
@@ -17,6 +17,8 @@ def main(directory, kind, number, seed, deadline, port, control, endpoint="0"):
         session = SendingSession(*common, port=int(port))
     elif kind == "late":
         session = LateSession(*common, control=control)
+    elif kind == "reconciling":
+        session = ReconcilingSession(*common)
     elif kind == "events":
         session = EventsSession(*common, control=control, endpoint=int(endpoint))
     else:

@@ -4,9 +4,10 @@ Each call of the database is one line of JSON in the session's own file, written
 once its end is known:
 
     op, args    what was called, and with what
+    server      whom it was sent to, by port
     tx          number of the transaction, where there is one around it
     t0, t1      when it was sent, and when its end was known, in seconds
-    res         the answer's columns, times as seconds; or
+    res         the answer's columns (all rows of them where there may be many), times as seconds; or
     error       an SQLSTATE; or
     lost        the connection broke: it may have been done or not
 
@@ -54,8 +55,11 @@ class Session:
         self.random = random.Random(f"{seed} {name}")
         self.log = open(f"{directory}/{name}.jsonl", "a", encoding="utf-8", buffering=1)
         self.connection = None
+        self.server = None
         self.transactions = 0
         self.tx = None
+        # a transaction of which PREPARE was sent, and whose end isn't known
+        self.prepared = None
 
     # ---- what a kind of session says
 
@@ -66,6 +70,8 @@ class Session:
         """After the deadline, undisturbed."""
 
     settings = ""
+    # what may be refused besides what may happen to anybody
+    refusals = ()
 
     # ---- life
 
@@ -81,7 +87,7 @@ class Session:
                     self.connection = None
                 except Refused as refused:
                     # serialization, deadlock, lock timeout, cancel: as announced
-                    if refused.sqlstate not in ("40001", "40P01", "55P03", "57014", "IK008", "XX000"):
+                    if refused.sqlstate not in ("40001", "40P01", "55P03", "57014", "IK008", "XX000") + self.refusals:
                         self.note("surprise", error=refused.sqlstate)
                     try:
                         self.end("rollback")
@@ -113,6 +119,7 @@ class Session:
                 with open(f"{self.directory}/server", encoding="utf-8") as where:
                     self.connection = psycopg.connect(where.read(), autocommit=True, row_factory=dict_row,
                                                       connect_timeout=10)
+                self.server = self.connection.info.port
                 self.connection.execute(f"SET synchronous_commit = on; {self.settings}")
             except (psycopg.Error, OSError):
                 self.connection = None
@@ -121,14 +128,15 @@ class Session:
                 time.sleep(0.05)
         self.tx = None
 
-    def execute(self, statement, values=(), op=None, **args):
-        """The row; raises Lost or Refused.  Written down where op is given."""
+    def execute(self, statement, values=(), op=None, rows=False, **args):
+        """The row, or all of them; raises Lost or Refused.  Written down where op is given."""
         if self.connection is None:
             self.connect()
-        entry = {"s": self.name, "op": op, "args": args, "tx": self.tx, "t0": time.time()}
+        entry = {"s": self.name, "op": op, "args": args, "server": self.server, "tx": self.tx, "t0": time.time()}
         try:
             cursor = self.connection.execute(statement, values)
-            row = cursor.fetchone() if cursor.description else {"status": cursor.statusmessage}
+            row = {"status": cursor.statusmessage} if cursor.description is None else \
+                cursor.fetchall() if rows else cursor.fetchone()
             entry["res"] = row
             return row
         except psycopg.Error as error:
@@ -157,17 +165,88 @@ class Session:
         self.transactions += 1
         self.tx = f"{self.name}-{self.transactions}"
 
+    def savepoint(self):
+        self.execute("SAVEPOINT s", op="savepoint")
+
+    def undo(self):
+        self.execute("ROLLBACK TO s", op="undo")
+
     def end(self, how):
         """COMMIT or ROLLBACK; whether it has committed."""
         if self.connection is None or self.tx is None:
             return False
-        tx = self.tx
         try:
             return self.execute(how, op=how)["status"] == "COMMIT"
         except Refused as refused:
-            self.execute("ROLLBACK")
-            if refused.sqlstate != "IK005":
+            self.roll_back()
+            if how == "commit" and refused.sqlstate != "IK005":
                 raise
             return False
         finally:
             self.tx = None
+
+    def roll_back(self):
+        """However often it is cancelled."""
+        while True:
+            try:
+                self.execute("ROLLBACK")
+                return
+            except Refused:
+                time.sleep(0.01)
+
+    def prepare(self, how):
+        """PREPARE TRANSACTION; conclude() will COMMIT or ROLLBACK it."""
+        life = self.server_life()
+        self.prepared = {"tx": self.tx, "how": how, "life": life, "seen": False, "tried": False, "since": None}
+        try:
+            self.execute(f"PREPARE TRANSACTION '{self.tx}'", op="prepare")
+            self.prepared["seen"] = True
+        except Refused as refused:
+            self.prepared = None
+            self.roll_back()
+            if refused.sqlstate != "IK005":
+                raise
+        finally:
+            self.tx = None
+
+    def conclude(self):
+        """The second phase, on whatever server there is, until it is known to be through."""
+        what = self.prepared
+        if not what["seen"]:
+            if self.execute("SELECT gid FROM pg_prepared_xacts WHERE gid = %s", (what["tx"],)) is None:
+                self.prepared = None
+                return
+            what["seen"] = True
+        what["since"] = what["since"] or time.time()
+        tried, what["tried"] = what["tried"], True
+        try:
+            self.execute(f"{what['how']} PREPARED '{what['tx']}'")
+        except Refused as refused:
+            # 55000: whose connection broke is still at it
+            if refused.sqlstate == "55000":
+                self.pause(0.1)
+                return
+            if refused.sqlstate != "42704":
+                raise
+            if not tried:
+                self.note("vanished", tx=what["tx"])
+                self.prepared = None
+                return
+        self.note(what["how"], tx=what["tx"], t0=what["since"], res={"status": what["how"].upper()})
+        self.prepared = None
+        self.note("concluded", how=what["how"], crossed=self.server_life() != what["life"])
+
+    def server_life(self):
+        """Something else after each start, promotion and recovery."""
+        row = self.execute("SELECT backend_start::text AS start FROM pg_stat_activity WHERE backend_type = 'checkpointer'")
+        return row and (self.server, row["start"])
+
+    def reconcile(self, operation_type=None, operation_id=None, requests=20):
+        """Ask Stripe about one operation, or all.  One that was never claimed is none."""
+        try:
+            self.execute("SELECT r.* FROM idempotency.stripe_reconcile(%s, %s, max_requests => %s) r",
+                         (operation_type, operation_id, requests), op="reconcile", rows=True)
+        except Refused as refused:
+            if refused.sqlstate != "IK003" or operation_id is None:
+                raise
+            self.end("rollback")
