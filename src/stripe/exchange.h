@@ -39,7 +39,7 @@ typedef struct StripeRequest
 									 * nothing */
 	int			max_attempts;	/* 0: as idempotency.stripe_max_retries says,
 								 * otherwise not more than this either */
-	bool		sent_before;	/* may the same have been sent by another call? */
+	bool		sent_before;	/* may another call have sent the same? */
 	TimestampTz resend_until;	/* when it mustn't be sent again any more; 0:
 								 * any time */
 } StripeRequest;

@@ -109,10 +109,10 @@ typedef struct Step
 	int			http_status;	/* of the last answer */
 	char	   *request_id;
 	char	   *problem;
-	char	   *after;			/* the last object seen, of a list that was cut */
+	char	   *after;			/* the last object of a list that was cut */
 	char	   *pending;		/* id of what has the key, until all is seen */
 	char	   *pending_after;	/* where the page begins that it is on */
-	char	   *found;			/* JSON: what is about the call, and settles nothing */
+	char	   *found;			/* JSON: what tells of it, but settles nothing */
 	TimestampTz at;
 	char	   *before;			/* JSON: what an earlier call has noted */
 } Step;
@@ -220,9 +220,9 @@ add_bool(StringInfo json, const char *name, bool value)
 static void
 add_time(StringInfo json, const char *name, TimestampTz value)
 {
-	char		text[MAXDATELEN + 1];
+	char		buf[MAXDATELEN + 1];
 
-	add_string(json, name, JsonEncodeDateTime(text, TimestampTzGetDatum(value), TIMESTAMPTZOID, NULL));
+	add_string(json, name, JsonEncodeDateTime(buf, TimestampTzGetDatum(value), TIMESTAMPTZOID, NULL));
 }
 
 static void
@@ -668,7 +668,7 @@ judge_object(Reconcile *r, Doubt *doubt, Step *step, JsonbValue *value, FoundBy 
 	memset(finding, 0, sizeof(Finding));
 	doubt->candidate = false;
 
-	/* a DELETE with a verb takes something away from it (customers/ID/discount) */
+	/* a DELETE with a verb takes something from it: customers/ID/discount */
 	if (pg_strcasecmp(doubt->method, "DELETE") == 0)
 		finding->outcome = deleted && strcmp(doubt->path, step->path) == 0 ? "completed" : NULL;
 	else if (!deleted)

@@ -140,8 +140,9 @@ take_request(int fd)
 static void
 add(int epoll, int fd)
 {
-	struct epoll_event event = {.events = EPOLLIN,.data.fd = fd};
+	struct epoll_event event = {.events = EPOLLIN};
 
+	event.data.fd = fd;
 	if (epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event) != 0)
 		fail("epoll_ctl");
 }
@@ -167,11 +168,12 @@ int
 main(int argc, char **argv)
 {
 	int64_t		delay = argc > 1 ? atoll(argv[1]) * 1000000 : 0;
-	struct sockaddr_in address = {.sin_family = AF_INET,.sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+	struct sockaddr_in address = {.sin_family = AF_INET};
 	socklen_t	address_len = sizeof(address);
 	int			listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
 	int			epoll = epoll_create1(0);
 
+	address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
 	answer_len = snprintf(answer, sizeof(answer),
 						  "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %zu\r\n"
 						  "Request-Id: req_bench\r\nStripe-Should-Retry: false\r\nConnection: keep-alive\r\n\r\n%s",

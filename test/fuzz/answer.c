@@ -187,9 +187,7 @@ equals_member(Jsonb *json, const char *name, const char *word)
 int
 fuzz_answer(const uint8 *data, size_t size)
 {
-	StripeRequest request = {.method = "POST",.target = "/v1/payment_intents",.account = "",
-		.version = "2026-10-28.endive",.idempotency_key = "a key",
-	.content_type = "application/x-www-form-urlencoded",.body = "amount=1",.body_len = 8};
+	StripeRequest request;
 	ApiKey		key;
 	Duration	timeout;
 	StripeDeadline deadline;
@@ -203,6 +201,15 @@ fuzz_answer(const uint8 *data, size_t size)
 
 	if (size < 4)
 		return 0;
+	memset(&request, 0, sizeof(request));
+	request.method = "POST";
+	request.target = "/v1/payment_intents";
+	request.account = "";
+	request.version = "2026-10-28.endive";
+	request.idempotency_key = "a key";
+	request.content_type = "application/x-www-form-urlencoded";
+	request.body = "amount=1";
+	request.body_len = 8;
 	v2 = (data[2] & 8) != 0;
 	input.status = (data[0] * 256 + data[1]) % 1000;
 	input.sent = input.status != 0 || (data[2] & 1) != 0;

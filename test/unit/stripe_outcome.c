@@ -137,31 +137,6 @@ ok(bool good, const char *name, const char *what)
 		nfailed++;
 }
 
-/* elog() is for what can't happen */
-bool
-errstart(int elevel, const char *domain)
-{
-	abort();
-}
-
-bool
-errstart_cold(int elevel, const char *domain)
-{
-	abort();
-}
-
-int
-errmsg_internal(const char *fmt,...)
-{
-	abort();
-}
-
-void
-errfinish(const char *filename, int lineno, const char *funcname)
-{
-	abort();
-}
-
 int
 main(void)
 {
