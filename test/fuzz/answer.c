@@ -195,6 +195,7 @@ fuzz_answer(const uint8 *data, size_t size)
 	const char *empty;
 	Jsonb	   *json;
 	bool		object;
+	bool		stripes;		/* a refusal in Stripe's words */
 	bool		v2;
 	StripeAnswer answer;
 	StripeClass class;
@@ -250,6 +251,7 @@ fuzz_answer(const uint8 *data, size_t size)
 	if (!seen.whole)
 		CHECK(reply.body.json == NULL);
 	object = reply.body.json != NULL;
+	stripes = object && json_object_member(&reply.body.json->root, "error") != NULL;
 
 	CHECK(reply.attempts == 1 && reply.sent == input.sent && reply.http_status == input.status);
 	CHECK(reply.body.resource_id == NULL || strlen(reply.body.resource_id) <= STRIPE_ID_MAX);
@@ -261,13 +263,14 @@ fuzz_answer(const uint8 *data, size_t size)
 	{
 		case STRIPE_COMPLETED:
 			CHECK(input.status >= 200 && input.status <= 299 && seen.whole);
+			CHECK(!stripes || reply.body.error_type == NULL);
 			CHECK(object || (v2 && input.body_len == 0));
 			break;
 		case STRIPE_FAILED:
 			CHECK(input.status >= 400 && input.status <= 499 && seen.whole);
 			CHECK(input.status != 401 && input.status != 403 && input.status != 408 &&
 				  input.status != 424 && input.status != 429);
-			CHECK(object || (v2 && input.body_len == 0));
+			CHECK(stripes || (v2 && input.body_len == 0));
 			CHECK(!equals_member(reply.body.json, "code", "idempotency_key_in_use"));
 			break;
 		case STRIPE_MISMATCH:
@@ -278,7 +281,7 @@ fuzz_answer(const uint8 *data, size_t size)
 			CHECK(!input.sent || input.status == 401 || input.status == 403 || input.status == 409 ||
 				  input.status == 429);
 			if (input.status == 409)
-				CHECK(object && !equals_member(reply.body.json, "code", "idempotency_key_in_use"));
+				CHECK(stripes && !equals_member(reply.body.json, "code", "idempotency_key_in_use"));
 			CHECK(reply.resend);
 			break;
 		case STRIPE_UNKNOWN:
@@ -296,7 +299,8 @@ fuzz_answer(const uint8 *data, size_t size)
 	 */
 	answer.http_status = input.status;
 	answer.sent = input.sent;
-	answer.body_complete = object || (seen.whole && v2 && input.body_len == 0);
+	answer.body_complete = object ? input.status / 100 != 4 || stripes :
+		seen.whole && v2 && input.body_len == 0;
 	answer.error_type = reply.body.error_type;
 	answer.error_code = reply.body.error_code;
 	class = stripe_classify(&answer);
