@@ -48,6 +48,7 @@
 #include "commands/extension.h"
 #include "fmgr.h"
 #include "funcapi.h"
+#include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "pgstat.h"
 #include "portability/instr_time.h"
@@ -273,6 +274,13 @@ begin_run(Run *run)
 	databases_unlock();
 }
 
+/* Keep the text of an error, without half a character at its end. */
+static void
+keep_error(char to[DATABASE_ERROR_LEN], const char *from)
+{
+	strlcpy(to, from, 1 + pg_mbcliplen(from, strlen(from), DATABASE_ERROR_LEN - 1));
+}
+
 /* What a batch has done, for the view and for whoever goes on. */
 static void
 note_batch(Run *run, ExpiryBatch *batch)
@@ -284,7 +292,7 @@ note_batch(Run *run, ExpiryBatch *batch)
 	if (batch->oldest != 0 && (run->oldest == 0 || batch->oldest < run->oldest))
 		run->oldest = batch->oldest;
 	if (batch->refusal != NULL && run->error[0] == '\0')
-		strlcpy(run->error, batch->refusal, sizeof(run->error));
+		keep_error(run->error, batch->refusal);
 	if (batch->finished)
 	{
 		run->sweep++;
@@ -523,7 +531,7 @@ note_error(Run *run, MemoryContext context)
 	RESUME_INTERRUPTS();
 
 	run->outcome = RUN_FAILED;
-	strlcpy(run->error, error->message, sizeof(run->error));
+	keep_error(run->error, error->message);
 
 	/* this pass is done with that one */
 	run->sweep++;
@@ -789,7 +797,15 @@ put_row(ReturnSetInfo *rsinfo, Oid dbid, Database *db)
 		PUT(W_REFUSED, Int64GetDatum(db->refused));
 		PUT_TIME(W_OLDEST_EXPIRED, db->oldest);
 		if (db->error[0] != '\0')
+		{
+			/* a worker writes in its database's encoding */
+			for (char *p = db->error; dbid != MyDatabaseId && *p != '\0'; p++)
+			{
+				if (IS_HIGHBIT_SET(*p))
+					*p = '?';
+			}
 			PUT(W_LAST_ERROR, CStringGetTextDatum(db->error));
+		}
 		PUT_TIME(W_LAST_ERROR_AT, db->error_at);
 		if (!RecoveryInProgress() && db->startable && max_workers > 0)
 			PUT_TIME(W_NEXT_RUN, db->next_run);
