@@ -84,14 +84,15 @@ $node->stop;
 
 SKIP:
 {
-	skip 'root reads everything', 4 if $> == 0;
+	skip 'root reads everything', 5 if $> == 0;
 	chmod(0000, $file) or die "could not chmod $file: $!";
 	$offset = -s $node->logfile;
 	$node->start;
 	like(logged_since($offset), qr/could not read file "pg_stat\/idempotency.databases": Permission denied/, 'unreadable: the log says so');
+	ok(!-e $file, 'unreadable: it is gone');
 	works('unreadable');
 	$node->stop;
-	is((stat $file)[2] & 0777, 0600, 'unreadable: replaced when the server stops');
+	is((stat $file)[2] & 0777, 0600, 'unreadable: and is written anew');
 	$node->start;
 	works('replaced');
 	$node->stop;
