@@ -71,6 +71,23 @@ like(substr(slurp_file($node->logfile), $offset), qr/idempotency worker: \d+ exp
 sql($node, 'DROP FUNCTION refuse CASCADE');
 wait_until_expired($node, 'and without the trigger all go');
 
+# One worker may run, and it is busy elsewhere.
+$node->append_conf('postgresql.conf', "idempotency.max_workers = 1\n");
+$node->reload;
+sql($node, q{
+	CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(600); RETURN OLD; END';
+	CREATE TRIGGER slow BEFORE DELETE ON idempotency.idempotency_keys FOR EACH ROW EXECUTE FUNCTION slow()});
+expired_rows($node, 1);
+my $busy = q{SELECT pid FROM pg_stat_activity WHERE backend_type = 'idempotency worker' AND wait_event = 'PgSleep'};
+wait_until($node, "SELECT EXISTS ($busy)", 'a worker is busy');
+is(state_of('status'), 'running', 'which the view says');
+sql($node, 'CREATE DATABASE other');
+sql($node, 'CREATE EXTENSION idempotency', db => 'other');
+is(state_of('status, next_step IS NULL', db => 'other'), 'waiting|t', 'another database waits for its turn');
+sql($node, "SELECT pg_terminate_backend(pid) FROM ($busy) b");
+sql($node, 'DROP FUNCTION slow CASCADE');
+wait_until($node, q{SELECT status = 'idle' FROM idempotency.workers WHERE database = current_database()}, 'and has it', db => 'other');
+
 $node->stop;
 
 done_testing();

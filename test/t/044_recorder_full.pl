@@ -47,8 +47,27 @@ sub arrivals
 	return -e $file ? scalar(() = slurp_file($file) =~ /\n/g) : 0;
 }
 
-# As if every row were locked: calls go on with the truth, and their answers wait.
+# Begin a statement of the session; end() gives what was said.
 my $session = $node->background_psql('postgres', on_error_stop => 0);
+
+sub begin
+{
+	my ($statement) = @_;
+
+	$session->{stderr} = '';
+	$session->query_until(qr/begun/, "\\echo begun\n$statement;\n");
+	return;
+}
+
+sub end
+{
+	$session->query('SELECT 1');
+	my $said = $session->{stderr};
+	$session->{stderr} = '';
+	return $said;
+}
+
+# As if every row were locked: calls go on with the truth, and their answers wait.
 hold('55P03');
 $session->query_safe(q{SET idempotency.stripe_record_timeout = '150ms'; SET client_min_messages = error;
 	SELECT test_stripe_call('call', '0')});
@@ -101,6 +120,34 @@ is(sql($node, q{SELECT outcome, resource_id, response IS NULL FROM idempotency.s
 	'the rest is recorded');
 like($session->query(q{SELECT test_stripe_call('call', 'fits', answer => 50000)}), qr/^claimed completed pi_1/m, 'one that fits');
 is(sql($node, q{SELECT length(response ->> 'text') FROM idempotency.stripe_lookup('call', 'fits')}), 50000, 'is recorded with it');
+$session->quit;
+
+# A recorder that doesn't answer in time, or is interrupted, before the send
+$session = $node->background_psql('postgres', on_error_stop => 0);
+$session->query_safe(q{SET idempotency.stripe_record_timeout = '30s'; SELECT test_stripe_call('call', 'given'); BEGIN; SELECT test_stripe_call('call', 'taken back'); ROLLBACK});
+my $before = arrivals();
+arm($node, 'recorder-taken', 'wait');
+begin(q{SELECT test_stripe_call('call', 'interrupted')});
+wait_for_point($node, 'recorder-taken');
+my (undef, undef, $stderr) = $node->psql('postgres', q{SET idempotency.stripe_record_timeout = '100ms'; SELECT test_stripe_call('call', 'slow')});
+like($stderr, qr/ERROR:  the recorder .* nothing was sent\nDETAIL:  It didn't answer within idempotency.stripe_record_timeout\.\nHINT:  Try again/, 'no answer in time: an error');
+(undef, undef, $stderr) = $node->psql('postgres', q{SET idempotency.stripe_record_timeout = '100ms'; SELECT test_stripe_call('call', 'taken back')});
+like($stderr, qr/WARNING:  .*"call:taken back"/, 'a result is given all the same, with a warning that it can\'t be noted to whom');
+sql($node, q{SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE backend_type = 'idempotency recorder'});
+like(end(), qr/ERROR:  the recorder of Stripe operations was interrupted, and nothing was sent/, 'interrupted: an error');
+disarm($node, 'recorder-taken');
+is(arrivals(), $before, 'and nothing was sent');
+
+# An answer that contradicts its row, which somebody has changed by hand
+arm($node, 'call-sent', 'wait');
+$offset = -s $node->logfile;
+begin(q{SELECT test_stripe_call('call', 'changed')});
+wait_for_point($node, 'call-sent');
+sql($node, q{UPDATE idempotency.stripe_idempotency_keys SET token = 1 WHERE operation_id = 'changed'});
+disarm($node, 'call-sent');
+like(end(), qr/WARNING:  outcome "completed" of Stripe operation "call:changed" could not be recorded\nDETAIL:  Stripe operation "call:changed" is not held/,
+	'an answer whose claim is gone: a warning');
+like(substr(slurp_file($node->logfile), $offset), qr/LOG:  what is known of Stripe operation "call:changed" is not recorded/, 'and the log has it');
 $session->quit;
 
 # A database that is dropped takes along what was to be recorded in it.
