@@ -381,6 +381,8 @@ SELECT receive('evt_w13', 'refund.created', obj('refund', 're_w13'), by(key('w13
 SELECT state('w13:');
 SELECT receive('evt_w14', 'refund.created', obj('refund', 're_w14'), by('t:w14:018c2b5ef00008008d0000000000000001ab'));
 SELECT pending_key FROM idempotency.stripe_webhook_events WHERE stripe_event_id = 'evt_w14';
+SELECT receive('evt_w15', 'refund.created', obj('refund', 're_w15'), by('t:none::018c2b5e-0000-8000-8000-000000000001'));
+SELECT pending_key FROM idempotency.stripe_webhook_events WHERE stripe_event_id = 'evt_w15';
 
 -- rolled back with the transaction that took the event in
 CALL call('r1', '/v1/refunds');

@@ -323,12 +323,14 @@ foreach my $db ('utf8', 'latin1')
 	wait_until($node, q{SELECT status = 'rows refused' AND last_error LIKE '%ßéé%' FROM idempotency.workers
 		WHERE database = current_database()}, "$db: a row that refuses", db => $db);
 }
+# what the view shows, or the error where that is no text
 sub last_error
 {
 	my ($of, $in) = @_;
+	my (undef, $stdout, $stderr) = $node->psql($in, qq{
+		SELECT convert_from(convert_to(last_error, 'UTF8'), 'UTF8') FROM idempotency.workers WHERE database = '$of'});
 
-	return sql($node, qq{SELECT convert_from(convert_to(last_error, 'UTF8'), 'UTF8') FROM idempotency.workers
-		WHERE database = '$of'}, db => $in);
+	return $stdout . $stderr;
 }
 like(last_error('utf8', 'utf8'), qr/ß(é)+$/, 'a long text is cut between characters');
 like(last_error('latin1', 'latin1'), qr/ß(é)+$/, 'in the own encoding, too');
