@@ -88,6 +88,14 @@ sql($node, "SELECT pg_terminate_backend(pid) FROM ($busy) b");
 sql($node, 'DROP FUNCTION slow CASCADE');
 wait_until($node, q{SELECT status = 'idle' FROM idempotency.workers WHERE database = current_database()}, 'and has it', db => 'other');
 
+# A database that is dropped is in the view no longer, and its place is free.
+sql($node, 'DROP DATABASE other');
+is(sql($node, q{SELECT string_agg(database, ' ') FROM idempotency.workers}), 'postgres', 'a database that is gone isn\'t shown');
+$node->reload;
+sql($node, 'CREATE DATABASE again');
+sql($node, 'CREATE EXTENSION idempotency', db => 'again');
+wait_until($node, q{SELECT status = 'idle' FROM idempotency.workers WHERE database = current_database()}, 'another one has its place', db => 'again');
+
 $node->stop;
 
 done_testing();
