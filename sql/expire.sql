@@ -334,5 +334,47 @@ RESET ROLE;
 DROP OWNED BY regress_expire_operator, regress_expire_observer;
 DROP ROLE regress_expire_operator, regress_expire_observer;
 
+-- what a trigger may say: an error of the machine, of another transaction, or of its row,
+-- and of another row the second time
+CREATE TEMP SEQUENCE said;
+CREATE FUNCTION pg_temp.say() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	IF OLD.key = 'k2' OR (nextval('pg_temp.said') > 1 AND OLD.key = 'k1') THEN
+		RAISE EXCEPTION 'no: %', OLD.key USING ERRCODE = current_setting('test.sqlstate');
+	END IF;
+	RETURN OLD;
+END $$;
+CREATE TRIGGER say BEFORE DELETE ON idempotency.idempotency_keys FOR EACH ROW EXECUTE FUNCTION pg_temp.say();
+SELECT pg_temp.recorded(3, interval '1 second');
+SET test.sqlstate = '53200';
+SELECT removed FROM idempotency.expire() WHERE ledger = 'request';
+SET test.sqlstate = '40P01';
+BEGIN ISOLATION LEVEL REPEATABLE READ;
+SELECT setval('pg_temp.said', 1, false);
+SELECT removed FROM idempotency.expire() WHERE ledger = 'request';
+ROLLBACK;
+SELECT key FROM idempotency.idempotency_keys ORDER BY 1;
+BEGIN;
+SELECT setval('pg_temp.said', 1, false);
+SELECT removed FROM idempotency.expire() WHERE ledger = 'request';
+SELECT key FROM idempotency.idempotency_keys ORDER BY 1;
+ROLLBACK;
+SET test.sqlstate = '22000';
+SELECT setval('pg_temp.said', 1, false);
+SELECT removed FROM idempotency.expire() WHERE ledger = 'request';
+SELECT key FROM idempotency.idempotency_keys ORDER BY 1;
+
+DROP TRIGGER say ON idempotency.idempotency_keys;
+
+-- a retention of -1 keeps every event
+INSERT INTO idempotency.stripe_webhook_events
+SELECT (jsonb_populate_record(NULL::idempotency.stripe_webhook_events, jsonb_build_object('token', 1,
+	'received_at', t, 'claimed_at', t, 'success', true, 'processed_at', t, 'created', t, 'attempts', 1, 'livemode', false,
+	'account', '', 'consumer', '', 'event_type', 'test', 'stripe_event_id', 'evt_1'))).*
+FROM (SELECT now() - interval '100 years' AS t) t;
+SET idempotency.webhook_retention = -1;
+SELECT removed FROM idempotency.expire() WHERE ledger = 'webhook';
+RESET idempotency.webhook_retention;
+SELECT removed FROM idempotency.expire() WHERE ledger = 'webhook';
 DELETE FROM idempotency.idempotency_keys;
 DELETE FROM idempotency.stripe_idempotency_keys;

@@ -645,4 +645,32 @@ SHOW lock_timeout;
 RESET lock_timeout;
 DROP TRIGGER fail ON idempotency.idempotency_keys;
 
+-- without its primary key a table holds no claims, and says so
+BEGIN;
+ALTER TABLE idempotency.idempotency_keys DROP CONSTRAINT idempotency_keys_pkey;
+SELECT verdict FROM idempotency.claim('k', 's');
+ROLLBACK;
+SELECT verdict, attempt FROM idempotency.claim('k', 's', '{"a": 1}', lease => '1 microsecond');
+
+-- a fingerprint that a later version has written is not taken for a match
+UPDATE idempotency.idempotency_keys SET fingerprint = set_byte(fingerprint, 0, 2) WHERE key = 'k';
+SELECT verdict FROM idempotency.claim('k', 's', '{"a": 1}', lease => '1 hour');
+UPDATE idempotency.idempotency_keys SET fingerprint = '\x01' WHERE key = 'k';
+SELECT verdict FROM idempotency.claim('k', 's', '{"a": 1}', lease => '1 hour');
+SELECT attempt FROM idempotency.idempotency_keys WHERE key = 'k';
+
+-- a namespace that is gone
+BEGIN;
+ALTER TABLE idempotency.namespace RENAME TO elsewhere;
+SELECT idempotency.operation_uuid('k', 's');
+ROLLBACK;
+-- and one of many
+BEGIN;
+SELECT idempotency.operation_uuid('k', 's') AS uuid \gset
+INSERT INTO idempotency.namespace (value, system_identifier, database, created_at)
+	SELECT sha256(int4send(n)), system_identifier, database, created_at + '1 day'
+	FROM idempotency.namespace, generate_series(1, 40) n;
+SELECT idempotency.operation_uuid('k', 's') = :'uuid' AS the_oldest;
+ROLLBACK;
+
 DELETE FROM idempotency.idempotency_keys;

@@ -144,7 +144,9 @@ INSERT INTO kinds (path, params, type, object, id) VALUES
 	('/v1/setup_intents', 'null', 'setup_intent.created', 'setup_intent', 'seti_k'),
 	('/v1/customers', '"name=a"', 'customer.created', 'customer', 'cus_k'),
 	('/v1/', '{}', 'payment_intent.created', 'payment_intent', 'pi_k'),
-	('/v1/payment_intents/', '{}', 'payment_intent.created', 'payment_intent', 'pi_k');
+	('/v1/payment_intents/', '{}', 'payment_intent.created', 'payment_intent', 'pi_k'),
+	('/v1/capabilities', '{}', 'capability.updated', 'capability', 'cap_k'),
+	('/v2/core/accounts', '{}', 'core.account.created', 'core.account', 'acct_k');
 DO $$
 DECLARE
 	k kinds;
@@ -375,6 +377,32 @@ SELECT FROM idempotency.stripe_webhook_next('1 h', 'w') c, idempotency.stripe_we
 UPDATE idempotency.stripe_idempotency_keys SET lease_expires_at = clock_timestamp() WHERE operation_id = 'w8';
 SELECT verdict, resource_id FROM idempotency.stripe_claim('t', 'w8');
 RESET idempotency.webhook_payload;
+
+-- kept by its object's metadata, when no request of the call has caused it
+SELECT receive('evt_w10', 'refund.created', obj('refund', 're_w10', jsonb_build_object('metadata', jsonb_build_object('ours', key('w10')))));
+SELECT verdict, outcome, resource_id FROM idempotency.stripe_claim('t', 'w10', '{"method": "POST", "path": "/v1/refunds"}');
+SELECT settled #>> '{evidence,found_by}' AS found_by FROM idempotency.stripe_idempotency_keys WHERE operation_id = 'w10';
+
+-- by its object, whose id the call has; one that only names the object says nothing
+SELECT receive('evt_w11', 'refund.created', obj('refund', 're_w11'));
+SELECT receive('evt_w12', 'v2.refund.created', '{}', '{"object": "v2.core.event", "data": {}, "related_object": {"id": "re_w12", "type": "refund"}}');
+SELECT stripe_event_id, object_id FROM idempotency.stripe_webhook_events WHERE stripe_event_id IN ('evt_w11', 'evt_w12') ORDER BY 1;
+CALL call('w11', '/v1/refunds', unknown => false);
+CALL call('w12', '/v1/refunds', unknown => false);
+SELECT s.operation_id, idempotency.stripe_record('t', s.operation_id, s.token, http_status => 500, resource_id => 're_' || s.operation_id)
+FROM idempotency.stripe_idempotency_keys s WHERE s.operation_id IN ('w11', 'w12') ORDER BY 1;
+SELECT verdict, outcome, resource_id FROM idempotency.stripe_claim('t', 'w11');
+SELECT settled #>> '{evidence,found_by}' AS found_by FROM idempotency.stripe_idempotency_keys WHERE operation_id = 'w11';
+SELECT verdict, outcome, resource_id FROM idempotency.stripe_claim('t', 'w12');
+
+-- an id that ends as the key's parts do, and what only looks like a key of ours
+CALL call('w13:', '/v1/refunds');
+SELECT receive('evt_w13', 'refund.created', obj('refund', 're_w13'), by(key('w13:')));
+SELECT state('w13:');
+SELECT receive('evt_w14', 'refund.created', obj('refund', 're_w14'), by('t:w14:018c2b5ef00008008d0000000000000001ab'));
+SELECT pending_key FROM idempotency.stripe_webhook_events WHERE stripe_event_id = 'evt_w14';
+SELECT receive('evt_w15', 'refund.created', obj('refund', 're_w15'), by('t:none::018c2b5e-0000-8000-8000-000000000001'));
+SELECT pending_key FROM idempotency.stripe_webhook_events WHERE stripe_event_id = 'evt_w15';
 
 -- rolled back with the transaction that took the event in
 CALL call('r1', '/v1/refunds');

@@ -243,5 +243,8 @@ FROM generate_series(0, 8 * 100 - 1) bit, LATERAL (SELECT idempotency.stripe_web
 	FROM (SELECT p, format('t=%s,v1=%s', :'t', mac(p, :'t')) AS h
 		FROM (SELECT convert_to(repeat('0123456789', 10), 'UTF8') AS p OFFSET 0) b OFFSET 0) s) w;
 
+-- a file of secrets is named from the root on
+SET idempotency.webhook_secret_file = 'secrets';
+
 SET client_min_messages = warning;
 DROP SCHEMA webhook_signature CASCADE;

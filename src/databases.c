@@ -293,9 +293,13 @@ load_known(void)
 	if (file == NULL)
 	{
 		if (errno != ENOENT)
+		{
 			ereport(LOG,
 					(errcode_for_file_access(),
 					 errmsg("could not read file \"%s\": %m", KNOWN_FILE)));
+			/* the next one couldn't take its place */
+			unlink(KNOWN_FILE);
+		}
 		return;
 	}
 

@@ -266,7 +266,10 @@ parse_body(const char *body, size_t len)
 				PG_RE_THROW();
 			MemoryContextSwitchTo(context);
 			FlushErrorState();
-			if (sqlerrcode != ERRCODE_UNTRANSLATABLE_CHARACTER)
+
+			/* the latter for an escape where there is no encoding to convert to */
+			if (sqlerrcode != ERRCODE_UNTRANSLATABLE_CHARACTER &&
+				sqlerrcode != ERRCODE_FEATURE_NOT_SUPPORTED)
 				attempt = 2;
 		}
 		PG_END_TRY();

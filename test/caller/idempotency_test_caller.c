@@ -54,9 +54,10 @@ describe(const StripeCallClaim *claim, const char *outcome)
 }
 
 /*
- * test_stripe_call(type, id, body, status, resource_id, room, resend)
+ * test_stripe_call(type, id, body, status, resource_id, room, resend, answer)
  *
- * status 200 and 402 are recorded as such, 0 as no answer, -1 as nothing sent.
+ * status 200 and 402 are recorded as such, 0 as no answer, -1 as nothing sent;
+ * the answer's body has a text of that length.
  */
 Datum
 test_stripe_call(PG_FUNCTION_ARGS)
@@ -65,6 +66,7 @@ test_stripe_call(PG_FUNCTION_ARGS)
 	StripeCallClaim claim;
 	StripeCallResult result;
 	int			status = PG_GETARG_INT32(3);
+	int			answer = PG_NARGS() > 7 ? PG_GETARG_INT32(7) : 0;
 
 	memset(&call, 0, sizeof(call));
 	call.operation_type = text_to_cstring(PG_GETARG_TEXT_PP(0));
@@ -99,12 +101,16 @@ test_stripe_call(PG_FUNCTION_ARGS)
 
 	if (status == 200)
 	{
+		char	   *padding = palloc(answer + 1);
+
+		memset(padding, 'x', answer);
+		padding[answer] = '\0';
 		result.outcome = STRIPE_COMPLETED;
 		result.http_status = 200;
 		result.resource_type = "payment_intent";
 		result.resource_id = PG_ARGISNULL(4) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(4));
 		result.response = DatumGetJsonbP(DirectFunctionCall1(jsonb_in,
-															 CStringGetDatum("{\"object\": \"payment_intent\"}")));
+															 CStringGetDatum(psprintf("{\"object\": \"payment_intent\", \"text\": \"%s\"}", padding))));
 		result.livemode = 0;
 	}
 	else if (status == 402)

@@ -92,7 +92,7 @@ sub create_test_caller
 	$node->safe_psql($params{db} // 'postgres', q{
 		CREATE FUNCTION test_stripe_call(type text, id text, body text DEFAULT 'amount=1',
 			status int DEFAULT 200, resource_id text DEFAULT 'pi_1', room int DEFAULT 65536,
-			resend boolean DEFAULT false)
+			resend boolean DEFAULT false, answer int DEFAULT 0)
 		RETURNS text AS 'idempotency_test_caller' LANGUAGE C;
 		CREATE FUNCTION test_note_fates(max_rows int) RETURNS int
 		AS 'idempotency_test_caller' LANGUAGE C});

@@ -242,6 +242,28 @@ is(sql($elsewhere, q{SELECT idempotency.stripe_callers_fate('{184467440737095516
 	'not known', 'an id of the future raises nothing');
 $elsewhere->stop;
 
+# the transaction that called commits while the recorder notes that another one was given the result
+$session = $node->background_psql('postgres', on_error_stop => 0);
+$other = $node->background_psql('postgres', on_error_stop => 0);
+$session->query_safe(q{BEGIN; SELECT test_stripe_call('call', 'adopted late')});
+arm($node, 'recorder-taken', 'wait');
+$other->query_until(qr/adopting/, "\\echo adopting\nBEGIN; SELECT test_stripe_call('call', 'adopted late');\n");
+wait_for_point($node, 'recorder-taken');
+$session->query_safe('COMMIT');
+disarm($node, 'recorder-taken');
+$other->query_safe('ROLLBACK');
+is(callers('adopted late'), 'none', 'a call whose transaction has committed meanwhile needs nobody else');
+is(orphans() =~ /adopted late/ ? 'listed' : '', '', 'and is no orphan');
+
+# claimed by a transaction that rolled back, and still held
+$session->query_safe(q{BEGIN; SELECT FROM idempotency.stripe_claim('call', 'held', lease => '1 hour'); ROLLBACK});
+my ($rc, $stdout, $stderr) = $node->psql('postgres', q{SELECT idempotency.stripe_acknowledge('call', 'held', 'x')});
+like($stderr, qr/ERROR:  Stripe operation "call:held" is no orphan\nDETAIL:  It is in progress\./, 'what is held is no orphan yet');
+lapse_stripe_lease($node, 'call', 'held');
+sql($node, q{SELECT idempotency.stripe_acknowledge('call', 'held', 'x')});
+pass('but is one when the lease has lapsed');
+$_->quit foreach $session, $other;
+
 #
 # A standby
 #

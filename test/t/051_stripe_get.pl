@@ -348,6 +348,19 @@ outcome('no such host', undef, { %never, arrivals => 0, attempts => 1 },
 outcome('no time before statement_timeout', undef, { %never, arrivals => 0, attempts => 0 },
 	settings => { stripe_max_retries => 1 }, before => q{SET statement_timeout = '900 ms'});
 
+# loopback in IPv6: nobody listens there, or the system has none
+outcome('http to [::1]', undef, { %never, arrivals => 0, attempts => 1 },
+	settings => { stripe_api_base => 'http://[::1]:' . ($unused =~ /:(\d+)$/)[0], stripe_max_retries => 0 });
+run_fails($node, settings(stripe_api_base => 'http://[::2]:1') . q{SELECT FROM idempotency.stripe_get('/v1/customers')}, '22023',
+	'http to another address than loopback');
+
+# what a path may encode goes as it is
+{
+	stripe_get($node, '/v1/customers/cus%41%5B1%7e');
+	my @arrivals = $stripe->arrivals;
+	is($arrivals[-1]{target}, '/v1/customers/cus%41%5B1%7e', 'an encoded path');
+}
+
 # time
 my $started = time;
 outcome('attempts end with the timeout', 'close_before', { %no_answer, attempts => 1, arrivals => 1 },

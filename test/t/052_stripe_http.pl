@@ -389,6 +389,39 @@ answered([ http('{"id": "cus_1"}') . http('{"id": "cus_evil"}'), http('{"id": "c
 	$late->quit;
 }
 
+# file descriptors that others in the backend have used up
+SKIP:
+{
+	my $small = stripe_node('small', $stripe, conf => "idempotency.stripe_max_retries = 0\nmax_files_per_process = 64\n");
+
+	skip 'there is no dblink', 6 if ($small->psql('postgres', 'CREATE EXTENSION dblink'))[0] != 0;
+	my $dblink = $small->background_psql('postgres', on_error_stop => 0);
+	my $get = q{SELECT outcome, attempts, error ->> 'message' FROM idempotency.stripe_get('/v1/customers')};
+	my $connstr = literal($small->connstr('postgres'));
+	my $n = 0;
+
+	for (1 .. 60)
+	{
+		$dblink->{stderr} = '';
+		$dblink->query("SELECT dblink_connect('c$n', $connstr)");
+		last if $dblink->{stderr} ne '';
+		$n++;
+	}
+	$dblink->{stderr} = '';
+	cmp_ok($n, '>', 0, "$n connections use the backend's file descriptors up");
+	my $before = $stripe->counts->{arrivals};
+	like($dblink->query($get), qr/^not_executed\|\d\|.*too many open files in this backend/m, 'no file descriptor: nothing was executed');
+	$dblink->query("SELECT dblink_disconnect('c0')");
+	$dblink->query("SELECT dblink_disconnect('c1')");
+	like($dblink->query($get), qr/^not_executed\|\d\|.*too many open files in this backend/m, 'nor with less than it takes');
+	is($stripe->counts->{arrivals}, $before, 'and nothing is sent');
+	$dblink->query("SELECT dblink_disconnect('c$_')") foreach 2 .. $n - 1;
+	like($dblink->query($get), qr/^completed\|1\|/m, 'then it goes on');
+	is($dblink->{stderr}, '', 'without an error');
+	$dblink->quit;
+	$small->stop;
+}
+
 $node->stop;
 is_deeply($stripe->counts->{internal_errors}, [], 'the fake had no error of its own');
 $stripe->stop;

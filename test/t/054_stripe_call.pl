@@ -603,6 +603,19 @@ my $refused = arrivals
 is($refused, 0, 'nothing is sent');
 is(sql($node, 'SELECT count(*) FROM idempotency.stripe_idempotency_keys'), $rows, 'no row is left');
 
+# an id that is longer than any of Stripe's is none
+{
+	my %body = (object => 'customer', id => 'cus_' . 'x' x 252);
+
+	$stripe->fault('not_json', status => 200, body => $json->encode(\%body));
+	has(stripe_call($node, 'long id', '1', 'POST', '/v1/customers'), { outcome => 'completed', resource_id => undef }, 'an id of 256 characters');
+	$stripe->clear_faults;
+	$body{id} = 'cus_' . 'x' x 251;
+	$stripe->fault('not_json', status => 200, body => $json->encode(\%body));
+	has(stripe_call($node, 'long id', '2', 'POST', '/v1/customers'), { outcome => 'completed', resource_id => $body{id} }, 'one of 255');
+	$stripe->clear_faults;
+}
+
 # the row is this transaction's own
 run_fails($node, q{BEGIN; UPDATE idempotency.stripe_idempotency_keys SET attempt = attempt WHERE operation_id = 'to retry';
 	SELECT FROM idempotency.stripe_retry('payment', 'to retry')}, 'IK006', 'a row of this transaction');

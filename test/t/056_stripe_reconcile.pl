@@ -250,6 +250,51 @@ has($row, { outcome => 'completed' }, 'found by metadata of any name');
 is($row->{resource_id}, operation($node, 'customer', 'by hand')->{resource_id}, 'it is that one');
 has(step($row, 'search'), { seen => 0 }, 'which can be searched only by a name that is known');
 
+# under a name that the request tells, in characters that a search escapes
+sql($node, q{SELECT idempotency.stripe_claim('customer', o, jsonb_build_object('method', 'POST', 'path', '/v1/customers', 'params',
+	jsonb_build_object('metadata', jsonb_build_object('a', 1, E'it\'s \\\\ ours', idempotency.stripe_idempotency_key('customer', o)))))
+	FROM (VALUES (E'o\'Brien \\\\ 1')) v (o)});
+$key = sql($node, q{SELECT idempotency_key FROM idempotency.stripe_idempotency_keys WHERE operation_id LIKE 'o_Brien%'});
+my $named = stripe_call($node, 'customer', 'named', 'POST', '/v1/customers', params => { metadata => { "it's \\ ours" => $key } },
+	settings => { stripe_key_in_metadata => 'off' });
+sql($node, q{SELECT idempotency.stripe_record('customer', operation_id, token) FROM idempotency.stripe_idempotency_keys WHERE operation_id LIKE 'o_Brien%';
+	UPDATE idempotency.stripe_idempotency_keys SET first_sent_at = NULL WHERE operation_id LIKE 'o_Brien%'});
+$row = reconcile_one('customer', q{o'Brien \\ 1});
+has($row, { outcome => 'completed', resource_id => $named->{resource_id} }, 'found under the name that the request tells');
+has(step($row, 'search'), { seen => 1 }, 'by a search for it, with what it has to escape');
+
+# another object than the one that was asked for
+sql($node, q{SELECT token FROM idempotency.stripe_claim('customer', 'swapped', '{"method": "POST", "path": "/v1/customers/cus_1"}');
+	SELECT idempotency.stripe_record('customer', 'swapped', token, http_status => 500) FROM idempotency.stripe_idempotency_keys WHERE operation_id = 'swapped'});
+$stripe->fault('not_json', status => 200, body => '{"id": "cus_2", "object": "customer"}', match => { method => 'GET', path => '/v1/customers/cus_1' });
+$row = reconcile_one('customer', 'swapped');
+$stripe->clear_faults;
+has($row, { outcome => 'unknown' }, 'another object settles nothing');
+has(step($row, 'object'), { problem => 'another object came back', http_status => 200 }, 'and the evidence says so');
+sql($node, q{SELECT idempotency.stripe_settle('customer', 'swapped', 'not_executed')});
+
+# paths of forms that nobody knows are asked about by events alone
+foreach my $path ('/v1/accounts/acct_1/persons/person_1', '/v1/a/b/c/d/e')
+{
+	sql($node, qq{SELECT token FROM idempotency.stripe_claim('form', '$path', '{"method": "POST", "path": "$path"}');
+		SELECT idempotency.stripe_record('form', '$path', token, http_status => 500) FROM idempotency.stripe_idempotency_keys WHERE operation_id = '$path'});
+	$since = last_arrival();
+	has(reconcile_one('form', $path), { outcome => 'unknown' }, "$path: nothing is found");
+	is_deeply([ gets($since) ], ['/v1/events'], 'events alone are asked for');
+	sql($node, qq{SELECT idempotency.stripe_settle('form', '$path', 'not_executed')});
+}
+
+# events are kept for thirty days
+lose('payment', 'old', settings => { stripe_key_in_metadata => 'off' });
+sql($node, q{UPDATE idempotency.stripe_idempotency_keys SET created_at = created_at - interval '31 days',
+	claimed_at = claimed_at - interval '31 days', first_sent_at = first_sent_at - interval '31 days' WHERE operation_id = 'old'});
+$since = last_arrival();
+$row = reconcile_one('payment', 'old');
+has($row, { outcome => 'unknown' }, 'a call of which no event is left');
+is_deeply([ gets($since) ], [], 'is not asked about in vain');
+has(step($row, 'events'), { problem => 'events reach back 30 days only', requests => 0 }, 'and the evidence says why');
+sql($node, q{SELECT idempotency.stripe_settle('payment', 'old', 'completed')});
+
 # what can't be searched
 my $paid = stripe_call($node, 'payment', 'refunded', 'POST', '/v1/payment_intents', params => \%payment);
 lose('refund', 'r', path => '/v1/refunds', params => { payment_intent => $paid->{resource_id} });
@@ -270,6 +315,16 @@ has($row->{evidence}, { found_by => 'idempotency_key', event_type => 'payment_in
 has(step($row, 'search')->{found}, { status => 'requires_payment_method' }, 'not the object, which may wait for many reasons');
 is(operation($node, 'payment', 'declined')->{error}{code}, 'card_declined', 'with the reason');
 charged('payment', 'declined', 0);
+
+# what was found is remembered where the requests end
+lose('payment', 'declined later', params => { %payment, payment_method => 'pm_card_chargeDeclined' });
+$row = reconcile_one('payment', 'declined later', max_requests => 1);
+has($row->{evidence}, { next => 'events', stopped => 'no requests left' }, 'one request');
+$row = reconcile_one('payment', 'declined later', max_requests => 1,
+	settings => { stripe_allowed_paths => 'GET /v1/payment_intents**' });
+has(step($row, 'search')->{found}, { status => 'requires_payment_method' }, 'what the first has found is in the evidence of the second');
+sql($node, q{UPDATE idempotency.stripe_idempotency_keys SET reconciled = NULL WHERE operation_id = 'declined later'});
+has(reconcile_one('payment', 'declined later'), { outcome => 'failed' }, 'declined');
 
 # without the events
 $key = lose('payment', 'no events', params => { %payment, payment_method => 'pm_card_chargeDeclined' });
