@@ -379,28 +379,28 @@ SELECT verdict, resource_id FROM idempotency.stripe_claim('t', 'w8');
 RESET idempotency.webhook_payload;
 
 -- kept by its object's metadata, when no request of the call has caused it
-SELECT receive('evt_w10', 'refund.created', obj('refund', 're_w10', jsonb_build_object('metadata', jsonb_build_object('ours', key('w10')))));
-SELECT verdict, outcome, resource_id FROM idempotency.stripe_claim('t', 'w10', '{"method": "POST", "path": "/v1/refunds"}');
-SELECT settled #>> '{evidence,found_by}' AS found_by FROM idempotency.stripe_idempotency_keys WHERE operation_id = 'w10';
+SELECT receive('evt_w20', 'refund.created', obj('refund', 're_w20', jsonb_build_object('metadata', jsonb_build_object('ours', key('w20')))));
+SELECT verdict, outcome, resource_id FROM idempotency.stripe_claim('t', 'w20', '{"method": "POST", "path": "/v1/refunds"}');
+SELECT settled #>> '{evidence,found_by}' AS found_by FROM idempotency.stripe_idempotency_keys WHERE operation_id = 'w20';
 
 -- by its object, whose id the call has; one that only names the object says nothing
-SELECT receive('evt_w11', 'refund.created', obj('refund', 're_w11'));
-SELECT receive('evt_w12', 'v2.refund.created', '{}', '{"object": "v2.core.event", "data": {}, "related_object": {"id": "re_w12", "type": "refund"}}');
-SELECT stripe_event_id, object_id FROM idempotency.stripe_webhook_events WHERE stripe_event_id IN ('evt_w11', 'evt_w12') ORDER BY 1;
-CALL call('w11', '/v1/refunds', unknown => false);
-CALL call('w12', '/v1/refunds', unknown => false);
+SELECT receive('evt_w21', 'refund.created', obj('refund', 're_w21'));
+SELECT receive('evt_w22', 'v2.refund.created', '{}', '{"object": "v2.core.event", "data": {}, "related_object": {"id": "re_w22", "type": "refund"}}');
+SELECT stripe_event_id, object_id FROM idempotency.stripe_webhook_events WHERE stripe_event_id IN ('evt_w21', 'evt_w22') ORDER BY 1;
+CALL call('w21', '/v1/refunds', unknown => false);
+CALL call('w22', '/v1/refunds', unknown => false);
 SELECT s.operation_id, idempotency.stripe_record('t', s.operation_id, s.token, http_status => 500, resource_id => 're_' || s.operation_id)
-FROM idempotency.stripe_idempotency_keys s WHERE s.operation_id IN ('w11', 'w12') ORDER BY 1;
-SELECT verdict, outcome, resource_id FROM idempotency.stripe_claim('t', 'w11');
-SELECT settled #>> '{evidence,found_by}' AS found_by FROM idempotency.stripe_idempotency_keys WHERE operation_id = 'w11';
-SELECT verdict, outcome, resource_id FROM idempotency.stripe_claim('t', 'w12');
+FROM idempotency.stripe_idempotency_keys s WHERE s.operation_id IN ('w21', 'w22') ORDER BY 1;
+SELECT verdict, outcome, resource_id FROM idempotency.stripe_claim('t', 'w21');
+SELECT settled #>> '{evidence,found_by}' AS found_by FROM idempotency.stripe_idempotency_keys WHERE operation_id = 'w21';
+SELECT verdict, outcome, resource_id FROM idempotency.stripe_claim('t', 'w22');
 
 -- an id that ends as the key's parts do, and what only looks like a key of ours
-CALL call('w13:', '/v1/refunds');
-SELECT receive('evt_w13', 'refund.created', obj('refund', 're_w13'), by(key('w13:')));
-SELECT state('w13:');
-SELECT receive('evt_w14', 'refund.created', obj('refund', 're_w14'), by('t:w14:018c2b5ef00008008d0000000000000001ab'));
-SELECT pending_key FROM idempotency.stripe_webhook_events WHERE stripe_event_id = 'evt_w14';
+CALL call('w23:', '/v1/refunds');
+SELECT receive('evt_w23', 'refund.created', obj('refund', 're_w23'), by(key('w23:')));
+SELECT state('w23:');
+SELECT receive('evt_w24', 'refund.created', obj('refund', 're_w24'), by('t:w24:018c2b5ef00008008d0000000000000001ab'));
+SELECT pending_key FROM idempotency.stripe_webhook_events WHERE stripe_event_id = 'evt_w24';
 SELECT receive('evt_w15', 'refund.created', obj('refund', 're_w15'), by('t:none::018c2b5e-0000-8000-8000-000000000001'));
 SELECT pending_key FROM idempotency.stripe_webhook_events WHERE stripe_event_id = 'evt_w15';
 

@@ -267,7 +267,7 @@ parse_body(const char *body, size_t len)
 			MemoryContextSwitchTo(context);
 			FlushErrorState();
 
-			/* the latter for an escape where there is no encoding to convert to */
+			/* the latter for an escape with no encoding to convert it to */
 			if (sqlerrcode != ERRCODE_UNTRANSLATABLE_CHARACTER &&
 				sqlerrcode != ERRCODE_FEATURE_NOT_SUPPORTED)
 				attempt = 2;
