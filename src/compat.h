@@ -59,6 +59,16 @@
 	makeJsonLexContextCstringLen(json, len, encoding, need_escapes)
 #endif
 
+/*
+ * 16: what the encoding lacks is a result of the parser's, for an escape, too;
+ * before that it is an error that it raises
+ */
+#if PG_VERSION_NUM >= 160000
+#define JSON_IS_UNTRANSLATABLE(result) ((result) == JSON_UNICODE_UNTRANSLATABLE)
+#else
+#define JSON_IS_UNTRANSLATABLE(result) false
+#endif
+
 /* 19: CREATE DATABASE and its like ask such a worker to go */
 #ifndef BGWORKER_INTERRUPTIBLE
 #define BGWORKER_INTERRUPTIBLE 0

@@ -60,6 +60,7 @@ WebhookBody
 webhook_body_parse(const char *body, size_t len, WebhookEvent *event)
 {
 	JsonLexContext *lex;
+	JsonParseErrorType result;
 	char	   *text;
 	Jsonb	   *json;
 
@@ -71,7 +72,8 @@ webhook_body_parse(const char *body, size_t len, WebhookEvent *event)
 	replace_escaped_zeros(text);
 
 	lex = make_json_lexer_compat(text, strlen(text), GetDatabaseEncoding(), true);
-	if (pg_parse_json(lex, &nullSemAction) != JSON_SUCCESS)
+	result = pg_parse_json(lex, &nullSemAction);
+	if (result != JSON_SUCCESS && !JSON_IS_UNTRANSLATABLE(result))
 		return WEBHOOK_BODY_NOT_JSON;
 
 	json = DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(text)));
