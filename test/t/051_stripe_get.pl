@@ -354,11 +354,12 @@ outcome('http to [::1]', undef, { %never, arrivals => 0, attempts => 1 },
 run_fails($node, settings(stripe_api_base => 'http://[::2]:1') . q{SELECT FROM idempotency.stripe_get('/v1/customers')}, '22023',
 	'http to another address than loopback');
 
-# what a path may encode goes as it is
+# what a path may encode goes as it is, but that newer versions of libcurl write
+# its hexadecimal digits large
 {
 	stripe_get($node, '/v1/customers/cus%41%5B1%7e');
 	my @arrivals = $stripe->arrivals;
-	is($arrivals[-1]{target}, '/v1/customers/cus%41%5B1%7e', 'an encoded path');
+	like($arrivals[-1]{target}, qr{^/v1/customers/cus%41%5B1%7e\z}i, 'an encoded path');
 }
 
 # time
