@@ -59,14 +59,16 @@ sub begin
 	my ($session, $statement) = @_;
 
 	$session->{stderr} = '';
-	$session->query_until(qr/begun/, "\\echo begun\n$statement;\n");
+	my $said = $session->query_until(qr/begun\n/, "\\echo begun\n$statement;\n");
+	# it may have ended already
+	($session->{early}) = $said =~ /begun\n(.*)\z/s;
 	return;
 }
 
 sub end
 {
 	my ($session) = @_;
-	my $output = $session->query('\echo :SQLSTATE');
+	my $output = (delete($session->{early}) // '') . $session->query('\echo :SQLSTATE');
 
 	$session->{messages} = $session->{stderr};
 	$session->{stderr} = '';
