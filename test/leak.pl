@@ -23,7 +23,7 @@ use Test::More;
 my $claims = $ENV{LEAK_CLAIMS} || 100_000;
 my $calls = $ENV{LEAK_CALLS} || 10_000;
 my $samples = 10;
-my $warm = 4;    # samples until caches are full, and malloc has its second arena
+my $warm = 4;    # samples until caches are full, and the heap has grown for the largest body
 my %most = (contexts => 64, backend => 1024, process => 1024);    # kB
 
 # AddressSanitizer keeps what is freed, so only contexts tell something there
