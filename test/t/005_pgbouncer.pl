@@ -54,9 +54,9 @@ END
 	$? = $status;
 }
 
+# psql isn't given its statement on a pipe, which breaks if it ends at once
 my $tries = 10 * $PostgreSQL::Test::Utils::timeout_default;
-while ($node->psql('postgres', 'SELECT 1', connstr => $connstr,
-		stdout => \my $stdout, stderr => \my $stderr) != 0)
+until (IPC::Run::run([ 'psql', '-X', '-d', $connstr, '-c', 'SELECT 1' ], '<', \undef, '>', \my $stdout, '2>', \my $stderr))
 {
 	die "pgbouncer doesn't answer: $output" unless $tries-- > 0 && $server->pumpable;
 	select(undef, undef, undef, 0.1);
