@@ -341,8 +341,7 @@ ask_for_recorder(TimestampTz *since, BackgroundWorkerHandle **handle)
 		return false;
 	}
 	ask = slot->procno < 0 && !queue_is_blocked(slot) &&
-		(slot->started == 0 ||
-		 is_over(slot->started, START_PATIENCE_MS * 1000, now));
+		is_over(slot->started, START_PATIENCE_MS * 1000, now);
 	if (ask)
 		*since = slot->started = now;
 	LWLockRelease(queue_lock);
