@@ -409,9 +409,16 @@ RETURNS void
 AS 'MODULE_PATHNAME', 'idempotency_stripe_acknowledge'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
-CREATE FUNCTION idempotency.stripe_caller_is_gone(server_life bigint, virtual_xid text)
+CREATE FUNCTION idempotency.stripe_has_lapsed(lease_expires_at timestamptz, server_life bigint,
+	virtual_xid text)
 RETURNS boolean
-AS 'MODULE_PATHNAME', 'idempotency_stripe_caller_is_gone'
+AS 'MODULE_PATHNAME', 'idempotency_stripe_has_lapsed'
+LANGUAGE C STABLE CALLED ON NULL INPUT PARALLEL RESTRICTED;
+
+CREATE FUNCTION idempotency.stripe_resend_may_settle(outcome idempotency.outcome,
+	first_sent_at timestamptz, path text, http_status integer, response jsonb)
+RETURNS boolean
+AS 'MODULE_PATHNAME', 'idempotency_stripe_resend_may_settle'
 LANGUAGE C STABLE CALLED ON NULL INPUT PARALLEL RESTRICTED;
 
 CREATE FUNCTION idempotency.stripe_callers_fate(callers xid8[], system_identifier bigint)
@@ -521,15 +528,11 @@ FROM (
 		WHERE r.expires_at IS NULL) k
 	UNION ALL
 	SELECT 'stripe', NULL, NULL, s.account, s.operation_type, s.operation_id,
-		s.attempt, s.claimed_at, s.lease_expires_at, l.lapsed, NULL,
+		s.attempt, s.claimed_at, s.lease_expires_at,
+		idempotency.stripe_has_lapsed(s.lease_expires_at, s.caller_life, s.caller_vxid), NULL,
 		pg_catalog.format('SELECT * FROM idempotency.stripe_lookup(%L, %L, %L);',
 			s.operation_type, s.operation_id, s.account)
-	FROM idempotency.stripe_idempotency_keys s,
-		LATERAL (SELECT CASE WHEN s.caller_life IS NOT NULL
-			THEN idempotency.stripe_caller_is_gone(s.caller_life, s.caller_vxid)
-			ELSE s.lease_expires_at IS NULL
-				OR s.lease_expires_at OPERATOR(pg_catalog.<=) pg_catalog.clock_timestamp()
-			END AS lapsed) l
+	FROM idempotency.stripe_idempotency_keys s
 	WHERE s.outcome OPERATOR(pg_catalog.=) 'in_progress'::idempotency.outcome
 ) c
 ORDER BY c.lapsed DESC, c.lease_expires_at;
@@ -573,11 +576,8 @@ SELECT u.account, u.operation_type, u.operation_id, u.reason, u.idempotency_key,
 FROM (
 	SELECT s.*, a.reconciled_at,
 		-- what the database has sent, while to send it again is safe and may help
-		s.method IS NOT NULL
-			AND s.outcome OPERATOR(pg_catalog.<>) 'mismatch'::idempotency.outcome
-			AND (s.http_status IS NULL OR s.http_status OPERATOR(pg_catalog.<>) 500)
-			AND s.first_sent_at OPERATOR(pg_catalog.>) (pg_catalog.clock_timestamp()
-				OPERATOR(pg_catalog.-) '22 hours'::interval) AS resendable,
+		s.method IS NOT NULL AND idempotency.stripe_resend_may_settle(s.outcome,
+			s.first_sent_at, s.path, s.http_status, s.response) AS resendable,
 		-- until Stripe was asked all that it can be asked, since the last attempt
 		s.outcome OPERATOR(pg_catalog.<>) 'mismatch'::idempotency.outcome
 			AND (s.reconciled IS NULL
@@ -587,14 +587,10 @@ FROM (
 				THEN 'no definitive answer'
 			WHEN s.outcome OPERATOR(pg_catalog.=) 'mismatch'::idempotency.outcome
 				THEN 'Stripe knows the key from another request'
-			WHEN s.outcome OPERATOR(pg_catalog.<>) 'in_progress'::idempotency.outcome
-				THEN NULL
-			WHEN s.caller_life IS NOT NULL
-				THEN CASE WHEN idempotency.stripe_caller_is_gone(s.caller_life, s.caller_vxid)
-					THEN 'caller is gone' END
-			WHEN s.lease_expires_at IS NULL
-				OR s.lease_expires_at OPERATOR(pg_catalog.<=) pg_catalog.clock_timestamp()
-				THEN 'lease has lapsed'
+			WHEN s.outcome OPERATOR(pg_catalog.=) 'in_progress'::idempotency.outcome
+				AND idempotency.stripe_has_lapsed(s.lease_expires_at, s.caller_life, s.caller_vxid)
+				THEN CASE WHEN s.caller_life IS NULL THEN 'lease has lapsed'
+					ELSE 'caller is gone' END
 		END AS reason
 	FROM idempotency.stripe_idempotency_keys s,
 		LATERAL (SELECT (s.reconciled OPERATOR(pg_catalog.->>) 'at')::timestamptz AS reconciled_at) a
@@ -611,13 +607,8 @@ FROM (
 	SELECT s.account, s.operation_type, s.operation_id, s.resource_id, s.resource_type,
 		s.livemode, s.claimed_at, s.recorded_at,
 		idempotency.stripe_callers_fate(s.callers, s.callers_system) AS fate,
-		CASE WHEN s.outcome OPERATOR(pg_catalog.<>) 'in_progress'::idempotency.outcome
-				THEN s.outcome
-			WHEN CASE WHEN s.caller_life IS NOT NULL
-				THEN idempotency.stripe_caller_is_gone(s.caller_life, s.caller_vxid)
-				ELSE s.lease_expires_at IS NULL
-					OR s.lease_expires_at OPERATOR(pg_catalog.<=) pg_catalog.clock_timestamp()
-				END
+		CASE WHEN s.outcome OPERATOR(pg_catalog.=) 'in_progress'::idempotency.outcome
+				AND idempotency.stripe_has_lapsed(s.lease_expires_at, s.caller_life, s.caller_vxid)
 				THEN 'unknown'::idempotency.outcome
 			ELSE s.outcome
 		END AS outcome
@@ -1114,7 +1105,8 @@ COMMENT ON FUNCTION idempotency.stripe_record(text, text, bigint, text, jsonb, i
 	'Records Stripe''s answer and returns the outcome. '
 	'resource_id: what was made (default the response''s id); response: the body as Stripe sent it, errors included; '
 	'http_status: 100 to 599, NULL: completed where there is a resource id, otherwise unknown; '
-	'a success other than 204 without id and response is unknown, as its body was cut; '
+	'a success without an object or id (204 to a DELETE aside) is unknown, and so is a refusal '
+	'without Stripe''s error object: something on the way may have made it; '
 	'request_id: Stripe''s Request-Id; account: default ''''. '
 	'A late token of the same generation may still record. Raises IK001 for a token of neither, '
 	'IK002 where another result is recorded, IK003, IK007 over idempotency.max_response_size, IK009';
@@ -1173,9 +1165,12 @@ COMMENT ON FUNCTION idempotency.stripe_acknowledge(text, text, text, text) IS
 	'Takes an operation off the list stripe_orphans; keeps who, when and note. '
 	'note: what was done about it; account: default ''''. '
 	'Raises IK002 for one that is no orphan, IK003, also for one never claimed, IK009';
-COMMENT ON FUNCTION idempotency.stripe_caller_is_gone(bigint, text) IS
-	'Is the transaction that makes a call to Stripe over?  For the views. '
-	'server_life and virtual_xid: as in stripe_idempotency_keys; NULL if either is';
+COMMENT ON FUNCTION idempotency.stripe_has_lapsed(timestamptz, bigint, text) IS
+	'Does nobody hold a call to Stripe any more that is in progress?  For the views. '
+	'lease_expires_at, server_life and virtual_xid: as in stripe_idempotency_keys';
+COMMENT ON FUNCTION idempotency.stripe_resend_may_settle(idempotency.outcome, timestamptz, text, integer, jsonb) IS
+	'Is it still time to send a call to Stripe again, and might that settle it?  For the views. '
+	'outcome, first_sent_at, path, http_status and response: as in stripe_idempotency_keys';
 COMMENT ON FUNCTION idempotency.stripe_callers_fate(xid8[], bigint) IS
 	'What became of the transactions behind a call to Stripe: committed, open, rolled back or not known. '
 	'For the views. callers and system_identifier: as in stripe_idempotency_keys';

@@ -125,6 +125,47 @@ argument_jsonb(FunctionCallInfo fcinfo, int argno)
 }
 
 /*
+ * Raise IK003 for JSON that isn't an object where one is meant.  Mostly that is
+ * an object all the same, turned into text by the application and then once
+ * more by its driver.
+ */
+void
+check_object(Jsonb *json, const char *name)
+{
+	JsonbValue	scalar;
+
+	if (JB_ROOT_IS_OBJECT(json))
+		return;
+
+	if (!JB_ROOT_IS_SCALAR(json))
+		ereport(ERROR,
+				(errcode(ERRCODE_BAD_ARGUMENT),
+				 errmsg("%s must be a JSON object", name),
+				 errdetail("It is a JSON array.")));
+
+	(void) JsonbExtractScalar(&json->root, &scalar);
+	ereport(ERROR,
+			(errcode(ERRCODE_BAD_ARGUMENT),
+			 errmsg("%s must be a JSON object", name),
+			 errdetail("It is a JSON %s.", JsonbTypeName(&scalar)),
+			 scalar.type == jbvString ?
+			 errhint("It was probably encoded as JSON twice, by the application and by its driver. Pass either the object itself or its text, encoded once.") :
+			 scalar.type == jbvNull ?
+			 errhint("Where there is none, leave it out or pass an SQL NULL.") : 0));
+}
+
+/* An object, or NULL where the argument is. */
+Jsonb *
+argument_object(FunctionCallInfo fcinfo, int argno, const char *name)
+{
+	Jsonb	   *json = argument_jsonb(fcinfo, argno);
+
+	if (json != NULL)
+		check_object(json, name);
+	return json;
+}
+
+/*
  * A length of time, or none.  Days count 24 hours and months 30 days, so that
  * a lease doesn't depend on anybody's time zone.
  */

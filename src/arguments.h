@@ -32,6 +32,8 @@ extern text *argument_scope(FunctionCallInfo fcinfo, int argno);
 extern int64 argument_token(FunctionCallInfo fcinfo, int argno);
 extern bool argument_bool(FunctionCallInfo fcinfo, int argno, const char *name);
 extern Jsonb *argument_jsonb(FunctionCallInfo fcinfo, int argno);
+extern Jsonb *argument_object(FunctionCallInfo fcinfo, int argno, const char *name);
+extern void check_object(Jsonb *json, const char *name);
 extern Duration argument_duration(FunctionCallInfo fcinfo, int argno, const char *name);
 extern int	argument_http_status(FunctionCallInfo fcinfo, int argno, const char *name);
 extern void check_size(FunctionCallInfo fcinfo, const int *argnos, int nargs, const char *what);

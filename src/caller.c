@@ -44,7 +44,6 @@
 #include "errors.h"
 #include "shmem.h"
 
-PG_FUNCTION_INFO_V1(idempotency_stripe_caller_is_gone);
 PG_FUNCTION_INFO_V1(idempotency_stripe_callers_fate);
 
 /* The current virtual transaction, as pg_locks shows it. */
@@ -181,17 +180,6 @@ make_callers(const FullTransactionId *xids, int nxids)
 }
 
 /* ---------- for the views ---------- */
-
-/*
- * stripe_caller_is_gone(server_life, virtual_xid)
- */
-Datum
-idempotency_stripe_caller_is_gone(PG_FUNCTION_ARGS)
-{
-	if (PG_ARGISNULL(0) || PG_ARGISNULL(1))
-		PG_RETURN_NULL();
-	PG_RETURN_BOOL(caller_is_gone(PG_GETARG_INT64(0), text_to_cstring(PG_GETARG_TEXT_PP(1))));
-}
 
 /*
  * stripe_callers_fate(callers, system_identifier)

@@ -96,7 +96,8 @@ static const struct
 	{"EXECUTE ON FUNCTION idempotency.stripe_webhook_reclaim", KIND_WEBHOOK | KIND_OPERATOR},
 
 	/* a view's functions are called with the rights of its reader */
-	{"EXECUTE ON FUNCTION idempotency.stripe_caller_is_gone", KIND_OBSERVER | KIND_OPERATOR},
+	{"EXECUTE ON FUNCTION idempotency.stripe_has_lapsed", KIND_OBSERVER | KIND_OPERATOR},
+	{"EXECUTE ON FUNCTION idempotency.stripe_resend_may_settle", KIND_OBSERVER | KIND_OPERATOR},
 	{"EXECUTE ON FUNCTION idempotency.stripe_callers_fate", KIND_OBSERVER | KIND_OPERATOR},
 	{"SELECT ON idempotency.open_claims", KIND_OBSERVER | KIND_OPERATOR},
 	{"SELECT ON idempotency.stripe_unknown", KIND_OBSERVER | KIND_OPERATOR},

@@ -717,10 +717,7 @@ idempotency_record(PG_FUNCTION_ARGS)
 	PreventCommandDuringRecovery("idempotency.record()");
 
 	check_size(fcinfo, sized, lengthof(sized), "response");
-	if (!PG_ARGISNULL(5) && !JB_ROOT_IS_OBJECT(PG_GETARG_JSONB_P(5)))
-		ereport(ERROR,
-				(errcode(ERRCODE_BAD_ARGUMENT),
-				 errmsg("response_headers must be a JSON object")));
+	(void) argument_object(fcinfo, 5, "response_headers");
 
 	memset(nulls, ' ', sizeof(nulls));
 	values[0] = PointerGetDatum(scope);

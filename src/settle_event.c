@@ -214,6 +214,16 @@ outcome_is(const Call *call, const char *outcome)
 	return strcmp(TextDatumGetCString(call->values[CALL_OUTCOME]), outcome) == 0;
 }
 
+static NullableDatum
+call_column(const Call *call, int column)
+{
+	NullableDatum datum;
+
+	datum.value = call->values[column];
+	datum.isnull = call->isnull[column];
+	return datum;
+}
+
 /* Is nobody at a call whose outcome isn't known? */
 static bool
 call_is_open(const Call *call, int64 claimed_token, TimestampTz now)
@@ -224,11 +234,9 @@ call_is_open(const Call *call, int64 claimed_token, TimestampTz now)
 		return false;
 	if (DatumGetInt64(call->values[CALL_TOKEN]) == claimed_token)
 		return true;
-	if (!call->isnull[CALL_CALLER_LIFE])
-		return caller_is_gone(DatumGetInt64(call->values[CALL_CALLER_LIFE]),
-							  TextDatumGetCString(call->values[CALL_CALLER_VXID]));
-	return call->isnull[CALL_LEASE_EXPIRES_AT] ||
-		DatumGetTimestampTz(call->values[CALL_LEASE_EXPIRES_AT]) <= now;
+	return stripe_has_lapsed(call_column(call, CALL_LEASE_EXPIRES_AT),
+							 call_column(call, CALL_CALLER_LIFE),
+							 call_column(call, CALL_CALLER_VXID), now);
 }
 
 typedef enum Settled

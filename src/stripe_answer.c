@@ -1,7 +1,12 @@
 /*-------------------------------------------------------------------------
  *
  * stripe_answer.c
- *	  What stands in the body of Stripe's answers.
+ *	  What stands in Stripe's answers, and which answers are Stripe's.
+ *
+ * An answer comes to us in several ways: stripe_call() has sent the request
+ * itself, stripe_record() is told by an application, a row of the ledger has
+ * kept it.  Whichever way it came, stripe_judge() says what it means for the
+ * call, by the table of stripe_outcome.c.
  *
  * A body is whatever came: nothing here raises an error for what it says.
  *
@@ -12,7 +17,11 @@
 #include "postgres.h"
 
 #include "json_member.h"
+#include "stripe/path.h"
 #include "stripe_answer.h"
+
+#define HTTP_NO_CONTENT 204
+#define HTTP_NOT_FOUND 404
 
 /*
  * The object that a refused call left behind: a declined card leaves its
@@ -80,4 +89,91 @@ stripe_read_body(Jsonb *json, StripeBody *body)
 	body->livemode_isnull = !(json_member(root, "livemode", &value) && value.type == jbvBool);
 	if (!body->livemode_isnull)
 		body->livemode = value.val.boolean;
+}
+
+/*
+ * Does a body speak of an error?  No success of Stripe's has an error object.
+ * An error that is anything else is somebody else's word, but for a member of
+ * that name in one of Stripe's objects, which say what they are
+ * (reporting.report_run).
+ */
+static bool
+says_error(const StripeBody *body)
+{
+	JsonbValue	value;
+
+	return body->error != NULL ||
+		(body->json != NULL && json_member(&body->json->root, "error", &value) &&
+		 value.type != jbvNull && body->resource_type == NULL);
+}
+
+static bool
+is_delete(const StripeReceived *received)
+{
+	return received->method != NULL && pg_strcasecmp(received->method, "DELETE") == 0;
+}
+
+/*
+ * Is this an answer of Stripe's, and all of it?
+ *
+ * A refusal or a failure is, if its body is an object with an error object that
+ * has a type (API v1) or a code (API v2).  A success is, if its body is an object
+ * and doesn't speak of an error, if whoever has had it names what was made, and
+ * if it has no content and answers a DELETE.
+ */
+static bool
+is_genuine(const StripeReceived *received, const StripeBody *body)
+{
+	if (!received->whole)
+		return false;
+	if (received->http_status / 100 != 2)
+		return body->error_type != NULL || body->error_code != NULL;
+	if (body->json != NULL && JB_ROOT_IS_OBJECT(body->json))
+		return !says_error(body);
+	return received->resource_id != NULL ||
+		(body->json == NULL && received->http_status == HTTP_NO_CONTENT && is_delete(received));
+}
+
+/*
+ * API v1 has no idempotency for DELETE: where an attempt before may have
+ * deleted the object, that it isn't there is what was wanted.
+ */
+static bool
+is_gone_already(const StripeReceived *received, const StripeAnswer *answer)
+{
+	return answer->genuine && received->http_status == HTTP_NOT_FOUND &&
+		received->uncertain && is_delete(received) &&
+		received->path != NULL && !path_is_v2(received->path) &&
+		answer->error_code != NULL && strcmp(answer->error_code, "resource_missing") == 0;
+}
+
+/*
+ * Say what an answer means for the call.  Its body has been read; what a body
+ * that isn't Stripe's says of an object is forgotten, so that no such id is
+ * taken for one of Stripe's.
+ */
+StripeClass
+stripe_judge(const StripeReceived *received, StripeBody *body, StripeAnswer *answer)
+{
+	static const StripeClass gone_already = {
+		STRIPE_COMPLETED, false, false, gettext_noop("it is gone already")
+	};
+
+	answer->http_status = received->http_status;
+	answer->sent = received->sent;
+	answer->genuine = is_genuine(received, body);
+	answer->error_type = body->error_type;
+	answer->error_code = body->error_code;
+	answer->api_v2 = received->path != NULL && path_is_v2(received->path);
+
+	if (!answer->genuine)
+	{
+		body->resource_id = NULL;
+		body->resource_type = NULL;
+		body->livemode_isnull = true;
+	}
+
+	if (is_gone_already(received, answer))
+		return gone_already;
+	return stripe_classify(answer);
 }

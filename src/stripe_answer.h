@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * stripe_answer.h
- *	  What stands in the body of Stripe's answers.
+ *	  What stands in Stripe's answers, and which answers are Stripe's.
  *
  * src/stripe_answer.h
  *
@@ -13,6 +13,8 @@
 #include "postgres.h"
 
 #include "utils/jsonb.h"
+
+#include "stripe_outcome.h"
 
 #define STRIPE_ID_MAX 255
 
@@ -29,6 +31,24 @@ typedef struct StripeBody
 	bool		livemode_isnull;
 } StripeBody;
 
+/*
+ * An answer as it has come, whichever way, and what is known of the call that it
+ * belongs to.
+ */
+typedef struct StripeReceived
+{
+	int			http_status;	/* 0: no answer */
+	bool		sent;			/* did a byte of the request leave? */
+	bool		whole;			/* did all of the answer arrive? */
+	const char *resource_id;	/* as somebody names it who has had the answer,
+								 * or NULL */
+	const char *method;			/* of the call, or NULL where it isn't known */
+	const char *path;			/* likewise */
+	bool		uncertain;		/* may an attempt before have been executed? */
+} StripeReceived;
+
 extern void stripe_read_body(Jsonb *json, StripeBody *body);
+extern StripeClass stripe_judge(const StripeReceived *received, StripeBody *body,
+								StripeAnswer *answer);
 
 #endif							/* IDEMPOTENCY_STRIPE_ANSWER_H */

@@ -130,7 +130,7 @@ idempotency_stripe_claim(PG_FUNCTION_ARGS)
 	memset(&claim, 0, sizeof(claim));
 	claim.op = &op;
 	claim.rules = stripe_rules();
-	claim.request = argument_jsonb(fcinfo, 2);
+	claim.request = argument_object(fcinfo, 2, "request");
 	claim.lease = lease.given ? lease.usecs : (int64) stripe_lease * USECS_PER_SEC;
 	claim.livemode = -1;
 
@@ -185,6 +185,8 @@ idempotency_stripe_record(PG_FUNCTION_ARGS)
 	static const int sized[] = {4};
 	Operation	op;
 	int64		token;
+	Jsonb	   *response;
+	int			http_status;
 	StripeResult result;
 	Relation	rel;
 	const char *outcome;
@@ -200,14 +202,15 @@ idempotency_stripe_record(PG_FUNCTION_ARGS)
 	if (!PG_ARGISNULL(6))
 		check_label(VARDATA_ANY(PG_GETARG_TEXT_PP(6)), VARSIZE_ANY_EXHDR(PG_GETARG_TEXT_PP(6)),
 					false, "request_id");
-	stripe_read_answer(argument_jsonb(fcinfo, 4),
-					   PG_ARGISNULL(5) ? 0 : argument_http_status(fcinfo, 5, "http_status"),
-					   PG_ARGISNULL(3) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(3)), &result);
+	response = argument_object(fcinfo, 4, "response");
+	http_status = PG_ARGISNULL(5) ? 0 : argument_http_status(fcinfo, 5, "http_status");
+
+	rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
+	stripe_read_answer_of(rel, &op, response, http_status,
+						  PG_ARGISNULL(3) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(3)), &result);
 	if (!PG_ARGISNULL(6))
 		result.request_id = text_to_cstring(PG_GETARG_TEXT_PP(6));
 	result.adopt = true;
-
-	rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
 	outcome = stripe_record_run(rel, &op, token, &result);
 	ledger_close(rel);
 

@@ -61,8 +61,17 @@
 #include "json_member.h"
 #include "result.h"
 #include "settings.h"
+#include "stripe/path.h"
 #include "stripe_answer.h"
 #include "stripe_ledger.h"
+
+PG_FUNCTION_INFO_V1(idempotency_stripe_has_lapsed);
+PG_FUNCTION_INFO_V1(idempotency_stripe_resend_may_settle);
+
+/* Statuses with a meaning of their own */
+#define HTTP_OK 200
+#define HTTP_NO_CONTENT 204
+#define HTTP_NOT_FOUND 404
 
 static const char *const stripe_columns[S_NCOLUMNS] = {
 	"token", "created_at", "claimed_at", "lease_expires_at", "first_sent_at",
@@ -91,8 +100,6 @@ Ledger		stripe_calls = {
 };
 
 /* $4 to $19, which both ways to claim share */
-#define HTTP_NO_CONTENT 204
-
 #define CLAIM_NARGS 19
 #define CLAIM_ARGTYPES \
 	TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TIMESTAMPTZOID, \
@@ -361,12 +368,7 @@ stripe_row_string(LedgerRow *row, int column)
 static bool
 is_of_api_v2(LedgerRow *row)
 {
-	struct varlena *path;
-
-	if (row->isnull[S_PATH])
-		return false;
-	path = PG_DETOAST_DATUM_PACKED(row->values[S_PATH]);
-	return VARSIZE_ANY_EXHDR(path) >= 4 && memcmp(VARDATA_ANY(path), "/v2/", 4) == 0;
+	return !row->isnull[S_PATH] && path_is_v2(stripe_row_string(row, S_PATH));
 }
 
 /* Until when may the same key and bytes be sent again?  0 where they never were. */
@@ -393,25 +395,46 @@ stripe_row_is_final(LedgerRow *row)
 	return row_outcome_is(row, "completed") || row_outcome_is(row, "failed");
 }
 
-/* Is it a call in flight whose caller is gone? */
+/*
+ * Does nobody hold an operation in progress any more?  For rows and, as an SQL
+ * function, for views.
+ */
 bool
-stripe_caller_gone(LedgerRow *row)
+stripe_has_lapsed(NullableDatum lease_expires_at, NullableDatum caller_life,
+				  NullableDatum caller_vxid, TimestampTz now)
 {
-	return row_outcome_is(row, "in_progress") && !row->isnull[S_CALLER_LIFE] &&
-		caller_is_gone(DatumGetInt64(row->values[S_CALLER_LIFE]),
-					   stripe_row_string(row, S_CALLER_VXID));
+	if (!caller_life.isnull)
+		return caller_vxid.isnull ||
+			caller_is_gone(DatumGetInt64(caller_life.value),
+						   TextDatumGetCString(caller_vxid.value));
+	return lease_expires_at.isnull || DatumGetTimestampTz(lease_expires_at.value) <= now;
+}
+
+static NullableDatum
+row_column(LedgerRow *row, int column)
+{
+	NullableDatum datum;
+
+	datum.value = row->values[column];
+	datum.isnull = row->isnull[column];
+	return datum;
 }
 
 /* Is it in progress, and is its claimant to be believed? */
 bool
 stripe_row_is_held(LedgerRow *row, TimestampTz now)
 {
-	if (!row_outcome_is(row, "in_progress"))
-		return false;
-	if (!row->isnull[S_CALLER_LIFE])
-		return !stripe_caller_gone(row);
-	return !row->isnull[S_LEASE_EXPIRES_AT] &&
-		DatumGetTimestampTz(row->values[S_LEASE_EXPIRES_AT]) > now;
+	return row_outcome_is(row, "in_progress") &&
+		!stripe_has_lapsed(row_column(row, S_LEASE_EXPIRES_AT), row_column(row, S_CALLER_LIFE),
+						   row_column(row, S_CALLER_VXID), now);
+}
+
+/* Is it a call in flight whose caller is gone? */
+bool
+stripe_caller_gone(LedgerRow *row)
+{
+	return !row->isnull[S_CALLER_LIFE] && row_outcome_is(row, "in_progress") &&
+		!stripe_row_is_held(row, 0);
 }
 
 /* The outcome as everybody sees it: a call whose caller is gone is unknown. */
@@ -421,26 +444,63 @@ stripe_row_outcome(LedgerRow *row)
 	return stripe_caller_gone(row) ? "unknown" : enum_label(row->values[S_OUTCOME]);
 }
 
+/* What is known of the call that an answer belongs to. */
+static void
+received_for(LedgerRow *row, StripeReceived *received)
+{
+	JsonbContainer *request = row->isnull[S_REQUEST] ? NULL :
+		&DatumGetJsonbP(row->values[S_REQUEST])->root;
+
+	received->method = stripe_row_string(row, S_METHOD);
+	if (received->method == NULL)
+		received->method = json_string_member(request, "method");
+	received->path = stripe_row_string(row, S_PATH);
+	if (received->path == NULL)
+		received->path = json_string_member(request, "path");
+	received->uncertain = DatumGetBool(row->values[S_UNCERTAIN]);
+}
+
 /*
- * Could sending the same request again settle what is recorded as unknown?
- * Not where Stripe would only repeat itself.
+ * Would Stripe only repeat itself?  As its recorded answer says, of which a row
+ * has no more than what was genuine.
  */
 static bool
-resend_may_settle(LedgerRow *row)
+answer_is_sticky(LedgerRow *row)
 {
+	StripeReceived received;
 	StripeAnswer answer;
-	JsonbContainer *error = NULL;
+	StripeBody	body;
+	StripeClass class;
 
 	if (row->isnull[S_HTTP_STATUS])
-		return true;
+		return false;
 
-	if (!row->isnull[S_ERROR])
-		error = &DatumGetJsonbP(row->values[S_ERROR])->root;
-	memset(&answer, 0, sizeof(answer));
-	answer.http_status = DatumGetInt32(row->values[S_HTTP_STATUS]);
-	answer.error_type = json_string_member(error, "type");
-	answer.error_code = json_string_member(error, "code");
-	return stripe_resend_may_settle(&answer, is_of_api_v2(row));
+	stripe_read_body(row->isnull[S_RESPONSE] ? NULL : DatumGetJsonbP(row->values[S_RESPONSE]), &body);
+	memset(&received, 0, sizeof(received));
+	received.http_status = DatumGetInt32(row->values[S_HTTP_STATUS]);
+	received.sent = received.whole = true;
+	received.path = stripe_row_string(row, S_PATH);
+	class = stripe_judge(&received, &body, &answer);
+	return class.outcome == STRIPE_UNKNOWN && !class.resend;
+}
+
+/*
+ * Is it still time to send the same request again, and could that tell more of
+ * an operation that isn't known?
+ *
+ * There is no other rule: claims ask it, and so does the view stripe_unknown, by
+ * the function below.
+ */
+bool
+stripe_resend_may_settle(LedgerRow *row, int64 margin, TimestampTz now)
+{
+	const char *outcome = stripe_row_outcome(row);
+
+	if (!row->isnull[S_FIRST_SENT_AT] && now >= stripe_resend_until(row, margin))
+		return false;
+	if (strcmp(outcome, "mismatch") == 0)
+		return false;
+	return strcmp(outcome, "unknown") != 0 || !answer_is_sticky(row);
 }
 
 /* ---------- claim ---------- */
@@ -511,10 +571,7 @@ decide(LedgerClaim *base, LedgerRow *row, TimestampTz now)
 		return LEDGER_ANSWER;
 	}
 
-	if ((!row->isnull[S_FIRST_SENT_AT] &&
-		 now >= stripe_resend_until(row, claim->rules.resend_margin)) ||
-		strcmp(outcome, "mismatch") == 0 ||
-		(strcmp(outcome, "unknown") == 0 && !resend_may_settle(row)))
+	if (!stripe_resend_may_settle(row, claim->rules.resend_margin, now))
 	{
 		answer_known(claim, STRIPE_CANT_TELL, row);
 		if (strcmp(outcome, "mismatch") != 0)
@@ -799,40 +856,67 @@ stripe_explain_refusal(Relation rel, Operation *op, int64 token)
 
 /*
  * Make out an answer: the body and status as the application got them, 0 for
- * no status.  A success without body or id is one that was cut, as stripe_call()
- * takes it: it was done, and the same key fetches what was made.
+ * no status.  Without one, something with an id is taken for a success, and all
+ * else for no answer.  Of a body that isn't Stripe's nothing is kept, but for
+ * its error object.
  */
+static void
+read_answer(StripeReceived *received, Jsonb *response, StripeResult *result)
+{
+	StripeBody	body;
+	StripeAnswer answer;
+
+	stripe_read_body(response, &body);
+	memset(result, 0, sizeof(StripeResult));
+	result->http_status = received->http_status;
+	if (received->http_status == 0 &&
+		(received->resource_id != NULL || body.resource_id != NULL))
+		received->http_status = HTTP_OK;
+	received->sent = received->whole = true;
+	result->outcome = stripe_judge(received, &body, &answer).outcome;
+
+	result->response = answer.genuine ? response : NULL;
+	result->error = body.error;
+	result->resource_id = received->resource_id != NULL ? received->resource_id :
+		body.resource_id;
+	result->resource_type = body.resource_type;
+	result->livemode = body.livemode_isnull ? -1 : body.livemode;
+}
+
+/* An answer to a call of which nothing is known. */
 void
 stripe_read_answer(Jsonb *response, int http_status, const char *resource_id,
 				   StripeResult *result)
 {
-	StripeBody	body;
+	StripeReceived received;
 
-	stripe_read_body(response, &body);
-	memset(result, 0, sizeof(StripeResult));
-	result->http_status = http_status;
-	result->response = response;
-	result->error = body.error;
-	result->resource_id = resource_id != NULL ? resource_id : body.resource_id;
-	result->resource_type = body.resource_type;
-	result->livemode = body.livemode_isnull ? -1 : body.livemode;
+	memset(&received, 0, sizeof(received));
+	received.http_status = http_status;
+	received.resource_id = resource_id;
+	read_answer(&received, response, result);
+}
 
-	if (http_status != 0)
+/*
+ * An answer to an operation's call.  Two answers mean something else where the
+ * call was a DELETE, so that the row is looked at for these alone.
+ */
+void
+stripe_read_answer_of(Relation rel, Operation *op, Jsonb *response, int http_status,
+					  const char *resource_id, StripeResult *result)
+{
+	StripeReceived received;
+	LedgerRow	row;
+
+	memset(&received, 0, sizeof(received));
+	received.http_status = http_status;
+	received.resource_id = resource_id;
+	if (http_status == HTTP_NO_CONTENT || http_status == HTTP_NOT_FOUND)
 	{
-		StripeAnswer answer;
-
-		answer.http_status = http_status;
-		answer.sent = true;
-		answer.body_complete = response != NULL || resource_id != NULL ||
-			http_status == HTTP_NO_CONTENT || http_status / 100 != 2;
-		answer.error_type = body.error_type;
-		answer.error_code = body.error_code;
-		result->outcome = stripe_classify(&answer).outcome;
+		look(rel, op, &row);
+		if (row.found == FOUND_ROW)
+			received_for(&row, &received);
 	}
-	else if (result->resource_id != NULL && body.error == NULL)
-		result->outcome = STRIPE_COMPLETED;
-	else
-		result->outcome = STRIPE_UNKNOWN;
+	read_answer(&received, response, result);
 }
 
 static bool
@@ -872,7 +956,7 @@ record_late(Relation rel, Operation *op, int64 token, StripeResult *result,
 		stripe_refuse_token(op, row);
 
 	recorded = enum_label(row->values[S_OUTCOME]);
-	if (strcmp(recorded, "completed") == 0 || strcmp(recorded, "failed") == 0)
+	if (stripe_row_is_final(row))
 	{
 		/* who knows less than what is recorded doesn't contradict it */
 		if (!is_definitive(result->outcome) || !contradicts(row, result))
@@ -1206,4 +1290,41 @@ stripe_note_fate_run(Relation rel, Operation *op)
 			return true;
 	}
 	return true;
+}
+
+/* ---------- for the views ---------- */
+
+/*
+ * stripe_has_lapsed(lease_expires_at, server_life, virtual_xid)
+ */
+Datum
+idempotency_stripe_has_lapsed(PG_FUNCTION_ARGS)
+{
+	PG_RETURN_BOOL(stripe_has_lapsed(fcinfo->args[0], fcinfo->args[1], fcinfo->args[2],
+									 GetCurrentTimestamp()));
+}
+
+/*
+ * stripe_resend_may_settle(outcome, first_sent_at, path, http_status, response):
+ * the columns of a row that the rule asks for, and this session's margin.
+ */
+Datum
+idempotency_stripe_resend_may_settle(PG_FUNCTION_ARGS)
+{
+	static const int columns[] = {
+		S_OUTCOME, S_FIRST_SENT_AT, S_PATH, S_HTTP_STATUS, S_RESPONSE
+	};
+	LedgerRow	row;
+	int			i;
+
+	if (PG_ARGISNULL(0))
+		PG_RETURN_NULL();
+	memset(row.isnull, true, sizeof(row.isnull));
+	for (i = 0; i < lengthof(columns); i++)
+	{
+		row.values[columns[i]] = PG_GETARG_DATUM(i);
+		row.isnull[columns[i]] = PG_ARGISNULL(i);
+	}
+	PG_RETURN_BOOL(stripe_resend_may_settle(&row, stripe_rules().resend_margin,
+											GetCurrentTimestamp()));
 }

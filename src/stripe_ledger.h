@@ -128,11 +128,14 @@ extern void operation_init(Operation *op, const char *type, const char *id, cons
 extern char *describe_operation(Operation *op);
 extern StripeRules stripe_rules(void);
 
+extern bool stripe_has_lapsed(NullableDatum lease_expires_at, NullableDatum caller_life,
+							  NullableDatum caller_vxid, TimestampTz now);
 extern bool stripe_row_is_final(LedgerRow *row);
 extern bool stripe_row_is_held(LedgerRow *row, TimestampTz now);
 extern bool stripe_caller_gone(LedgerRow *row);
 extern const char *stripe_row_outcome(LedgerRow *row);
 extern TimestampTz stripe_resend_until(LedgerRow *row, int64 margin);
+extern bool stripe_resend_may_settle(LedgerRow *row, int64 margin, TimestampTz now);
 extern char *stripe_row_string(LedgerRow *row, int column);
 
 extern void stripe_claim_init(StripeClaim *claim);
@@ -151,6 +154,8 @@ extern void stripe_refuse_token(Operation *op, LedgerRow *row);
 extern void stripe_explain_refusal(Relation rel, Operation *op, int64 token);
 extern void stripe_read_answer(Jsonb *response, int http_status, const char *resource_id,
 							   StripeResult *result);
+extern void stripe_read_answer_of(Relation rel, Operation *op, Jsonb *response, int http_status,
+								  const char *resource_id, StripeResult *result);
 
 extern void stripe_adopt_run(Relation rel, Operation *op, int64 token,
 							 FullTransactionId xid);

@@ -1,12 +1,19 @@
 /*-------------------------------------------------------------------------
  *
  * stripe_outcome.c
- *	  What an answer of Stripe's API v1 says about the call.
+ *	  What an answer of Stripe's says about the call.
  *
  * One table, read from the top; the first rule that fits an answer decides.
  * Where an answer can be read in two ways, the rule takes the one that can't
  * lead to a second charge: "unknown" is the outcome of whatever isn't sure,
  * and the last rule catches all that no other names.
+ *
+ * Between Stripe and whoever asks there may be proxies, gateways and firewalls,
+ * and each of them may answer in Stripe's place after Stripe has executed the
+ * request: because the answer took too long, because it didn't like it, or
+ * because it has sent the request again by itself and was refused that time.  So
+ * no status says by itself that nothing was done, and no success counts by its
+ * status alone: what isn't genuine (stripe_answer.c) is unknown.
  *
  * A rule's last two flags mean:
  *
@@ -16,8 +23,8 @@
  * retry	Doing so at once, inside the same call and after a short pause, is
  *			worth it.  This is the answer to begin with: Stripe-Should-Retry,
  *			true or false, overrules it (as in stripe-node, -python and -ruby),
- *			except where the answer was cut, since that header speaks of an
- *			answer that arrived; and an answer with Idempotent-Replayed: true
+ *			except where the answer isn't genuine, since that header speaks of
+ *			an answer of Stripe's that arrived; and an answer with Idempotent-Replayed: true
  *			is what any further attempt would bring, so it ends them all.
  *
  * The sources named below are Stripe's documentation (docs.stripe.com) and the
@@ -43,8 +50,8 @@ typedef struct OutcomeRule
 	int			first_status;	/* both included */
 	int			last_status;
 	Condition	sent;
-	Condition	body_complete;
-	Condition	error_object;	/* is a type or a code known? */
+	Condition	genuine;
+	Condition	api_v2;
 	const char *error_type;		/* NULL: any */
 	const char *error_code;		/* NULL: any */
 	StripeClass class;
@@ -66,12 +73,6 @@ static const OutcomeRule outcome_rules[] = {
 		{STRIPE_UNKNOWN, true, true, gettext_noop("the request was sent and no answer came")}
 	},
 
-	/* no answer of Stripe's says both, so something on the way has made it */
-	{
-		200, 299, ANY, YES, YES, NULL, NULL,
-		{STRIPE_UNKNOWN, true, false, gettext_noop("an answer that says success and error isn't one of Stripe's")}
-	},
-
 	/* api/errors, "HTTP status code summary": 200, everything worked */
 	{
 		200, 299, ANY, YES, ANY, NULL, NULL,
@@ -79,12 +80,13 @@ static const OutcomeRule outcome_rules[] = {
 	},
 
 	/*
-	 * Done, but the id was in the part that got lost.  The answer is saved
+	 * Most likely it is done, and the id was in the part that got lost; or
+	 * something on the way has answered.  What Stripe has answered is saved
 	 * under the key (api/idempotent_requests), so the same key fetches it.
 	 */
 	{
 		200, 299, ANY, ANY, ANY, NULL, NULL,
-		{STRIPE_UNKNOWN, true, true, gettext_noop("Stripe executed the request, but its answer was cut: the same key fetches it")}
+		{STRIPE_UNKNOWN, true, true, gettext_noop("a success without Stripe's object: the same key fetches it")}
 	},
 
 	/* no documented answer, and never followed: it would lead the secret away */
@@ -118,6 +120,24 @@ static const OutcomeRule outcome_rules[] = {
 	},
 
 	/*
+	 * Something on the way refuses credentials, rights or pace.  Stripe may
+	 * have had the request all the same (see above); at once the same would
+	 * be refused again.
+	 */
+	{
+		401, 401, ANY, NO, ANY, NULL, NULL,
+		{STRIPE_UNKNOWN, true, false, gettext_noop("the refusal of something on the way to Stripe")}
+	},
+	{
+		403, 403, ANY, NO, ANY, NULL, NULL,
+		{STRIPE_UNKNOWN, true, false, gettext_noop("the refusal of something on the way to Stripe")}
+	},
+	{
+		429, 429, ANY, NO, ANY, NULL, NULL,
+		{STRIPE_UNKNOWN, true, false, gettext_noop("the refusal of something on the way to Stripe")}
+	},
+
+	/*
 	 * Refused before the endpoint ran.  error-low-level, "Content errors": no
 	 * result is saved without a valid API key.  The same key and bytes may go
 	 * out again once the API key is right.
@@ -142,11 +162,6 @@ static const OutcomeRule outcome_rules[] = {
 		402, 402, ANY, YES, ANY, NULL, NULL,
 		{STRIPE_FAILED, false, false, gettext_noop("Stripe declined the request")}
 	},
-	{
-		402, 402, ANY, ANY, ANY, NULL, NULL,
-		{STRIPE_UNKNOWN, true, true, gettext_noop("Stripe declined the request, but its answer was cut: the same key fetches it")}
-	},
-
 	/*
 	 * rate-limits, "Object lock timeouts": another request held the object.
 	 * Safe to send again (stripe-ruby api_requestor.rb, should_retry?, which
@@ -186,17 +201,10 @@ static const OutcomeRule outcome_rules[] = {
 		{STRIPE_UNKNOWN, true, false, gettext_noop("a service that Stripe depends on failed")}
 	},
 
-	/*
-	 * Of the remaining statuses none says by itself what happened: at 409 the
-	 * code does, at any other the type may say idempotency_error.
-	 */
+	/* cut, or somebody else's */
 	{
 		400, 499, ANY, NO, ANY, NULL, NULL,
-		{STRIPE_UNKNOWN, true, true, gettext_noop("Stripe's answer was cut")}
-	},
-	{
-		409, 409, ANY, ANY, NO, NULL, NULL,
-		{STRIPE_UNKNOWN, true, true, gettext_noop("a conflict at Stripe that isn't told further")}
+		{STRIPE_UNKNOWN, true, true, gettext_noop("a refusal without Stripe's error object")}
 	},
 
 	/*
@@ -225,16 +233,16 @@ static const OutcomeRule outcome_rules[] = {
 	 * -ruby) send again, and so do we inside the call: where the failure came
 	 * before execution began nothing is saved, and the second attempt is the
 	 * one that works.  A saved 500 costs one attempt, it comes back marked as
-	 * replayed.
+	 * replayed.  API v2 executes again what has failed.
 	 */
 	{
-		500, 500, ANY, ANY, ANY, NULL, NULL,
+		500, 500, ANY, YES, NO, NULL, NULL,
 		{STRIPE_UNKNOWN, false, true, gettext_noop("Stripe failed in the middle: the same key brings the same answer")}
 	},
 
 	/* api/errors: something went wrong on Stripe's end, or on the way to it */
 	{
-		501, 599, ANY, ANY, ANY, NULL, NULL,
+		500, 599, ANY, ANY, ANY, NULL, NULL,
 		{STRIPE_UNKNOWN, true, true, gettext_noop("Stripe or something on the way to it failed")}
 	},
 
@@ -258,15 +266,13 @@ StripeClass
 stripe_classify(const StripeAnswer *answer)
 {
 	const OutcomeRule *rule = outcome_rules;
-	bool		error_object = (answer->error_type != NULL ||
-								answer->error_code != NULL);
 
 	/* the last rule fits everything */
 	while (answer->http_status < rule->first_status ||
 		   answer->http_status > rule->last_status ||
 		   !holds(rule->sent, answer->sent) ||
-		   !holds(rule->body_complete, answer->body_complete) ||
-		   !holds(rule->error_object, error_object) ||
+		   !holds(rule->genuine, answer->genuine) ||
+		   !holds(rule->api_v2, answer->api_v2) ||
 		   !is_or_any(rule->error_type, answer->error_type) ||
 		   !is_or_any(rule->error_code, answer->error_code))
 	{
@@ -285,8 +291,8 @@ bool
 stripe_retry_at_once(const StripeAnswer *answer, const StripeClass *class,
 					 StripeShouldRetry should_retry, bool replayed)
 {
-	/* what these two headers say is said of a whole answer */
-	if (answer->http_status == 0 || !answer->body_complete)
+	/* what these two headers say is said of an answer of Stripe's */
+	if (answer->http_status == 0 || !answer->genuine)
 		return class->retry;
 
 	/* any further attempt brings the same */
@@ -307,33 +313,6 @@ stripe_retry_at_once(const StripeAnswer *answer, const StripeClass *class,
 			break;
 	}
 	return class->retry;
-}
-
-/*
- * An answer is recorded with an outcome that isn't known: may the same request
- * settle it, sent again?
- *
- * An answer that means something else if it was whole was not.
- */
-bool
-stripe_resend_may_settle(const StripeAnswer *answer, bool api_v2)
-{
-	StripeAnswer recorded = *answer;
-	StripeClass class;
-
-	recorded.sent = true;
-	recorded.body_complete = true;
-	class = stripe_classify(&recorded);
-	if (class.outcome == STRIPE_COMPLETED || class.outcome == STRIPE_FAILED)
-	{
-		recorded.body_complete = false;
-		class = stripe_classify(&recorded);
-	}
-
-	/* API v2 executes again what has failed */
-	if (api_v2 && recorded.http_status == 500)
-		return true;
-	return class.resend;
 }
 
 /*

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * stripe_outcome.h
- *	  What an answer of Stripe's API v1 says about the call.
+ *	  What an answer of Stripe's says about the call.
  *
  * src/stripe_outcome.h
  *
@@ -26,11 +26,11 @@ typedef struct StripeAnswer
 	int			http_status;	/* 0: no answer */
 	bool		sent;			/* did a byte of the request leave?  Only
 								 * asked where there is no answer */
-	bool		body_complete;	/* did the body arrive as a whole?  True too
-								 * where just the status is known, from
-								 * somebody who had the whole answer */
+	bool		genuine;		/* is it Stripe's, and all of it?
+								 * stripe_judge() says */
 	const char *error_type;		/* of the body's error object, or NULL */
 	const char *error_code;		/* likewise */
+	bool		api_v2;
 } StripeAnswer;
 
 typedef struct StripeClass
@@ -53,7 +53,6 @@ typedef enum StripeShouldRetry
 extern StripeClass stripe_classify(const StripeAnswer *answer);
 extern bool stripe_retry_at_once(const StripeAnswer *answer, const StripeClass *class,
 								 StripeShouldRetry should_retry, bool replayed);
-extern bool stripe_resend_may_settle(const StripeAnswer *answer, bool api_v2);
 extern const char *stripe_outcome_name(StripeOutcome outcome);
 
 #endif							/* IDEMPOTENCY_STRIPE_OUTCOME_H */

@@ -308,13 +308,14 @@ exchange_error(const char *type, const char *message, Jsonb *request)
 }
 
 /*
- * Read an attempt's answer.
+ * Read an attempt's answer.  "uncertain": may one before have been executed?
  */
 static void
-read_response(const StripeRequest *request, const HttpResponse *response,
+read_response(const StripeRequest *request, const HttpResponse *response, bool uncertain,
 			  StripeReply *reply, StripeAnswer *answer, StripeClass *class)
 {
 	Jsonb	   *json = parse_body(response->body, response->body_len);
+	StripeReceived received;
 
 	if (json != NULL && !JB_ROOT_IS_OBJECT(json))
 		json = NULL;
@@ -326,21 +327,18 @@ read_response(const StripeRequest *request, const HttpResponse *response,
 	reply->request_id = response->request_id[0] != '\0' ? pstrdup(response->request_id) : NULL;
 	reply->replayed = response->replayed;
 
-	/*
-	 * A refusal without Stripe's error object is somebody else's, and doesn't
-	 * tell what Stripe has done.  Some methods of API v2 answer with nothing.
-	 */
-	answer->http_status = response->status;
-	answer->sent = response->sent;
-	answer->body_complete = json != NULL ?
-		response->status / 100 != 4 || reply->body.error != NULL :
-		response->whole && response->body_len == 0 && path_is_v2(request->target);
-	answer->error_type = reply->body.error_type;
-	answer->error_code = reply->body.error_code;
+	memset(&received, 0, sizeof(received));
+	received.http_status = response->status;
+	received.sent = response->sent;
+	received.whole = response->whole;
+	received.method = request->method;
+	received.path = request->target;
+	received.uncertain = uncertain || request->uncertain;
 
-	*class = stripe_classify(answer);
+	*class = stripe_judge(&received, &reply->body, answer);
+	reply->genuine = answer->genuine;
 	reply->reason = class->reason;
-	if (reply->body.error == NULL && !answer->body_complete)
+	if (reply->body.error == NULL && !answer->genuine)
 	{
 		if (response->status == 0)
 			reply->body.error = exchange_error("api_connection_error", response->problem, NULL);
@@ -448,17 +446,12 @@ exchange(const StripeRequest *request, const ApiKey *key,
 		sent = sent || response.sent;
 
 		memset(reply, 0, sizeof(StripeReply));
-		read_response(request, &response, reply, &answer, &class);
+		read_response(request, &response, uncertain, reply, &answer, &class);
 		pfree(response.body);
 		reply->sent = sent;
-		reply->uncertain = uncertain;
 		reply->attempts = attempts;
 		reply->outcome = class.outcome;
 		reply->resend = class.resend;
-
-		/* API v2 executes again what failed */
-		if (path_is_v2(request->target) && answer.http_status == 500)
-			reply->resend = true;
 
 		if (attempts > stripe_max_retries || attempts == request->max_attempts ||
 			response.too_large ||

@@ -40,6 +40,7 @@ typedef struct StripeRequest
 	int			max_attempts;	/* 0: as idempotency.stripe_max_retries says,
 								 * otherwise not more than this either */
 	bool		sent_before;	/* may another call have sent the same? */
+	bool		uncertain;		/* and may that have been executed? */
 	TimestampTz resend_until;	/* when it mustn't be sent again any more; 0:
 								 * any time */
 } StripeRequest;
@@ -60,8 +61,8 @@ typedef struct StripeReply
 	const char *reason;			/* for people; marked for translation */
 	bool		resend;			/* may the same, sent again, settle it? */
 	bool		sent;			/* may a byte of any attempt have left? */
-	bool		uncertain;		/* may an attempt before the last have been
-								 * executed? */
+	bool		genuine;		/* is the last attempt's answer one of
+								 * Stripe's, and all of it? */
 	int			attempts;		/* that were begun */
 	int			http_status;	/* of the last attempt, 0 without an answer */
 	char	   *request_id;		/* of the last attempt, or NULL */

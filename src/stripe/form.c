@@ -209,10 +209,7 @@ form_encode(StringInfo out, Jsonb *params, Size max_size)
 {
 	Form		form;
 
-	if (!JB_ROOT_IS_OBJECT(params))
-		ereport(ERROR,
-				(errcode(ERRCODE_BAD_ARGUMENT),
-				 errmsg("params must be a JSON object")));
+	Assert(JB_ROOT_IS_OBJECT(params));
 
 	form.out = out;
 	form.max_size = max_size;

@@ -97,7 +97,7 @@ path_problem(const char *path)
 bool
 path_is_v2(const char *path)
 {
-	return path[2] == '2';
+	return strncmp(path, "/v2/", 4) == 0;
 }
 
 /* What a POST creates with metadata; any other might refuse the parameter. */

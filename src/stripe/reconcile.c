@@ -157,7 +157,7 @@ typedef struct Reconcile
 } Reconcile;
 
 /*
- * $2 and $3 are empty where any will do.  $4: mode of the API key, $5: clock.
+ * $2 and $3 are empty where any will do.  $4: mode of the API key.
  * Those who are at it are left out here, so that they don't use up the limit.
  */
 static OwnerStatement find_doubts = {
@@ -167,12 +167,11 @@ static OwnerStatement find_doubts = {
 	" AND ($3 OPERATOR(pg_catalog.=) '' OR operation_id OPERATOR(pg_catalog.=) $3)"
 	" AND (livemode IS NULL OR livemode OPERATOR(pg_catalog.=) $4)"
 	" AND (" OUTCOME_IS("unknown") " OR " OUTCOME_IS("in_progress") ")"
-	" AND (" OUTCOME_IS("unknown") " OR CASE WHEN caller_life IS NOT NULL"
-	" THEN idempotency.stripe_caller_is_gone(caller_life, caller_vxid)"
-	" ELSE lease_expires_at IS NULL OR lease_expires_at OPERATOR(pg_catalog.<=) $5 END)"
+	" AND (" OUTCOME_IS("unknown")
+	" OR idempotency.stripe_has_lapsed(lease_expires_at, caller_life, caller_vxid))"
 	" ORDER BY (reconciled OPERATOR(pg_catalog.->>) 'at'::pg_catalog.text)::pg_catalog.timestamptz"
-	" NULLS FIRST, first_sent_at NULLS FIRST, operation_type, operation_id LIMIT $6",
-	6, {TEXTOID, TEXTOID, TEXTOID, BOOLOID, TIMESTAMPTZOID, INT8OID}
+	" NULLS FIRST, first_sent_at NULLS FIRST, operation_type, operation_id LIMIT $5",
+	5, {TEXTOID, TEXTOID, TEXTOID, BOOLOID, INT8OID}
 };
 
 /* ---------- what is kept ---------- */
@@ -1085,14 +1084,13 @@ static List *
 list_doubts(Reconcile *r, Relation rel, const char *account, const char *type, const char *id)
 {
 	Names		names = {NIL, CurrentMemoryContext};
-	Datum		values[6];
+	Datum		values[5];
 
 	values[0] = CStringGetTextDatum(account);
 	values[1] = CStringGetTextDatum(type);
 	values[2] = CStringGetTextDatum(id);
 	values[3] = BoolGetDatum(r->key.live);
-	values[4] = TimestampTzGetDatum(GetCurrentTimestamp());
-	values[5] = Int64GetDatum(r->left);
+	values[4] = Int64GetDatum(r->left);
 	owner_select(&find_doubts, rel->rd_rel->relowner, values, append_name, &names);
 	return names.list;
 }

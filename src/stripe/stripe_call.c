@@ -92,16 +92,12 @@ enum
 static Jsonb *
 argument_params(FunctionCallInfo fcinfo, int argno)
 {
-	Jsonb	   *params = argument_jsonb(fcinfo, argno);
+	Jsonb	   *params = argument_object(fcinfo, argno, "params");
 
 	if (params == NULL)
 		ereport(ERROR,
 				(errcode(ERRCODE_BAD_ARGUMENT),
 				 errmsg("%s must not be null", "params")));
-	if (!JB_ROOT_IS_OBJECT(params))
-		ereport(ERROR,
-				(errcode(ERRCODE_BAD_ARGUMENT),
-				 errmsg("params must be a JSON object")));
 	return params;
 }
 
@@ -499,25 +495,6 @@ set_known(ResultRow *result, const StripeCallClaim *claim)
 }
 
 /*
- * API v1 has no idempotency for DELETE: where an attempt before may have
- * deleted the object, that it isn't there is what was wanted.
- */
-static void
-accept_missing(Call *call)
-{
-	StripeReply *reply = &call->reply;
-
-	if (strcmp(call->claim.method, "DELETE") == 0 && !path_is_v2(call->claim.path) &&
-		reply->http_status == 404 && reply->body.error_code != NULL &&
-		strcmp(reply->body.error_code, "resource_missing") == 0 &&
-		(reply->uncertain || call->claim.uncertain))
-	{
-		reply->outcome = STRIPE_COMPLETED;
-		reply->reason = gettext_noop("it is gone already");
-	}
-}
-
-/*
  * The call is claimed: send it.
  */
 static void
@@ -551,12 +528,12 @@ send_call(Call *call)
 	}
 	request.sending = recorder_sending;
 	request.sent_before = claim->sent_before;
+	request.uncertain = claim->uncertain;
 	request.resend_until = claim->resend_until;
 
 	DEBUG_POINT("before-send");
 	exchange(&request, &call->key, &call->deadline, &call->reply);
 	DEBUG_POINT("after-answer");
-	accept_missing(call);
 }
 
 /* What came of it, for the ledger; returns the outcome that stands. */
@@ -573,7 +550,7 @@ record_call(Call *call)
 	record.resource_id = reply->body.resource_id;
 	record.resource_type = reply->body.resource_type;
 	record.request_id = reply->request_id;
-	record.response = reply->body.json;
+	record.response = reply->genuine ? reply->body.json : NULL;
 	record.error = reply->body.error;
 	record.livemode = reply->body.livemode_isnull ? (reply->sent ? call->key.live : -1) :
 		reply->body.livemode;

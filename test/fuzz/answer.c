@@ -195,7 +195,7 @@ fuzz_answer(const uint8 *data, size_t size)
 	const char *empty;
 	Jsonb	   *json;
 	bool		object;
-	bool		stripes;		/* a refusal in Stripe's words */
+	bool		stripes;		/* an error in Stripe's words */
 	bool		v2;
 	StripeAnswer answer;
 	StripeClass class;
@@ -251,7 +251,7 @@ fuzz_answer(const uint8 *data, size_t size)
 	if (!seen.whole)
 		CHECK(reply.body.json == NULL);
 	object = reply.body.json != NULL;
-	stripes = object && json_object_member(&reply.body.json->root, "error") != NULL;
+	stripes = object && (reply.body.error_type != NULL || reply.body.error_code != NULL);
 
 	CHECK(reply.attempts == 1 && reply.sent == input.sent && reply.http_status == input.status);
 	CHECK(reply.body.resource_id == NULL || strlen(reply.body.resource_id) <= STRIPE_ID_MAX);
@@ -263,14 +263,13 @@ fuzz_answer(const uint8 *data, size_t size)
 	{
 		case STRIPE_COMPLETED:
 			CHECK(input.status >= 200 && input.status <= 299 && seen.whole);
-			CHECK(!stripes || reply.body.error_type == NULL);
-			CHECK(object || (v2 && input.body_len == 0));
+			CHECK(object && json_object_member(&reply.body.json->root, "error") == NULL);
 			break;
 		case STRIPE_FAILED:
 			CHECK(input.status >= 400 && input.status <= 499 && seen.whole);
 			CHECK(input.status != 401 && input.status != 403 && input.status != 408 &&
 				  input.status != 424 && input.status != 429);
-			CHECK(stripes || (v2 && input.body_len == 0));
+			CHECK(stripes);
 			CHECK(!equals_member(reply.body.json, "code", "idempotency_key_in_use"));
 			break;
 		case STRIPE_MISMATCH:
@@ -278,19 +277,21 @@ fuzz_answer(const uint8 *data, size_t size)
 			CHECK(equals_member(reply.body.json, "type", "idempotency_error"));
 			break;
 		case STRIPE_NOT_EXECUTED:
+			CHECK(!input.sent || (stripes && seen.whole));
 			CHECK(!input.sent || input.status == 401 || input.status == 403 || input.status == 409 ||
 				  input.status == 429);
 			if (input.status == 409)
-				CHECK(stripes && !equals_member(reply.body.json, "code", "idempotency_key_in_use"));
+				CHECK(!equals_member(reply.body.json, "code", "idempotency_key_in_use"));
 			CHECK(reply.resend);
 			break;
 		case STRIPE_UNKNOWN:
 			CHECK(input.sent);
+			CHECK(reply.resend || (input.status == 500 && stripes && !v2));
 			break;
 	}
 	if (!input.sent)
 		CHECK(reply.outcome == STRIPE_NOT_EXECUTED);
-	if (reply.outcome != STRIPE_COMPLETED && !object && !(v2 && input.body_len == 0 && seen.whole))
+	if (reply.outcome != STRIPE_COMPLETED && !object)
 		CHECK(reply.body.error != NULL);
 
 	/*
@@ -299,8 +300,8 @@ fuzz_answer(const uint8 *data, size_t size)
 	 */
 	answer.http_status = input.status;
 	answer.sent = input.sent;
-	answer.body_complete = object ? input.status / 100 != 4 || stripes :
-		seen.whole && v2 && input.body_len == 0;
+	answer.genuine = reply.genuine;
+	answer.api_v2 = v2;
 	answer.error_type = reply.body.error_type;
 	answer.error_code = reply.body.error_code;
 	class = stripe_classify(&answer);
@@ -308,7 +309,7 @@ fuzz_answer(const uint8 *data, size_t size)
 	if (stripe_retry_at_once(&answer, &class, seen.should_retry, seen.replayed))
 	{
 		CHECK(class.outcome != STRIPE_COMPLETED && class.outcome != STRIPE_MISMATCH);
-		CHECK(!seen.replayed || input.status == 0 || !answer.body_complete);
+		CHECK(!seen.replayed || input.status == 0 || !answer.genuine);
 	}
 	return 0;
 }

@@ -28,12 +28,13 @@ typedef struct Row
 	const char *name;
 	int			status;
 	bool		sent;
-	bool		whole;
+	bool		genuine;		/* Stripe's, and all of it */
 	const char *type;
 	const char *code;
 	StripeOutcome outcome;
 	bool		resend;			/* may the same settle it? */
 	bool		retry;			/* at once? */
+	bool		api_v2;
 } Row;
 
 static const Row rows[] = {
@@ -45,12 +46,13 @@ static const Row rows[] = {
 	{"200", 200, true, true, NULL, NULL, COMPLETED, false, false},
 	{"201", 201, true, true, NULL, NULL, COMPLETED, false, false},
 	{"299", 299, true, true, NULL, NULL, COMPLETED, false, false},
-	{"200 with an error", 200, true, true, "api_error", NULL, UNKNOWN, true, false},
-	{"200, cut", 200, true, false, NULL, NULL, UNKNOWN, true, true},
+	{"200 with an error", 200, true, false, "api_error", NULL, UNKNOWN, true, true},
+	{"200, cut or somebody else's", 200, true, false, NULL, NULL, UNKNOWN, true, true},
+	{"204, likewise", 204, true, false, NULL, NULL, UNKNOWN, true, true},
 
 	/* redirects */
-	{"301", 301, true, true, NULL, NULL, UNKNOWN, true, false},
-	{"302, cut", 302, true, false, NULL, NULL, UNKNOWN, true, false},
+	{"301", 301, true, false, NULL, NULL, UNKNOWN, true, false},
+	{"302, as if it were Stripe's", 302, true, true, NULL, NULL, UNKNOWN, true, false},
 	{"308", 308, true, true, NULL, NULL, UNKNOWN, true, false},
 
 	/* refusals */
@@ -59,13 +61,17 @@ static const Row rows[] = {
 	{"409 idempotency_error", 409, true, true, "idempotency_error", NULL, MISMATCH, false, false},
 	{"400", 400, true, true, "invalid_request_error", "parameter_missing", FAILED, false, false},
 	{"404", 404, true, true, "invalid_request_error", "resource_missing", FAILED, false, false},
-	{"400, cut", 400, true, false, NULL, NULL, UNKNOWN, true, true},
-	{"404, cut", 404, true, false, NULL, NULL, UNKNOWN, true, true},
+	{"400, cut or somebody else's", 400, true, false, NULL, NULL, UNKNOWN, true, true},
+	{"404, cut or somebody else's", 404, true, false, NULL, NULL, UNKNOWN, true, true},
 	{"401", 401, true, true, "invalid_request_error", NULL, NOT_EXECUTED, true, false},
-	{"401, cut", 401, true, false, NULL, NULL, NOT_EXECUTED, true, false},
+	{"401, cut or somebody else's", 401, true, false, NULL, NULL, UNKNOWN, true, false},
 	{"403", 403, true, true, "invalid_request_error", NULL, NOT_EXECUTED, true, false},
+	{"403, cut or somebody else's", 403, true, false, NULL, NULL, UNKNOWN, true, false},
+	{"404 idempotency_error, cut", 404, true, false, NULL, NULL, UNKNOWN, true, true},
+	{"413, somebody else's", 413, true, false, NULL, NULL, UNKNOWN, true, true},
+	{"499, somebody else's", 499, true, false, NULL, NULL, UNKNOWN, true, true},
 	{"402 card_error", 402, true, true, "card_error", "card_declined", FAILED, false, false},
-	{"402, cut", 402, true, false, NULL, NULL, UNKNOWN, true, true},
+	{"402, cut or somebody else's", 402, true, false, NULL, NULL, UNKNOWN, true, true},
 	{"410", 410, true, true, "invalid_request_error", NULL, FAILED, false, false},
 
 	/* conflicts */
@@ -74,24 +80,24 @@ static const Row rows[] = {
 	{"400 in use", 400, true, true, "idempotency_error", "idempotency_key_in_use", UNKNOWN, true, true},
 	{"409", 409, true, true, "invalid_request_error", "lock_timeout", NOT_EXECUTED, true, true},
 	{"409 without code", 409, true, true, "invalid_request_error", NULL, NOT_EXECUTED, true, true},
-	{"409 that says nothing", 409, true, true, NULL, NULL, UNKNOWN, true, true},
-	{"409, cut", 409, true, false, NULL, NULL, UNKNOWN, true, true},
+	{"409, cut or somebody else's", 409, true, false, NULL, NULL, UNKNOWN, true, true},
 
 	/* not now */
-	{"408", 408, true, true, NULL, NULL, UNKNOWN, true, true},
+	{"408", 408, true, false, NULL, NULL, UNKNOWN, true, true},
 	{"424", 424, true, true, "api_error", NULL, UNKNOWN, true, false},
 	{"429 rate limit", 429, true, true, "invalid_request_error", "rate_limit", NOT_EXECUTED, true, false},
-	{"429 that says nothing", 429, true, true, NULL, NULL, NOT_EXECUTED, true, false},
+	{"429, cut or somebody else's", 429, true, false, NULL, NULL, UNKNOWN, true, false},
 	{"429 lock_timeout", 429, true, true, "invalid_request_error", "lock_timeout", NOT_EXECUTED, true, true},
 
 	/* failures of Stripe's */
 	{"500", 500, true, true, "api_error", NULL, UNKNOWN, false, true},
-	{"500, cut", 500, true, false, NULL, NULL, UNKNOWN, false, true},
-	{"501", 501, true, true, NULL, NULL, UNKNOWN, true, true},
-	{"502", 502, true, true, NULL, NULL, UNKNOWN, true, true},
+	{"500 of API v2", 500, true, true, "api_error", NULL, UNKNOWN, true, true, true},
+	{"500, cut or somebody else's", 500, true, false, NULL, NULL, UNKNOWN, true, true},
+	{"501", 501, true, false, NULL, NULL, UNKNOWN, true, true},
+	{"502", 502, true, false, NULL, NULL, UNKNOWN, true, true},
 	{"503", 503, true, true, "api_error", NULL, UNKNOWN, true, true},
-	{"504", 504, true, true, NULL, NULL, UNKNOWN, true, true},
-	{"599", 599, true, true, NULL, NULL, UNKNOWN, true, true},
+	{"504", 504, true, false, NULL, NULL, UNKNOWN, true, true},
+	{"599", 599, true, false, NULL, NULL, UNKNOWN, true, true},
 
 	/* no status at all */
 	{"100", 100, true, true, NULL, NULL, UNKNOWN, true, false},
@@ -104,7 +110,7 @@ static const struct
 {
 	const char *name;
 	int			status;
-	bool		whole;
+	bool		genuine;
 	StripeShouldRetry should_retry;
 	bool		replayed;
 	bool		retry;
@@ -143,13 +149,14 @@ main(void)
 	static const char *const types[] = {NULL, "idempotency_error", "card_error", "api_error", ""};
 	static const char *const codes[] = {NULL, "idempotency_key_in_use", "lock_timeout", ""};
 	bool		all_named = true;
-	bool		early_is_harmless = true;
+	bool		others_are_harmless = true;
 	int			status;
 	int			i;
 
 	for (i = 0; i < lengthof(rows); i++)
 	{
-		StripeAnswer answer = {rows[i].status, rows[i].sent, rows[i].whole, rows[i].type, rows[i].code};
+		StripeAnswer answer = {rows[i].status, rows[i].sent, rows[i].genuine, rows[i].type, rows[i].code,
+		rows[i].api_v2};
 		StripeClass class = stripe_classify(&answer);
 
 		ok(class.outcome == rows[i].outcome, rows[i].name, "outcome");
@@ -159,7 +166,7 @@ main(void)
 
 	for (i = 0; i < lengthof(headers); i++)
 	{
-		StripeAnswer answer = {headers[i].status, true, headers[i].whole, NULL, NULL};
+		StripeAnswer answer = {headers[i].status, true, headers[i].genuine, NULL, NULL, false};
 		StripeClass class = stripe_classify(&answer);
 
 		ok(stripe_retry_at_once(&answer, &class, headers[i].should_retry,
@@ -176,22 +183,25 @@ main(void)
 
 		for (type = 0; type < lengthof(types); type++)
 			for (code = 0; code < lengthof(codes); code++)
-				for (flags = 0; flags < 4; flags++)
+				for (flags = 0; flags < 8; flags++)
 				{
-					StripeAnswer answer = {status, (flags & 1) != 0, (flags & 2) != 0, types[type], codes[code]};
+					StripeAnswer answer = {status, (flags & 1) != 0, (flags & 2) != 0, types[type], codes[code],
+					(flags & 4) != 0};
 					StripeClass class = stripe_classify(&answer);
 
 					if (class.reason == NULL || stripe_outcome_name(class.outcome) == NULL)
 						all_named = false;
 
-					/* completed and failed are final: never by a cut body */
-					if (!answer.body_complete &&
-						(class.outcome == STRIPE_COMPLETED || class.outcome == STRIPE_FAILED))
-						early_is_harmless = false;
+					/* no word of anybody else's is final, or frees the operation */
+					if (!answer.genuine && answer.http_status != 0 &&
+						(class.outcome == STRIPE_COMPLETED || class.outcome == STRIPE_FAILED ||
+						 class.outcome == STRIPE_NOT_EXECUTED || !class.resend) &&
+						class.outcome != STRIPE_MISMATCH)
+						others_are_harmless = false;
 				}
 	}
 	ok(all_named, "any answer", "has an outcome and a reason");
-	ok(early_is_harmless, "a cut answer", "is nothing final");
+	ok(others_are_harmless, "an answer that isn't Stripe's", "is unknown, and may be sent again");
 
 	printf("1..%d\n", ntests);
 	return nfailed != 0;
