@@ -222,6 +222,39 @@ SELECT * FROM pg_temp.try(
 	$$SELECT idempotency.grant_role(current_user::regrole, '')$$);
 
 --
+-- Where an object is meant, nothing else is taken; text that a driver has made
+-- JSON of once more is JSON, but no object
+--
+CREATE FUNCTION pg_temp.refused(statement text) RETURNS text
+LANGUAGE plpgsql AS $$
+DECLARE
+	d text;
+	h text;
+BEGIN
+	EXECUTE statement;
+	RETURN 'taken';
+EXCEPTION WHEN OTHERS THEN
+	GET STACKED DIAGNOSTICS d = PG_EXCEPTION_DETAIL, h = PG_EXCEPTION_HINT;
+	RETURN concat_ws(' | ', SQLSTATE, SQLERRM, nullif(d, ''), nullif(h, ''));
+END $$;
+SELECT pg_temp.refused(format('SELECT idempotency.stripe_claim(''charge'', ''object'', %L)', value))
+FROM unnest(ARRAY['"{\"method\": \"POST\"}"', '[{"method": "POST"}]', '17', 'true', 'null', '[]', '""']) value;
+SELECT DISTINCT pg_temp.refused(format(statement, '"{}"'))
+FROM unnest(ARRAY[
+	'SELECT idempotency.stripe_claim(''charge'', ''object'', %L)',
+	'SELECT idempotency.stripe_record(''charge'', ''held'', 1, response => %L)',
+	'SELECT idempotency.stripe_record(''charge'', ''held'', 1, response => %L, http_status => 200)',
+	'SELECT idempotency.stripe_record(''charge'', ''held'', 1, response => %L, resource_id => ''ch_1'')',
+	'SELECT idempotency.stripe_call(''charge'', ''object'', ''POST'', ''/v1/charges'', %L)',
+	'SELECT idempotency.stripe_get(''/v1/charges'', %L)',
+	'SELECT idempotency.record(''held'', ''s'', 1, response_headers => %L)']) statement ORDER BY 1;
+SELECT pg_temp.refused(format('SELECT idempotency.stripe_record(''charge'', ''held'', 1, response => %L)', value))
+FROM unnest(ARRAY['"text"', '[1, 2]', '17.5', 'false', 'null']) value;
+-- nothing was changed
+SELECT outcome, response FROM idempotency.stripe_lookup('charge', 'held');
+SELECT idempotency.stripe_lookup('charge', 'object') IS NULL AS absent;
+
+--
 -- Operations: printable ASCII, 217 characters together
 --
 CREATE FUNCTION pg_temp.try_operation(t text, i text, a text DEFAULT '') RETURNS text

@@ -64,7 +64,7 @@ SELECT * FROM twice($$SELECT verdict FROM idempotency.stripe_claim('pay', '1')$$
 SELECT * FROM twice($$SELECT idempotency.stripe_extend('pay', '1', s('1'), '1 hour') > now()$$);
 SELECT * FROM twice($$SELECT idempotency.stripe_release('pay', '1', s('1'))::text$$);
 SELECT * FROM twice($$SELECT verdict || ' ' || attempt FROM idempotency.stripe_claim('pay', '1')$$);
-SELECT * FROM twice($$SELECT idempotency.stripe_record('pay', '1', s('1'), http_status => 402)$$);
+SELECT * FROM twice($$SELECT idempotency.stripe_record('pay', '1', s('1'), http_status => 402, response => '{"error": {"type": "card_error"}}')$$);
 SELECT * FROM twice($$SELECT idempotency.stripe_reopen('pay', '1') <> ''$$);
 SELECT verdict, generation FROM idempotency.stripe_claim('pay', '1');
 SELECT idempotency.stripe_record('pay', '1', s('1'), http_status => 500);

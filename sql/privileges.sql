@@ -79,7 +79,7 @@ RESET ROLE;
 SET ROLE regress_idempotency_stripe_caller;
 SELECT token FROM idempotency.stripe_claim('t', 'i', '{"a": 1}') \gset
 SELECT idempotency.stripe_extend('t', 'i', :token) IS NOT NULL AS done;
-SELECT idempotency.stripe_record('t', 'i', :token, http_status => 402);
+SELECT idempotency.stripe_record('t', 'i', :token, http_status => 402, response => '{"error": {"type": "card_error"}}');
 SELECT left(idempotency.stripe_reopen('t', 'i'), 4) AS key;
 SELECT token FROM idempotency.stripe_claim('t', 'i') \gset
 SELECT idempotency.stripe_release('t', 'i', :token);
@@ -197,7 +197,7 @@ SELECT idempotency.operation_uuid('h', 's') IS NOT NULL AS done;
 SELECT token FROM idempotency.stripe_claim('h', '1', '{"a": 1}', lease => '1 microsecond') \gset
 SELECT token FROM idempotency.stripe_claim('h', '1', '{"a": 1}') \gset
 SELECT idempotency.stripe_extend('h', '1', :token) IS NOT NULL AS done;
-SELECT idempotency.stripe_record('h', '1', :token, http_status => 402);
+SELECT idempotency.stripe_record('h', '1', :token, http_status => 402, response => '{"error": {"type": "card_error"}}');
 SELECT pg_catalog.left(idempotency.stripe_reopen('h', '1'), 4) AS key;
 SELECT token FROM idempotency.stripe_claim('h', '1') \gset
 SELECT idempotency.stripe_release('h', '1', :token);

@@ -14,7 +14,8 @@ DECLARE
 BEGIN
 	IF recorded THEN
 		PERFORM idempotency.stripe_record('refund', id, c.token, http_status => status,
-			resource_id => CASE WHEN status = 200 THEN 're_0' END);
+			resource_id => CASE WHEN status = 200 THEN 're_0' END,
+			response => CASE WHEN status > 200 THEN '{"error": {"type": "api_error"}}'::jsonb END);
 	END IF;
 END $$;
 DO $$ BEGIN
@@ -134,8 +135,10 @@ SELECT callers, s, idempotency.stripe_callers_fate(callers, s)
 FROM (VALUES (NULL::xid8[], NULL::bigint), ('{}', NULL), ('{}', 1), ('{3}', 1), ('{3}', NULL)) v (callers, s);
 SELECT idempotency.stripe_callers_fate(ARRAY[pg_current_xact_id()], system_identifier),
 	idempotency.stripe_callers_fate(ARRAY[pg_current_xact_id(), '3'], system_identifier) FROM pg_control_system();
-SELECT idempotency.stripe_caller_is_gone(1, '3/4'), idempotency.stripe_caller_is_gone(NULL, '3/4'),
-	idempotency.stripe_caller_is_gone(1, NULL), idempotency.stripe_caller_is_gone(1, 'x');
+SELECT idempotency.stripe_has_lapsed(NULL, 1, '3/4') AS gone, idempotency.stripe_has_lapsed('infinity', 1, '3/4') AS gone_too,
+	idempotency.stripe_has_lapsed('infinity', NULL, '3/4') AS leased, idempotency.stripe_has_lapsed('-infinity', NULL, NULL) AS lapsed,
+	idempotency.stripe_has_lapsed(NULL, NULL, NULL) AS without_lease, idempotency.stripe_has_lapsed('infinity', 1, NULL) AS nobody,
+	idempotency.stripe_has_lapsed(NULL, 1, 'x') AS odd;
 
 -- by roles
 CREATE ROLE regress_operator;

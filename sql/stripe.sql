@@ -56,7 +56,7 @@ SELECT xmin AS before FROM idempotency.stripe_idempotency_keys WHERE operation_i
 SELECT idempotency.stripe_record('payment', 'order_1', :token, 'pi_1');
 SELECT idempotency.stripe_record('payment', 'order_1', :token, http_status => 200);
 SELECT idempotency.stripe_record('payment', 'order_1', :token, http_status => 503);
-SELECT idempotency.stripe_record('payment', 'order_1', :token, http_status => 429);
+SELECT idempotency.stripe_record('payment', 'order_1', :token, http_status => 429, response => '{"error": {"type": "invalid_request_error"}}');
 SELECT idempotency.stripe_record('payment', 'order_1', :token);
 SELECT xmin = :'before' AS unchanged FROM idempotency.stripe_idempotency_keys WHERE operation_id = 'order_1';
 
@@ -74,7 +74,7 @@ DELETE FROM idempotency.stripe_idempotency_keys;
 --
 CREATE FUNCTION pg_temp.answered(n int, status int, response jsonb, id text DEFAULT NULL,
 	OUT outcome idempotency.outcome, OUT res_id text, OUT res_type text, OUT err boolean, OUT live boolean,
-	OUT next idempotency.verdict, OUT told idempotency.outcome, OUT same_key boolean)
+	OUT kept boolean, OUT next idempotency.verdict, OUT told idempotency.outcome, OUT same_key boolean)
 LANGUAGE plpgsql AS $$
 DECLARE
 	c idempotency.stripe_claim_result;
@@ -82,8 +82,9 @@ DECLARE
 BEGIN
 	c := idempotency.stripe_claim('answer', n::text, '{"a": 1}');
 	outcome := idempotency.stripe_record('answer', n::text, c.token, id, response, status);
-	SELECT resource_id, resource_type, error IS NOT NULL, livemode INTO res_id, res_type, err, live
-	FROM idempotency.stripe_lookup('answer', n::text);
+	SELECT resource_id, resource_type, error IS NOT NULL, livemode, l.response IS NOT NULL
+	INTO res_id, res_type, err, live, kept
+	FROM idempotency.stripe_lookup('answer', n::text) l;
 	d := idempotency.stripe_claim('answer', n::text, '{"a": 1}');
 	next := d.verdict;
 	told := d.outcome;
@@ -97,20 +98,37 @@ INSERT INTO answers (status, response, id) VALUES
 	(200, NULL, NULL),
 	(200, NULL, 'pi_2'),
 	(200, '{"id": "pi_3", "livemode": "yes"}', 'pi_4'),
-	(299, '[]', NULL),
-	(200, '"text"', NULL),
+	(299, '{}', NULL),
 	(200, '{"id": 7, "object": null}', NULL),
+	(200, '{"error": {"type": "api_error"}}', NULL),
+	(200, '{"error": {"type": "api_error"}}', 'pi_3'),
+	(200, '{"error": "upstream", "id": "req_of_a_gateway"}', NULL),
+	(200, '{"error": null, "id": "pi_3"}', NULL),
+	(200, '{"error": "a run that failed", "id": "frr_1", "object": "reporting.report_run"}', NULL),
+	(204, NULL, NULL),
+	(204, NULL, 'pi_3'),
 	(100, NULL, NULL),
 	(302, NULL, NULL),
 	(399, NULL, NULL),
 	(400, '{"error": {"type": "invalid_request_error", "code": "parameter_missing"}}', NULL),
 	(400, NULL, NULL),
+	(400, NULL, 'pi_4'),
 	(400, '{"error": {"type": "idempotency_error"}}', NULL),
 	(404, '{"error": {"type": "idempotency_error"}}', NULL),
 	(404, '{"error": {"type": "invalid_request_error", "code": "resource_missing"}}', NULL),
+	(404, '{"id": "4711", "object": "route", "livemode": true, "message": "not found"}', NULL),
+	(404, '{"error": "not found"}', NULL),
+	(404, '{"error": {}}', NULL),
+	(404, '{"error": {"code": 404, "message": "not found", "status": "NOT_FOUND"}}', NULL),
+	(404, '{"error": null, "errors": [{"type": "invalid_request_error"}]}', NULL),
+	(404, '{"error": [{"type": "invalid_request_error"}]}', NULL),
+	(404, NULL, NULL),
 	(401, '{"error": {"type": "invalid_request_error"}}', NULL),
+	(401, '{"error": "invalid_token", "error_description": "expired"}', NULL),
 	(401, NULL, NULL),
 	(403, '{"error": {"type": "invalid_request_error"}}', NULL),
+	(403, '{"message": "Forbidden"}', NULL),
+	(403, NULL, NULL),
 	(402, '{"error": {"type": "card_error", "code": "card_declined", "payment_intent": {"id": "pi_5", "object": "payment_intent"}, "charge": "ch_5"}}', NULL),
 	(402, '{"error": {"type": "card_error", "setup_intent": {"id": "seti_6"}, "charge": "ch_6"}}', NULL),
 	(402, '{"error": {"type": "card_error", "charge": "ch_7"}}', NULL),
@@ -128,12 +146,15 @@ INSERT INTO answers (status, response, id) VALUES
 	(424, '{"error": {"type": "api_error"}}', NULL),
 	(429, '{"error": {"type": "invalid_request_error", "code": "lock_timeout"}}', NULL),
 	(429, '{"error": {"type": "invalid_request_error", "code": "rate_limit"}}', NULL),
+	(429, '{"message": "API rate limit exceeded"}', NULL),
 	(429, NULL, NULL),
 	(499, NULL, NULL),
 	(500, '{"error": {"type": "api_error"}}', NULL),
 	(500, NULL, NULL),
 	(500, NULL, 'pi_8'),
-	(502, '"<html>"', NULL),
+	(500, '{"message": "internal"}', NULL),
+	(500, '{"error": {"message": "internal"}}', NULL),
+	(502, NULL, NULL),
 	(503, NULL, NULL),
 	(504, NULL, NULL),
 	(599, NULL, NULL),
@@ -146,7 +167,7 @@ INSERT INTO answers (status, response, id) VALUES
 	(NULL, '{"error": {"type": "card_error", "charge": "ch_11"}}', NULL),
 	(NULL, '{"error": {"type": "card_error"}}', 'pi_12'),
 	(NULL, '{"error": null, "id": "pi_13"}', NULL),
-	(NULL, 'null', NULL);
+	(NULL, '{"error": "upstream", "id": "req_of_a_gateway"}', NULL);
 SELECT a.n, a.status, left(a.response::text, 75) AS response, a.id, r.*
 FROM answers a, LATERAL pg_temp.answered(n, status, response, id) r ORDER BY a.n;
 DELETE FROM idempotency.stripe_idempotency_keys;
@@ -161,7 +182,7 @@ SELECT verdict FROM idempotency.stripe_claim('payment', 'busy', '{"amount": 2}')
 SELECT token AS t2, idempotency_key = :'key' AS same_key, pg_temp.shown(c) FROM idempotency.stripe_claim('payment', 'busy') c \gset
 \echo :same_key :shown
 SELECT * FROM pg_temp.op('busy');
-SELECT idempotency.stripe_record('payment', 'busy', :t2, http_status => 401);
+SELECT idempotency.stripe_record('payment', 'busy', :t2, http_status => 401, response => '{"error": {"type": "invalid_request_error"}}');
 SELECT token AS t3, pg_temp.shown(c) FROM idempotency.stripe_claim('payment', 'busy') c \gset
 \echo :shown
 SELECT idempotency.stripe_record('payment', 'busy', :t3, 'pi_1');
@@ -172,28 +193,28 @@ SELECT token FROM idempotency.stripe_claim('payment', 'doubtful') \gset
 SELECT idempotency.stripe_record('payment', 'doubtful', :token, http_status => 503);
 SELECT pg_temp.shown(c) FROM idempotency.stripe_claim('payment', 'doubtful', lease => '1 hour') c;
 SELECT token FROM idempotency.stripe_idempotency_keys WHERE operation_id = 'doubtful' \gset
-SELECT idempotency.stripe_record('payment', 'doubtful', :token, http_status => 429);
+SELECT idempotency.stripe_record('payment', 'doubtful', :token, http_status => 429, response => '{"error": {"type": "invalid_request_error"}}');
 SELECT * FROM pg_temp.op('doubtful');
 SELECT token FROM idempotency.stripe_claim('payment', 'doubtful') \gset
 SELECT idempotency.stripe_release('payment', 'doubtful', :token);
 SELECT * FROM pg_temp.op('doubtful');
 SELECT token FROM idempotency.stripe_claim('payment', 'doubtful') \gset
-SELECT idempotency.stripe_record('payment', 'doubtful', :token, http_status => 400);
+SELECT idempotency.stripe_record('payment', 'doubtful', :token, http_status => 400, response => '{"error": {"type": "invalid_request_error"}}');
 SELECT * FROM pg_temp.op('doubtful');
 -- with one and the same token, too
 SELECT token FROM idempotency.stripe_claim('payment', 'doubtful 2') \gset
 SELECT idempotency.stripe_record('payment', 'doubtful 2', :token);
-SELECT idempotency.stripe_record('payment', 'doubtful 2', :token, http_status => 429);
+SELECT idempotency.stripe_record('payment', 'doubtful 2', :token, http_status => 429, response => '{"error": {"type": "invalid_request_error"}}');
 SELECT idempotency.stripe_record('payment', 'doubtful 2', :token, 'pi_2');
 SELECT * FROM pg_temp.op('doubtful 2');
 -- the other way round: what was not executed isn't certain after all
 SELECT token FROM idempotency.stripe_claim('payment', 'doubtful 3') \gset
-SELECT idempotency.stripe_record('payment', 'doubtful 3', :token, http_status => 429);
+SELECT idempotency.stripe_record('payment', 'doubtful 3', :token, http_status => 429, response => '{"error": {"type": "invalid_request_error"}}');
 SELECT idempotency.stripe_record('payment', 'doubtful 3', :token);
 SELECT * FROM pg_temp.op('doubtful 3');
 -- a saved 500 is what the same key brings for ever: only a look at Stripe settles it
 SELECT token FROM idempotency.stripe_claim('payment', 'sticky') \gset
-SELECT idempotency.stripe_record('payment', 'sticky', :token, http_status => 500);
+SELECT idempotency.stripe_record('payment', 'sticky', :token, http_status => 500, response => '{"error": {"type": "api_error"}}');
 SELECT pg_temp.shown(c) FROM idempotency.stripe_claim('payment', 'sticky') c;
 SELECT idempotency.stripe_record('payment', 'sticky', :token, 'pi_3');
 SELECT verdict, outcome FROM idempotency.stripe_claim('payment', 'sticky');
@@ -215,7 +236,7 @@ FROM idempotency.stripe_claim('payment', 'dead', '{"params": {"amount": 1, "meta
 SELECT * FROM pg_temp.op('dead');
 -- the first one speaks for the same key: it can't say what isn't definitive...
 SELECT idempotency.stripe_record('payment', 'dead', :t1);
-SELECT idempotency.stripe_record('payment', 'dead', :t1, http_status => 429);
+SELECT idempotency.stripe_record('payment', 'dead', :t1, http_status => 429, response => '{"error": {"type": "invalid_request_error"}}');
 SELECT * FROM pg_temp.op('dead');
 -- ... but records where nothing is recorded yet
 SELECT idempotency.stripe_record('payment', 'dead', :t1, 'pi_1', request_id => 'req_1');
@@ -337,7 +358,7 @@ SELECT (h - 'first_sent_at' - 'recorded_at' - 'reopened_at' - 'idempotency_key' 
 FROM idempotency.stripe_lookup('payment', 'declined'), jsonb_array_elements(history) h;
 -- unknown: only by force
 SELECT token AS t1 FROM idempotency.stripe_claim('payment', 'forced') \gset
-SELECT idempotency.stripe_record('payment', 'forced', :t1, http_status => 500);
+SELECT idempotency.stripe_record('payment', 'forced', :t1, http_status => 500, response => '{"error": {"type": "api_error"}}');
 SELECT left(idempotency.stripe_reopen('payment', 'forced', force => true), 15) AS key;
 SELECT verdict, attempt, generation FROM idempotency.stripe_claim('payment', 'forced');
 UPDATE idempotency.stripe_idempotency_keys SET lease_expires_at = now() - interval '1 second' WHERE operation_id = 'forced';
@@ -404,7 +425,7 @@ SELECT idempotency_key = :'key' AS same_key FROM idempotency.stripe_claim('payme
 ROLLBACK TO s;
 SELECT token, idempotency_key = :'key' AS same_key, pg_temp.shown(c) FROM idempotency.stripe_claim('payment', 'in block') c \gset
 \echo :same_key :shown
-SELECT idempotency.stripe_record('payment', 'in block', :token, http_status => 402);
+SELECT idempotency.stripe_record('payment', 'in block', :token, http_status => 402, response => '{"error": {"type": "card_error"}}');
 SELECT left(idempotency.stripe_reopen('payment', 'in block'), 17) AS key;
 COMMIT;
 SELECT * FROM pg_temp.op('in block');
@@ -457,6 +478,8 @@ SELECT :'verdict' AS verdict, :'same_key' AS same_key;
 SELECT idempotency.stripe_record('payment', 'cut', :token, http_status => 200, response => '{"id": "pi_cut", "object": "payment_intent"}');
 SELECT token FROM idempotency.stripe_claim('payment', 'nothing to say') \gset
 SELECT idempotency.stripe_record('payment', 'nothing to say', :token, http_status => 204);
+SELECT token FROM idempotency.stripe_claim('payment', 'nothing to say') \gset
+SELECT idempotency.stripe_record('payment', 'nothing to say', :token, http_status => 204, resource_id => 'pi_1');
 SELECT token FROM idempotency.stripe_claim('payment', 'refused') \gset
-SELECT idempotency.stripe_record('payment', 'refused', :token, http_status => 402);
+SELECT idempotency.stripe_record('payment', 'refused', :token, http_status => 402, response => '{"error": {"type": "card_error"}}');
 DELETE FROM idempotency.stripe_idempotency_keys WHERE operation_id IN ('cut', 'nothing to say', 'refused');

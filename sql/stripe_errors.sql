@@ -57,7 +57,7 @@ SELECT idempotency.stripe_record('pay', '1', :t1, 'pi_1');
 TRUNCATE before;
 INSERT INTO before SELECT xmin::text AS version, * FROM idempotency.stripe_idempotency_keys;
 SELECT idempotency.stripe_record('pay', '1', :t1, 'pi_2');
-SELECT idempotency.stripe_record('pay', '1', :t1, http_status => 402);
+SELECT idempotency.stripe_record('pay', '1', :t1, http_status => 402, response => '{"error": {"type": "card_error"}}');
 SELECT idempotency.stripe_release('pay', '1', :t1);
 SELECT idempotency.stripe_extend('pay', '1', :t1);
 SELECT idempotency.stripe_reopen('pay', '1');
@@ -67,7 +67,7 @@ WHERE b.version = k.xmin::text;
 
 -- failed, then another result
 SELECT token AS t2 FROM idempotency.stripe_claim('pay', '2') \gset
-SELECT idempotency.stripe_record('pay', '2', :t2, http_status => 402);
+SELECT idempotency.stripe_record('pay', '2', :t2, http_status => 402, response => '{"error": {"type": "card_error"}}');
 SELECT idempotency.stripe_record('pay', '2', :t2, 'pi_2');
 SELECT idempotency.stripe_reopen('pay', '2', from_generation => 3);
 SELECT outcome, generation FROM idempotency.stripe_lookup('pay', '2');
@@ -92,7 +92,7 @@ SELECT idempotency.stripe_extend('pay', '6', :t6);
 SELECT idempotency.stripe_release('pay', '6', :t6);
 SELECT idempotency.stripe_record('pay', '6', :t7, 'pi_6');
 SELECT idempotency.stripe_record('pay', '6', :t6, 'pi_7');
-SELECT idempotency.stripe_record('pay', '6', :t6, http_status => 402);
+SELECT idempotency.stripe_record('pay', '6', :t6, http_status => 402, response => '{"error": {"type": "card_error"}}');
 SELECT resource_id FROM idempotency.stripe_lookup('pay', '6');
 
 -- too large

@@ -183,7 +183,7 @@ SELECT state('thin');
 -- a call that isn't a POST, or whose path nobody knows
 SELECT FROM idempotency.stripe_claim('t', 'get', '{"method": "GET", "path": "/v1/refunds"}') c, idempotency.stripe_record('t', 'get', c.token);
 SELECT FROM idempotency.stripe_claim('t', 'none') c, idempotency.stripe_record('t', 'none', c.token);
-SELECT FROM idempotency.stripe_claim('t', 'list', '["/v1/refunds"]') c, idempotency.stripe_record('t', 'list', c.token);
+SELECT FROM idempotency.stripe_claim('t', 'list', '{"path": ["/v1/refunds"]}') c, idempotency.stripe_record('t', 'list', c.token);
 SELECT receive('evt_x' || id, 'refund.created', obj('refund', 're_x'), by(key(id)))
 FROM unnest(ARRAY['get', 'none', 'list']) id;
 SELECT id, state(id) FROM unnest(ARRAY['get', 'none', 'list']) id;
@@ -234,7 +234,7 @@ SELECT state('m4');
 --
 CALL call('o1', '/v1/payment_intents', '{"confirm": true}', unknown => false);
 SELECT FROM idempotency.stripe_idempotency_keys s, idempotency.stripe_record('t', 'o1', s.token, http_status => 500,
-	response => '{"error": {"payment_intent": {"id": "pi_o1"}}}') WHERE s.operation_id = 'o1';
+	response => '{"error": {"type": "api_error", "payment_intent": {"id": "pi_o1"}}}') WHERE s.operation_id = 'o1';
 SELECT state('o1');
 SELECT receive('evt_o1a', 'payment_intent.succeeded', obj('payment_intent', 'pi_other'));
 SELECT receive('evt_o1b', 'payment_intent.succeeded', obj('payment_intent', 'pi_o1'), '{"account": "acct_1"}');
@@ -248,6 +248,15 @@ SELECT FROM idempotency.stripe_idempotency_keys s, idempotency.stripe_record('t'
 WHERE s.operation_id = 'o2';
 SELECT receive('evt_o2', 'payment_intent.succeeded', obj('payment_intent', 'pi_o2'));
 SELECT state('o2');
+
+-- a gateway's word leaves it open, and brings no id by which an event would be found
+CALL call('o3', '/v1/refunds', unknown => false);
+SELECT FROM idempotency.stripe_idempotency_keys s, idempotency.stripe_record('t', 'o3', s.token, http_status => 404,
+	response => '{"id": "re_gateway", "message": "not found"}') WHERE s.operation_id = 'o3';
+SELECT receive('evt_o3a', 'refund.created', obj('refund', 're_gateway'));
+SELECT state('o3');
+SELECT receive('evt_o3b', 'refund.created', obj('refund', 're_o3'), by(key('o3')));
+SELECT state('o3');
 
 --
 -- Which row: type and id may have colons, accounts and generations differ

@@ -119,15 +119,18 @@ is_delete(const StripeReceived *received)
  * A refusal or a failure is, if its body is an object with an error object that
  * has a type (API v1) or a code (API v2).  A success is, if its body is an object
  * and doesn't speak of an error, if whoever has had it names what was made, and
- * if it has no content and answers a DELETE.
+ * if it has no content and answers a DELETE.  An answer that somebody tells
+ * without its status is either.
  */
 static bool
 is_genuine(const StripeReceived *received, const StripeBody *body)
 {
 	if (!received->whole)
 		return false;
-	if (received->http_status / 100 != 2)
-		return body->error_type != NULL || body->error_code != NULL;
+	if (body->error_type != NULL || body->error_code != NULL)
+		return received->http_status / 100 != 2;
+	if (received->http_status != 0 && received->http_status / 100 != 2)
+		return false;
 	if (body->json != NULL && JB_ROOT_IS_OBJECT(body->json))
 		return !says_error(body);
 	return received->resource_id != NULL ||

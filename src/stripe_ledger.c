@@ -494,13 +494,11 @@ answer_is_sticky(LedgerRow *row)
 bool
 stripe_resend_may_settle(LedgerRow *row, int64 margin, TimestampTz now)
 {
-	const char *outcome = stripe_row_outcome(row);
-
 	if (!row->isnull[S_FIRST_SENT_AT] && now >= stripe_resend_until(row, margin))
 		return false;
-	if (strcmp(outcome, "mismatch") == 0)
+	if (row_outcome_is(row, "mismatch"))
 		return false;
-	return strcmp(outcome, "unknown") != 0 || !answer_is_sticky(row);
+	return row_outcome_is(row, "not_executed") || !answer_is_sticky(row);
 }
 
 /* ---------- claim ---------- */
@@ -869,7 +867,7 @@ read_answer(StripeReceived *received, Jsonb *response, StripeResult *result)
 	stripe_read_body(response, &body);
 	memset(result, 0, sizeof(StripeResult));
 	result->http_status = received->http_status;
-	if (received->http_status == 0 &&
+	if (received->http_status == 0 && body.error == NULL &&
 		(received->resource_id != NULL || body.resource_id != NULL))
 		received->http_status = HTTP_OK;
 	received->sent = received->whole = true;

@@ -27,7 +27,7 @@ sql($primary, qq{
 	SELECT idempotency.checkpoint('lapsed', 'test', $token{lapsed}, 'charged', '{"charge": "ch_1"}');
 	SELECT idempotency.stripe_record('payment', 'done', c.token, 'pi_1', '{"id": "pi_1", "amount": 1.0}')
 		FROM idempotency.stripe_claim('payment', 'done') c;
-	SELECT idempotency.stripe_record('payment', 'failed', c.token, http_status => 402)
+	SELECT idempotency.stripe_record('payment', 'failed', c.token, http_status => 402, response => '{"error": {"type": "card_error"}}')
 		FROM idempotency.stripe_claim('payment', 'failed') c;
 	SELECT idempotency.stripe_reopen('payment', 'failed');
 	CREATE ROLE app;

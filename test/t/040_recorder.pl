@@ -90,7 +90,7 @@ foreach my $level ('READ COMMITTED', 'REPEATABLE READ', 'SERIALIZABLE')
 	is(op('payment', "$id 3"), 'not_executed|1|1|f', "$level: extended and released");
 
 	# reopened
-	sql($node, qq{SELECT idempotency.stripe_record('payment', '$id', $answer->{token}, http_status => 402)});
+	sql($node, qq{SELECT idempotency.stripe_record('payment', '$id', $answer->{token}, http_status => 402, response => '{"error": {"type": "card_error"}}')});
 	$session->query_safe("BEGIN ISOLATION LEVEL $level; SELECT 1");
 	my $next = $session->query_safe("SELECT idempotency.stripe_reopen('payment', '$id')");
 	$session->query_safe('ROLLBACK');
