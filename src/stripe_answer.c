@@ -14,6 +14,24 @@
 #include "json_member.h"
 #include "stripe_answer.h"
 
+/* Stripe's ids have 255 characters at most; what is longer is none. */
+static void
+drop_if_long(char **value)
+{
+	if (*value != NULL && strlen(*value) > STRIPE_ID_MAX)
+		*value = NULL;
+}
+
+/* The status of an object, or NULL. */
+char *
+stripe_object_status(JsonbContainer *object)
+{
+	char	   *status = json_string_member(object, "status");
+
+	drop_if_long(&status);
+	return status;
+}
+
 /*
  * The object that a refused call left behind: a declined card leaves its
  * payment intent in the error.
@@ -26,7 +44,8 @@ resource_of_error(JsonbContainer *error, StripeBody *body)
 
 	for (i = 0; i < lengthof(members); i++)
 	{
-		char	   *id = json_string_member(json_object_member(error, members[i]), "id");
+		JsonbContainer *object = json_object_member(error, members[i]);
+		char	   *id = json_string_member(object, "id");
 
 		if (id == NULL)
 			id = json_string_member(error, members[i]);
@@ -34,17 +53,10 @@ resource_of_error(JsonbContainer *error, StripeBody *body)
 		{
 			body->resource_id = id;
 			body->resource_type = pstrdup(members[i]);
+			body->resource_status = stripe_object_status(object);
 			return;
 		}
 	}
-}
-
-/* Stripe's ids have 255 characters at most; what is longer is none. */
-static void
-drop_if_long(char **value)
-{
-	if (*value != NULL && strlen(*value) > STRIPE_ID_MAX)
-		*value = NULL;
 }
 
 /*
@@ -72,6 +84,7 @@ stripe_read_body(Jsonb *json, StripeBody *body)
 	{
 		body->resource_id = json_string_member(root, "id");
 		body->resource_type = json_string_member(root, "object");
+		body->resource_status = stripe_object_status(root);
 	}
 
 	drop_if_long(&body->resource_id);

@@ -25,10 +25,12 @@ typedef struct StripeBody
 	char	   *error_code;
 	char	   *resource_id;	/* what was made, also by a refused call */
 	char	   *resource_type;
+	char	   *resource_status;	/* its member "status", where that is a string */
 	bool		livemode;
 	bool		livemode_isnull;
 } StripeBody;
 
+extern char *stripe_object_status(JsonbContainer *object);
 extern void stripe_read_body(Jsonb *json, StripeBody *body);
 
 #endif							/* IDEMPOTENCY_STRIPE_ANSWER_H */
