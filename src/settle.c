@@ -56,8 +56,8 @@ static OwnerStatement settle = {
 	" resource_status = " SETTLED_AS_MADE(OF_RESOURCE("resource_status", "$7", "$14")) ","
 	" livemode = COALESCE($15, livemode), http_status = NULL, error = $17,"
 	" response = CASE WHEN $16 IS NOT NULL THEN " WITHOUT_SECRET("$16")
-	" WHEN response OPERATOR(pg_catalog.?) 'error'"
-	" OR $7 OPERATOR(pg_catalog.<>) resource_id THEN NULL ELSE response END,"
+	" WHEN response OPERATOR(pg_catalog.?) 'error' OR $7 OPERATOR(pg_catalog.<>) resource_id"
+	" THEN NULL ELSE " SETTLED_AS_MADE("response") " END,"
 	" first_sent_at = CASE WHEN $6 OPERATOR(pg_catalog.=) 'not_executed' THEN NULL"
 	" ELSE first_sent_at END,"
 	" lease = NULL, lease_expires_at = NULL, caller_life = NULL, caller_vxid = NULL,"
@@ -166,7 +166,7 @@ settle_operation(Operation *op, const Settlement *settlement)
 			ereport(ERROR,
 					(errcode(ERRCODE_CONTRADICTS_RECORD),
 					 errmsg("Stripe operation %s was begun in %s mode", describe_operation(op),
-							settlement->livemode > 0 ? "test" : "live"),
+							DatumGetBool(row.values[S_LIVEMODE]) ? "live" : "test"),
 					 errdetail("The response is of the other mode.")));
 
 		memcpy(values, op->key, sizeof(op->key));

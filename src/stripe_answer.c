@@ -32,6 +32,17 @@ stripe_object_status(JsonbContainer *object)
 	return status;
 }
 
+static void
+read_livemode(JsonbContainer *object, StripeBody *body)
+{
+	JsonbValue	value;
+
+	if (!json_member(object, "livemode", &value) || value.type != jbvBool)
+		return;
+	body->livemode = value.val.boolean;
+	body->livemode_isnull = false;
+}
+
 /*
  * The object that a refused call left behind: a declined card leaves its
  * payment intent in the error.
@@ -54,6 +65,7 @@ resource_of_error(JsonbContainer *error, StripeBody *body)
 			body->resource_id = id;
 			body->resource_type = pstrdup(members[i]);
 			body->resource_status = stripe_object_status(object);
+			read_livemode(object, body);
 			return;
 		}
 	}
@@ -71,6 +83,7 @@ stripe_read_body(Jsonb *json, StripeBody *body)
 
 	memset(body, 0, sizeof(StripeBody));
 	body->json = json;
+	body->livemode_isnull = true;
 
 	if (error != NULL)
 	{
@@ -90,7 +103,5 @@ stripe_read_body(Jsonb *json, StripeBody *body)
 	drop_if_long(&body->resource_id);
 	drop_if_long(&body->resource_type);
 
-	body->livemode_isnull = !(json_member(root, "livemode", &value) && value.type == jbvBool);
-	if (!body->livemode_isnull)
-		body->livemode = value.val.boolean;
+	read_livemode(root, body);
 }
