@@ -14,11 +14,12 @@
  * are, in values too.  The libraries disagree on null and on the empty array;
  * here both are sent, because who writes them down means something by them.
  *
- * A number has one form, whatever it was spelled like: in full, without exponent,
- * and without zeros at the end of a fraction.  1990.00 and 1.99e3 are 1990 when
- * requests are compared, so they have to be 1990 for Stripe, too, which refuses an
- * amount with a point in it.  Who wants 19.90 to be sent as such passes a string, as
- * Stripe's own names for decimals (unit_amount_decimal) want it anyway.
+ * Numbers are written in full, without exponent, and a whole one without a
+ * fraction, however it is spelled: 1990.00 and 1.99e3 are 1990 when requests are
+ * compared, and Stripe, which refuses an amount with a point in it, is to see what
+ * was compared.  One with a fraction keeps its zeros, as jsonb shows it: where
+ * Stripe takes decimals (percent_off, unit_amount_decimal) 19.90 and 19.9 are the
+ * same to it, and metadata shows what was written.
  *
  * A name with brackets in it would be read as another name, so there is none.
  *
@@ -121,19 +122,21 @@ static void
 append_number(StringInfo out, Numeric number)
 {
 	Datum		trimmed = DirectFunctionCall1(numeric_trim_scale, NumericGetDatum(number));
+	int			scale = DatumGetInt32(DirectFunctionCall1(numeric_scale, trimmed));
 	Datum		size = DirectFunctionCall1(numeric_abs, trimmed);
 	Datum		limit = DirectFunctionCall3(numeric_in, CStringGetDatum("1e" CppAsString2(FORM_MAX_DIGITS)),
 											ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1));
 
 	if (DatumGetBool(DirectFunctionCall2(numeric_ge, size, limit)) ||
-		DatumGetInt32(DirectFunctionCall1(numeric_scale, trimmed)) > FORM_MAX_DIGITS)
+		scale > FORM_MAX_DIGITS)
 		ereport(ERROR,
-				(errcode(ERRCODE_BAD_ARGUMENT),
+				(errcode(ERRCODE_TOO_LARGE),
 				 errmsg("number in Stripe parameters has too many digits"),
 				 errdetail("It may have %d before the decimal point and as many after it.",
 						   FORM_MAX_DIGITS),
 				 errhint("Pass it as a string.")));
-	appendStringInfoString(out, DatumGetCString(DirectFunctionCall1(numeric_out, trimmed)));
+	appendStringInfoString(out, DatumGetCString(DirectFunctionCall1(numeric_out,
+																	scale == 0 ? trimmed : NumericGetDatum(number))));
 }
 
 /* The name is complete: append name=value. */

@@ -478,6 +478,8 @@ set_known(ResultRow *result, const StripeCallClaim *claim)
 			result_set_enum(result, R_OUTCOME, "mismatch");
 			result_set(result, R_ERROR,
 					   JsonbPGetDatum(exchange_error("idempotency_error",
+													 strcmp(claim->outcome, "failed") == 0 ?
+													 "the operation has failed with another request; stripe_reopen() gives it a new key for this one" :
 													 "the operation was called with another request before",
 													 claim->request)));
 			break;
