@@ -67,7 +67,8 @@ CREATE TYPE idempotency.stripe_claim_result AS (
 	error jsonb,
 	retry_after integer,
 	resend_until timestamptz,
-	livemode boolean
+	livemode boolean,
+	resource_status text
 );
 
 CREATE TYPE idempotency.stripe_key_info AS (
@@ -99,7 +100,8 @@ CREATE TYPE idempotency.stripe_key_info AS (
 	api_version text,
 	settled jsonb,
 	acknowledged jsonb,
-	reconciled jsonb
+	reconciled jsonb,
+	resource_status text
 );
 
 CREATE TYPE idempotency.webhook_claim_result AS (
@@ -140,7 +142,8 @@ CREATE TYPE idempotency.stripe_call_result AS (
 	attempts integer,
 	generation integer,
 	retry_after integer,
-	livemode boolean
+	livemode boolean,
+	resource_status text
 );
 
 --
@@ -211,6 +214,7 @@ CREATE TABLE idempotency.stripe_idempotency_keys (
 	settled jsonb,
 	acknowledged jsonb,
 	reconciled jsonb,
+	resource_status text,
 	PRIMARY KEY (account, operation_type, operation_id)
 ) WITH (fillfactor = 80, vacuum_truncate = off, toast.vacuum_truncate = off);
 
@@ -309,8 +313,9 @@ RETURNS timestamptz
 AS 'MODULE_PATHNAME', 'idempotency_extend'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
-CREATE FUNCTION idempotency.release(key text, scope text, token bigint)
-RETURNS void
+CREATE FUNCTION idempotency.release(key text, scope text, token bigint,
+	keep boolean DEFAULT false)
+RETURNS boolean
 AS 'MODULE_PATHNAME', 'idempotency_release'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
@@ -398,7 +403,7 @@ LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE ROWS 20;
 
 CREATE FUNCTION idempotency.stripe_settle(operation_type text, operation_id text,
 	outcome idempotency.outcome, resource_id text DEFAULT NULL, note text DEFAULT NULL,
-	account text DEFAULT '')
+	account text DEFAULT '', response jsonb DEFAULT NULL)
 RETURNS void
 AS 'MODULE_PATHNAME', 'idempotency_stripe_settle'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
@@ -684,7 +689,8 @@ COMMENT ON COLUMN idempotency.key_info.has_request IS
 	'Is a request known that later claims are compared with?';
 COMMENT ON COLUMN idempotency.key_info.claimed_at IS 'When the key was claimed last';
 COMMENT ON COLUMN idempotency.key_info.lease IS 'For how long it was claimed or extended last, or NULL';
-COMMENT ON COLUMN idempotency.key_info.lease_expires_at IS 'Until when it is held, or NULL without a lease';
+COMMENT ON COLUMN idempotency.key_info.lease_expires_at IS
+	'Until when it is held; without a lease NULL, or when it was released with its request kept';
 COMMENT ON COLUMN idempotency.key_info.lapsed IS
 	'If in_progress, is the key free to be claimed again?  Otherwise NULL';
 COMMENT ON COLUMN idempotency.key_info.recorded_at IS 'When the result was recorded, or NULL';
@@ -708,13 +714,16 @@ COMMENT ON COLUMN idempotency.stripe_claim_result.request IS
 COMMENT ON COLUMN idempotency.stripe_claim_result.resource_id IS 'Stripe''s id of what was made, or NULL';
 COMMENT ON COLUMN idempotency.stripe_claim_result.resource_type IS 'Its type, such as payment_intent, or NULL';
 COMMENT ON COLUMN idempotency.stripe_claim_result.http_status IS 'Status of Stripe''s last recorded answer, or NULL';
-COMMENT ON COLUMN idempotency.stripe_claim_result.response IS 'Stripe''s last recorded answer, or NULL';
+COMMENT ON COLUMN idempotency.stripe_claim_result.response IS
+	'Stripe''s last recorded answer; NULL also where it was settled without, was too large, or isn''t kept any more';
 COMMENT ON COLUMN idempotency.stripe_claim_result.error IS 'The error object of that answer, or NULL';
 COMMENT ON COLUMN idempotency.stripe_claim_result.retry_after IS
 	'If in_progress, seconds after which to try again, at least 1';
 COMMENT ON COLUMN idempotency.stripe_claim_result.resend_until IS
 	'Until when the same key and request may be sent again, or NULL where they never were';
 COMMENT ON COLUMN idempotency.stripe_claim_result.livemode IS 'Stripe''s livemode as recorded, or NULL';
+COMMENT ON COLUMN idempotency.stripe_claim_result.resource_status IS
+	'Status of what was made, as Stripe told it with the outcome, such as succeeded; kept for ever; or NULL';
 
 COMMENT ON TYPE idempotency.stripe_key_info IS 'Answer of stripe_lookup()';
 COMMENT ON COLUMN idempotency.stripe_key_info.account IS 'Stripe account, '''' for one''s own';
@@ -728,7 +737,8 @@ COMMENT ON COLUMN idempotency.stripe_key_info.request IS 'The request as first c
 COMMENT ON COLUMN idempotency.stripe_key_info.resource_id IS 'Stripe''s id of what was made, or NULL';
 COMMENT ON COLUMN idempotency.stripe_key_info.resource_type IS 'Its type, such as payment_intent, or NULL';
 COMMENT ON COLUMN idempotency.stripe_key_info.http_status IS 'Status of Stripe''s last recorded answer, or NULL';
-COMMENT ON COLUMN idempotency.stripe_key_info.response IS 'Stripe''s last recorded answer, or NULL';
+COMMENT ON COLUMN idempotency.stripe_key_info.response IS
+	'Stripe''s last recorded answer; NULL also where it was settled without, was too large, or isn''t kept any more';
 COMMENT ON COLUMN idempotency.stripe_key_info.error IS 'The error object of that answer, or NULL';
 COMMENT ON COLUMN idempotency.stripe_key_info.request_id IS 'Stripe''s Request-Id, or NULL';
 COMMENT ON COLUMN idempotency.stripe_key_info.livemode IS 'Stripe''s livemode as recorded, or NULL';
@@ -754,6 +764,9 @@ COMMENT ON COLUMN idempotency.stripe_key_info.acknowledged IS
 	'Who acknowledged an orphan, when and with which note, or NULL';
 COMMENT ON COLUMN idempotency.stripe_key_info.reconciled IS
 	'What stripe_reconcile() has asked last without settling it, when, and what it has found, or NULL';
+
+COMMENT ON COLUMN idempotency.stripe_key_info.resource_status IS
+	'Status of what was made, as Stripe told it with the outcome, such as succeeded; kept for ever; or NULL';
 
 COMMENT ON TYPE idempotency.webhook_claim_result IS
 	'Answer of stripe_webhook_claim(), stripe_webhook_next() and stripe_webhook_reclaim()';
@@ -797,7 +810,8 @@ COMMENT ON COLUMN idempotency.stripe_call_result.resource_type IS 'Its type, suc
 COMMENT ON COLUMN idempotency.stripe_call_result.http_status IS
 	'HTTP status of the last attempt, NULL where no answer came';
 COMMENT ON COLUMN idempotency.stripe_call_result.response IS
-	'Body of the answer, {"error": ...} included; NULL where none came whole';
+	'Body of the answer, {"error": ...} included; NULL where none came whole, and in a replay '
+	'also where it was settled without, was too large, or isn''t kept any more';
 COMMENT ON COLUMN idempotency.stripe_call_result.error IS
 	'Stripe''s error object, or one that says why no answer came (type api_connection_error or api_error); '
 	'NULL if there was none';
@@ -811,13 +825,16 @@ COMMENT ON COLUMN idempotency.stripe_call_result.retry_after IS
 	'If in_progress, not_executed or unknown, seconds after which to try again, at least 1';
 COMMENT ON COLUMN idempotency.stripe_call_result.livemode IS
 	'true: Stripe''s live mode, false: test mode';
+COMMENT ON COLUMN idempotency.stripe_call_result.resource_status IS
+	'Status of what was made, as Stripe told it with the outcome, such as succeeded; kept for ever; or NULL';
 
 COMMENT ON TABLE idempotency.idempotency_keys IS
 	'Requests that the API received, and their results; change it through the functions only';
 COMMENT ON COLUMN idempotency.idempotency_keys.token IS 'Token of the last claim';
 COMMENT ON COLUMN idempotency.idempotency_keys.claimed_at IS 'When the key was claimed last';
 COMMENT ON COLUMN idempotency.idempotency_keys.lease_expires_at IS
-	'Until when an unfinished key is held; NULL where it was claimed without a lease, and once recorded';
+	'Until when an unfinished key is held; without a lease NULL, or when it was released with its request kept; '
+	'NULL once recorded';
 COMMENT ON COLUMN idempotency.idempotency_keys.recorded_at IS 'When the result was recorded, NULL before';
 COMMENT ON COLUMN idempotency.idempotency_keys.expires_at IS
 	'Until when the result is replayed, after which the key counts as absent; NULL until recorded';
@@ -877,7 +894,8 @@ COMMENT ON COLUMN idempotency.stripe_idempotency_keys.past_tokens IS
 	'Tokens of earlier attempts of this generation: they used the same key, so a late answer of theirs counts';
 COMMENT ON COLUMN idempotency.stripe_idempotency_keys.request IS
 	'The request as first claimed, for whoever has to send it again; or NULL';
-COMMENT ON COLUMN idempotency.stripe_idempotency_keys.response IS 'Stripe''s last recorded answer, or NULL';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.response IS
+	'Stripe''s last recorded answer; NULL also where it was settled without, was too large, or isn''t kept any more';
 COMMENT ON COLUMN idempotency.stripe_idempotency_keys.error IS 'The error object of that answer, or NULL';
 COMMENT ON COLUMN idempotency.stripe_idempotency_keys.history IS
 	'Earlier generations, oldest first, each as stripe_reopen() found it, or NULL';
@@ -902,6 +920,8 @@ COMMENT ON COLUMN idempotency.stripe_idempotency_keys.acknowledged IS
 	'Who acknowledged an orphan, when and with which note, or NULL';
 COMMENT ON COLUMN idempotency.stripe_idempotency_keys.reconciled IS
 	'What stripe_reconcile() has asked last without settling it, when, and what it has found, or NULL';
+COMMENT ON COLUMN idempotency.stripe_idempotency_keys.resource_status IS
+	'Status of what was made, as Stripe told it with the outcome, such as succeeded; kept for ever; or NULL';
 
 COMMENT ON TABLE idempotency.stripe_webhook_events IS
 	'Events that Stripe has sent, one row an event and consumer; change it through the functions only';
@@ -1078,8 +1098,10 @@ COMMENT ON FUNCTION idempotency.extend(text, text, bigint, interval) IS
 	'Renews the lease of a claim and returns until when it is held. '
 	'lease: from now on (default the one given last). '
 	'Raises IK001, IK002 if recorded, IK003, also where there is no lease to repeat';
-COMMENT ON FUNCTION idempotency.release(text, text, bigint) IS
-	'Gives a claim up: the key is absent again, its checkpoint forgotten. '
+COMMENT ON FUNCTION idempotency.release(text, text, bigint, boolean) IS
+	'Gives a claim up and returns true: the key is absent again, its checkpoint forgotten. '
+	'keep (default false): the claim lapses at once, and keeps request, attempt and checkpoint, '
+	'for a result that isn''t known yet. '
 	'Raises IK001, IK002 if recorded, IK003';
 COMMENT ON FUNCTION idempotency.lookup(text, text) IS
 	'Shows a key as the query''s snapshot sees it, NULL where it is absent or expired. '
@@ -1118,7 +1140,8 @@ COMMENT ON FUNCTION idempotency.stripe_extend(text, text, bigint, interval, text
 	'lease: from now on (default the one given last); account: default ''''. '
 	'Raises IK001, IK002 if recorded, IK003, IK009';
 COMMENT ON FUNCTION idempotency.stripe_reopen(text, text, text, boolean, integer) IS
-	'Starts an operation''s next generation and returns its new key. '
+	'Starts an operation''s next generation and returns its new key: for another request than the one that failed, '
+	'also where a refused one (400) was corrected. '
 	'account: default ''''; force (default false): also where the outcome isn''t known, '
 	'which may charge a second time; from_generation: does nothing where that one is reopened already. '
 	'Raises IK002 for an operation completed, in progress or, without force, unknown; '
@@ -1155,12 +1178,14 @@ COMMENT ON FUNCTION idempotency.stripe_reconcile(text, text, text, integer) IS
 	'max_requests: how many requests to Stripe, 1 to 1000 (default 20). '
 	'What Stripe or the network does is evidence. Raises IK003, also for one never claimed, IK009, '
 	'IK010 where the library idempotency_stripe isn''t installed, F0000 without a usable API key';
-COMMENT ON FUNCTION idempotency.stripe_settle(text, text, idempotency.outcome, text, text, text) IS
+COMMENT ON FUNCTION idempotency.stripe_settle(text, text, idempotency.outcome, text, text, text, jsonb) IS
 	'Settles an operation whose outcome isn''t known, by somebody who has found out; keeps who, when and note, '
 	'and sends NOTIFY idempotency_settled. '
 	'outcome: completed, failed or not_executed; resource_id: what Stripe has made; note: how you know; '
-	'account: default ''''. Raises IK002 where another outcome is recorded or it is in progress, '
-	'IK003, also for one never claimed, IK009';
+	'account: default ''''; response: the object that was made, or {"error": ...} of a refusal, as Stripe shows it. '
+	'Raises IK002 where another outcome is recorded, it is in progress or the response is of the other mode, '
+	'IK003, also for one never claimed and for a response that contradicts outcome or resource_id, '
+	'IK007 over idempotency.max_response_size, IK009';
 COMMENT ON FUNCTION idempotency.stripe_acknowledge(text, text, text, text) IS
 	'Takes an operation off the list stripe_orphans; keeps who, when and note. '
 	'note: what was done about it; account: default ''''. '

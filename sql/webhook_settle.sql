@@ -52,7 +52,8 @@ END $$;
 SET idempotency.stripe_ledger = 'transaction';
 
 CREATE FUNCTION state(id text, account text = '') RETURNS text LANGUAGE sql
-RETURN (SELECT concat_ws(' ', outcome, resource_id, resource_type, response ->> 'status', error ->> 'code')
+RETURN (SELECT concat_ws(' ', outcome, resource_id, resource_type, response ->> 'status', error ->> 'code',
+		CASE WHEN resource_status IS DISTINCT FROM response ->> 'status' THEN '[' || COALESCE(resource_status, 'no status') || ']' END)
 	FROM idempotency.stripe_lookup('t', id, account));
 
 --

@@ -798,6 +798,7 @@ fill_call_claim(StripeClaim *claim, StripeCallClaim *answer)
 		answer->first_sent_at < DatumGetTimestampTz(row->values[S_CLAIMED_AT]);
 	answer->resource_id = stripe_row_string(row, S_RESOURCE_ID);
 	answer->resource_type = stripe_row_string(row, S_RESOURCE_TYPE);
+	answer->resource_status = stripe_row_string(row, S_RESOURCE_STATUS);
 	answer->request_id = stripe_row_string(row, S_REQUEST_ID);
 	if (!row->isnull[S_HTTP_STATUS])
 		answer->http_status = DatumGetInt32(row->values[S_HTTP_STATUS]);
@@ -884,6 +885,7 @@ recorder_claim(const StripeCall *call, StripeCallClaim *answer)
 	else
 		run_claim(&claim, call, call->answer_room + ANSWER_OVERHEAD);
 
+	stripe_advise_reopen(&claim);
 	fill_call_claim(&claim, answer);
 	if (claim.verdict == STRIPE_CLAIMED)
 		begin_flight(&claim, direct);
@@ -950,6 +952,7 @@ recorder_record(const StripeCallResult *result)
 		record.http_status = result->http_status;
 		record.resource_id = result->resource_id;
 		record.resource_type = result->resource_type;
+		record.resource_status = result->resource_status;
 		record.request_id = result->request_id;
 		record.response = result->response;
 		record.error = result->error;
@@ -974,6 +977,7 @@ recorder_record(const StripeCallResult *result)
 		arguments_put_int(&arguments, result->livemode);
 		arguments_put_string(&arguments, result->resource_id);
 		arguments_put_string(&arguments, result->resource_type);
+		arguments_put_string(&arguments, result->resource_status);
 		arguments_put_string(&arguments, result->request_id);
 		arguments_put_pointer(&arguments, dropped ? NULL : result->response);
 		arguments_put_pointer(&arguments, dropped ? NULL : result->error);

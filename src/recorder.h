@@ -103,6 +103,7 @@ typedef struct StripeCallClaim
 	/* what is recorded */
 	char	   *resource_id;
 	char	   *resource_type;
+	char	   *resource_status;
 	char	   *request_id;
 	int			http_status;
 	Jsonb	   *response;
@@ -121,6 +122,7 @@ typedef struct StripeCallResult
 	int			http_status;	/* 0: no answer */
 	const char *resource_id;
 	const char *resource_type;
+	const char *resource_status;
 	const char *request_id;
 	Jsonb	   *response;		/* the body, {"error": ...} included */
 	Jsonb	   *error;			/* its error object */

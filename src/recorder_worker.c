@@ -322,6 +322,7 @@ do_record(Order *order, Operation *op, Relation rel)
 		result.livemode = (int) arguments_get_int(&from);
 		result.resource_id = arguments_get_string(&from);
 		result.resource_type = arguments_get_string(&from);
+		result.resource_status = arguments_get_string(&from);
 		result.request_id = arguments_get_string(&from);
 		result.response = arguments_get_pointer(&from);
 		result.error = arguments_get_pointer(&from);

@@ -8,6 +8,7 @@
  *
  *	expires_at set			recorded; absent once that moment has passed
  *	lease_expires_at set	claimed, held until then; lapsed afterwards
+ *	  without lease			given up at that moment, by release(keep => true)
  *	neither					claimed without a lease, so held by the transaction
  *							that wrote it: whoever sees such a row committed
  *							(idempotency.open_claim_at_commit) finds it lapsed
@@ -115,7 +116,7 @@ static OwnerStatement take_lapsed = {
 	" attempt = attempt OPERATOR(pg_catalog.+) 1, fingerprint = COALESCE(fingerprint, $8)"
 	" WHERE scope OPERATOR(pg_catalog.=) $1 AND key OPERATOR(pg_catalog.=) $2"
 	" AND token OPERATOR(pg_catalog.=) $9 AND expires_at IS NULL"
-	" AND (lease_expires_at IS NULL OR lease_expires_at OPERATOR(pg_catalog.<=) $4)"
+	" AND (lease IS NULL OR lease_expires_at OPERATOR(pg_catalog.<=) $4)"
 	" RETURNING attempt, recovery_point, recovery_data",
 	9, {TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TIMESTAMPTZOID, INTERVALOID,
 	INTERVALOID, BYTEAOID, INT8OID}
@@ -189,6 +190,18 @@ static OwnerStatement release_claim = {
 	" WHERE scope OPERATOR(pg_catalog.=) $1 AND key OPERATOR(pg_catalog.=) $2"
 	" AND token OPERATOR(pg_catalog.=) $3 AND expires_at IS NULL",
 	3, {TEXTOID, TEXTOID, INT8OID}
+};
+
+/*
+ * Request, attempt and recovery point stay.  $5 is a token that nobody has: the
+ * old one must not record any more.
+ */
+static OwnerStatement keep_claim = {
+	"UPDATE idempotency.idempotency_keys SET token = $5,"
+	" lease = NULL, lease_expires_at = $4"
+	" WHERE scope OPERATOR(pg_catalog.=) $1 AND key OPERATOR(pg_catalog.=) $2"
+	" AND token OPERATOR(pg_catalog.=) $3 AND expires_at IS NULL",
+	5, {TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, INT8OID}
 };
 
 /*
@@ -299,6 +312,7 @@ typedef struct RequestClaim
 	Duration	ttl;
 	int64		token;
 	bool		claimed;
+	bool		mismatch;
 	ResultRow	result;
 } RequestClaim;
 
@@ -330,6 +344,17 @@ is_expired(LedgerRow *row, TimestampTz now)
 }
 
 /*
+ * Was the key given back with its request kept?  Then it is free from that
+ * moment on, whatever the clock says now, and for the transaction that did it.
+ */
+static bool
+is_given_up(LedgerRow *row)
+{
+	return row->isnull[K_EXPIRES_AT] && row->isnull[K_LEASE] &&
+		!row->isnull[K_LEASE_EXPIRES_AT];
+}
+
+/*
  * What a claim finds.  A different request is told so before anything else is
  * told about the key.
  */
@@ -345,6 +370,7 @@ decide(LedgerClaim *base, LedgerRow *row, TimestampTz now)
 	if (!row->isnull[K_FINGERPRINT] &&
 		!request_matches(&claim->print, DatumGetByteaPP(row->values[K_FINGERPRINT])))
 	{
+		claim->mismatch = true;
 		result_set_enum(&claim->result, C_VERDICT, "mismatch");
 		result_set(&claim->result, C_HTTP_STATUS, Int32GetDatum(422));
 		return LEDGER_ANSWER;
@@ -361,6 +387,9 @@ decide(LedgerClaim *base, LedgerRow *row, TimestampTz now)
 		answer_copy(claim, C_EXPIRES_AT, row, K_EXPIRES_AT);
 		return LEDGER_ANSWER;
 	}
+
+	if (is_given_up(row))
+		return LEDGER_TAKE;
 
 	if (!row->isnull[K_LEASE_EXPIRES_AT] &&
 		DatumGetTimestampTz(row->values[K_LEASE_EXPIRES_AT]) > now)
@@ -491,6 +520,24 @@ describe_key(text *key, text *scope)
 }
 
 /*
+ * A request may be any JSON.  Where it is another than the one before, and a
+ * mere string, a driver has mostly encoded it twice; nobody sees that elsewhere.
+ */
+static void
+say_that_request_is_text(RequestPrint *print, text *key, text *scope)
+{
+	JsonbValue	value;
+
+	if (!JB_ROOT_IS_SCALAR(print->request) ||
+		!JsonbExtractScalar(&print->request->root, &value) || value.type != jbvString)
+		return;
+	ereport(NOTICE,
+			(errmsg("request of idempotency key %s is a JSON string, and not the one that is recorded",
+					describe_key(key, scope)),
+			 errhint("It may have been encoded twice: pass the object, or its text as it is.")));
+}
+
+/*
  * claim(key, scope, request, ttl, lease, wait)
  */
 Datum
@@ -521,6 +568,8 @@ idempotency_claim(PG_FUNCTION_ARGS)
 	ledger_claim(&requests, rel, &claim.base);
 	ledger_close(rel);
 
+	if (claim.mismatch)
+		say_that_request_is_text(&claim.print, key, scope);
 	if (claim.claimed && !claim.lease.given)
 		open_claims_add(claim.token, "idempotency key", describe_key(key, scope));
 
@@ -551,6 +600,8 @@ explain_refusal(Relation rel, text *key, text *scope, int64 token, LedgerRow *re
 
 	if (row.found != FOUND_ROW || is_expired(&row, now))
 		reason = "It is not claimed: it never was, was released, has expired, or its claim was rolled back.";
+	else if (DatumGetInt64(row.values[K_TOKEN]) != token && is_given_up(&row))
+		reason = "It was released.";
 	else if (DatumGetInt64(row.values[K_TOKEN]) != token)
 		reason = "It was claimed again after that claim's lease had lapsed.";
 	else if (row.isnull[K_EXPIRES_AT])
@@ -864,7 +915,7 @@ idempotency_extend(PG_FUNCTION_ARGS)
 }
 
 /*
- * release(key, scope, token)
+ * release(key, scope, token, keep)
  */
 Datum
 idempotency_release(PG_FUNCTION_ARGS)
@@ -872,21 +923,23 @@ idempotency_release(PG_FUNCTION_ARGS)
 	text	   *key = argument_key(fcinfo, 0);
 	text	   *scope = argument_scope(fcinfo, 1);
 	int64		token = argument_token(fcinfo, 2);
+	bool		keep = argument_bool(fcinfo, 3, "keep");
 	Relation	rel;
-	Datum		values[4];
+	Datum		values[5];
 
 	PreventCommandDuringRecovery("idempotency.release()");
 
 	values[0] = PointerGetDatum(scope);
 	values[1] = PointerGetDatum(key);
 	values[2] = Int64GetDatum(token);
+	values[4] = Int64GetDatum(keep ? ledger_new_token() : 0);
 
 	rel = ledger_open(&requests, RowExclusiveLock, false);
-	fenced(rel, &release_claim, values, NULL, key, scope, token, NULL, NULL);
+	fenced(rel, keep ? &keep_claim : &release_claim, values, NULL, key, scope, token, NULL, NULL);
 	ledger_close(rel);
 
 	open_claims_remove(token);
-	PG_RETURN_VOID();
+	PG_RETURN_BOOL(true);
 }
 
 /* ---------- display ---------- */
@@ -936,7 +989,7 @@ idempotency_lookup(PG_FUNCTION_ARGS)
 	{
 		result_set_text(&result, I_STATUS, "in_progress");
 		result_set(&result, I_LAPSED,
-				   BoolGetDatum(row.isnull[K_LEASE_EXPIRES_AT] ||
+				   BoolGetDatum(row.isnull[K_LEASE] ||
 								DatumGetTimestampTz(row.values[K_LEASE_EXPIRES_AT]) <= now));
 	}
 	else

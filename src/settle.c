@@ -41,16 +41,23 @@ PG_FUNCTION_INFO_V1(idempotency_stripe_acknowledge);
 /* How much of the table settle_note_fates() looks at in one go. */
 #define NOTE_BLOCKS 1024
 
+#define SETTLED_AS_MADE(value) \
+	"CASE WHEN $6 OPERATOR(pg_catalog.=) 'not_executed' THEN NULL ELSE " value " END"
+
 /*
  * $4, $5: token and outcome that were seen.  The answer that left it unknown isn't
- * replayed as that of what is known now.
+ * replayed as that of what is known now, nor as one about another object.
  */
 static OwnerStatement settle = {
 	"UPDATE idempotency.stripe_idempotency_keys SET outcome = $6::idempotency.outcome,"
-	" uncertain = false, resource_id = CASE WHEN $6 OPERATOR(pg_catalog.=) 'not_executed'"
-	" THEN NULL ELSE COALESCE($7, resource_id) END, recorded_at = $8,"
-	" http_status = NULL, error = NULL,"
-	" response = CASE WHEN response OPERATOR(pg_catalog.?) 'error' THEN NULL ELSE response END,"
+	" uncertain = false, recorded_at = $8,"
+	" resource_id = " SETTLED_AS_MADE("COALESCE($7, resource_id)") ","
+	" resource_type = " SETTLED_AS_MADE(OF_RESOURCE("resource_type", "$7", "$13")) ","
+	" resource_status = " SETTLED_AS_MADE(OF_RESOURCE("resource_status", "$7", "$14")) ","
+	" livemode = COALESCE($15, livemode), http_status = NULL, error = $17,"
+	" response = CASE WHEN $16 IS NOT NULL THEN " WITHOUT_SECRET("$16")
+	" WHEN response OPERATOR(pg_catalog.?) 'error' OR $7 OPERATOR(pg_catalog.<>) resource_id"
+	" THEN NULL ELSE " SETTLED_AS_MADE("response") " END,"
 	" first_sent_at = CASE WHEN $6 OPERATOR(pg_catalog.=) 'not_executed' THEN NULL"
 	" ELSE first_sent_at END,"
 	" lease = NULL, lease_expires_at = NULL, caller_life = NULL, caller_vxid = NULL,"
@@ -59,8 +66,8 @@ static OwnerStatement settle = {
 	STRIPE_WHERE_KEY
 	" AND token OPERATOR(pg_catalog.=) $4"
 	" AND outcome OPERATOR(pg_catalog.=) $5::idempotency.outcome",
-	12, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID,
-	TEXTOID, TEXTOID, TEXTOID, JSONBOID}
+	17, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID,
+	TEXTOID, TEXTOID, TEXTOID, JSONBOID, TEXTOID, TEXTOID, BOOLOID, JSONBOID, JSONBOID}
 };
 
 static OwnerStatement acknowledge = {
@@ -80,12 +87,30 @@ static OwnerStatement find_callers = {
 	3, {TIDOID, TIDOID, INT8OID}
 };
 
+static void
+set_text(Datum *values, char *nulls, int i, const char *string)
+{
+	if (string != NULL)
+		values[i] = CStringGetTextDatum(string);
+	else
+		nulls[i] = 'n';
+}
+
+static void
+set_jsonb(Datum *values, char *nulls, int i, Jsonb *json)
+{
+	if (json != NULL)
+		values[i] = JsonbPGetDatum(json);
+	else
+		nulls[i] = 'n';
+}
+
 /*
  * Settle an operation that is unknown, or was never recorded.
  *
  * Returns false where exactly that is recorded already.  Raises IK002 where
- * something else is, or where it is still in progress, and IK003 where it was
- * never claimed.
+ * something else is, where it is still in progress, or where the object is of the
+ * other mode, and IK003 where it was never claimed.
  */
 bool
 settle_operation(Operation *op, const Settlement *settlement)
@@ -101,8 +126,8 @@ settle_operation(Operation *op, const Settlement *settlement)
 		TimestampTz now;
 		char	   *stored;
 		char	   *resource_id;
-		Datum		values[12];
-		char		nulls[] = "            ";
+		Datum		values[17];
+		char		nulls[] = "                 ";
 
 		ledger_look_latest(&stripe_calls, rel, op->key, &row);
 		now = GetCurrentTimestamp();
@@ -135,25 +160,31 @@ settle_operation(Operation *op, const Settlement *settlement)
 					 errmsg("Stripe operation %s is in progress", describe_operation(op)),
 					 errhint("Wait for its outcome, or until its lease has lapsed.")));
 
+		/* a copied database has both modes' operations, with the same keys */
+		if (settlement->livemode >= 0 && !row.isnull[S_LIVEMODE] &&
+			DatumGetBool(row.values[S_LIVEMODE]) != (settlement->livemode > 0))
+			ereport(ERROR,
+					(errcode(ERRCODE_CONTRADICTS_RECORD),
+					 errmsg("Stripe operation %s was begun in %s mode", describe_operation(op),
+							DatumGetBool(row.values[S_LIVEMODE]) ? "live" : "test"),
+					 errdetail("The response is of the other mode.")));
+
 		memcpy(values, op->key, sizeof(op->key));
 		values[3] = row.values[S_TOKEN];
 		values[4] = CStringGetTextDatum(stored);
 		values[5] = CStringGetTextDatum(outcome);
-		if (settlement->resource_id != NULL)
-			values[6] = CStringGetTextDatum(settlement->resource_id);
-		else
-			nulls[6] = 'n';
+		set_text(values, nulls, 6, settlement->resource_id);
 		values[7] = TimestampTzGetDatum(now);
 		values[8] = CStringGetTextDatum(stripe_row_outcome(&row));
 		values[9] = CStringGetTextDatum(settlement->by);
-		if (settlement->note != NULL)
-			values[10] = CStringGetTextDatum(settlement->note);
-		else
-			nulls[10] = 'n';
-		if (settlement->evidence != NULL)
-			values[11] = JsonbPGetDatum(settlement->evidence);
-		else
-			nulls[11] = 'n';
+		set_text(values, nulls, 10, settlement->note);
+		set_jsonb(values, nulls, 11, settlement->evidence);
+		set_text(values, nulls, 12, settlement->resource_type);
+		set_text(values, nulls, 13, settlement->resource_status);
+		values[14] = BoolGetDatum(settlement->livemode > 0);
+		nulls[14] = settlement->livemode < 0 ? 'n' : ' ';
+		set_jsonb(values, nulls, 15, settlement->response);
+		set_jsonb(values, nulls, 16, settlement->error);
 		if (ledger_execute_latest(rel, &settle, values, nulls, NULL, NULL, 0) > 0)
 		{
 			stripe_notify_settled(op, outcome, settlement->resource_id != NULL ?
@@ -170,6 +201,56 @@ static const char *
 session_user_name(void)
 {
 	return GetUserNameFromId(GetSessionUserId(), false);
+}
+
+/* The status of an answer that would have had this outcome, for the one rule. */
+#define STATUS_COMPLETED	200
+#define STATUS_FAILED		400
+
+/*
+ * The object that a settlement brings.  It has to say what the settlement says:
+ * what an answer means is made out as for an answer that came by itself.
+ */
+static void
+settle_with_response(Settlement *settlement, Jsonb *response)
+{
+	const char *outcome = stripe_outcome_name(settlement->outcome);
+	StripeResult result;
+
+	if (!JB_ROOT_IS_OBJECT(response))
+		ereport(ERROR,
+				(errcode(ERRCODE_BAD_ARGUMENT),
+				 errmsg("%s must be a JSON object", "response")));
+	if (settlement->outcome == STRIPE_NOT_EXECUTED)
+		ereport(ERROR,
+				(errcode(ERRCODE_BAD_ARGUMENT),
+				 errmsg("an operation that was not executed has no response")));
+
+	stripe_read_answer(response,
+					   settlement->outcome == STRIPE_FAILED ? STATUS_FAILED : STATUS_COMPLETED,
+					   NULL, &result);
+	if (result.outcome != settlement->outcome ||
+		(result.error != NULL) != (settlement->outcome == STRIPE_FAILED))
+		ereport(ERROR,
+				(errcode(ERRCODE_BAD_ARGUMENT),
+				 errmsg("response contradicts outcome \"%s\"", outcome),
+				 settlement->outcome == STRIPE_FAILED ?
+				 errhint("Of a refusal it is {\"error\": ...}, as Stripe sent it; leave it out if you don't have it.") :
+				 errhint("It is the object that was made, as Stripe shows it.")));
+	if (settlement->resource_id != NULL && result.resource_id != NULL &&
+		strcmp(settlement->resource_id, result.resource_id) != 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_BAD_ARGUMENT),
+				 errmsg("response contradicts resource_id \"%s\"", settlement->resource_id),
+				 errdetail("Its id is \"%s\".", result.resource_id)));
+
+	if (settlement->resource_id == NULL)
+		settlement->resource_id = result.resource_id;
+	settlement->resource_type = result.resource_type;
+	settlement->resource_status = result.resource_status;
+	settlement->livemode = result.livemode;
+	settlement->response = response;
+	settlement->error = result.error;
 }
 
 /* A note by a person, or NULL. */
@@ -191,11 +272,12 @@ operation_arguments(Operation *op, FunctionCallInfo fcinfo, int account_argno)
 
 /*
  * stripe_settle(operation_type, operation_id, outcome, resource_id, note,
- *				 account)
+ *				 account, response)
  */
 Datum
 idempotency_stripe_settle(PG_FUNCTION_ARGS)
 {
+	static const int sized[] = {6};
 	Operation	op;
 	Settlement	settlement;
 	char	   *outcome;
@@ -207,7 +289,9 @@ idempotency_stripe_settle(PG_FUNCTION_ARGS)
 		ereport(ERROR,
 				(errcode(ERRCODE_BAD_ARGUMENT),
 				 errmsg("%s must not be null", "outcome")));
+	check_size(fcinfo, sized, lengthof(sized), "response");
 	memset(&settlement, 0, sizeof(settlement));
+	settlement.livemode = -1;
 	outcome = enum_label(PG_GETARG_DATUM(2));
 	if (strcmp(outcome, "completed") == 0)
 		settlement.outcome = STRIPE_COMPLETED;
@@ -229,6 +313,8 @@ idempotency_stripe_settle(PG_FUNCTION_ARGS)
 					false, "resource_id");
 		settlement.resource_id = text_to_cstring(PG_GETARG_TEXT_PP(3));
 	}
+	if (!PG_ARGISNULL(6))
+		settle_with_response(&settlement, PG_GETARG_JSONB_P(6));
 	settlement.note = note_argument(fcinfo, 4);
 	settlement.by = session_user_name();
 

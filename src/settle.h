@@ -19,6 +19,14 @@ typedef struct Settlement
 {
 	StripeOutcome outcome;		/* completed, failed or not_executed */
 	const char *resource_id;
+
+	/* of the object, where there is one */
+	const char *resource_type;
+	const char *resource_status;
+	int			livemode;		/* 1, 0 or -1 */
+	Jsonb	   *response;
+	Jsonb	   *error;
+
 	const char *by;				/* who, or what */
 	const char *note;
 	Jsonb	   *evidence;

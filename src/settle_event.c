@@ -50,6 +50,7 @@
 #include "json_member.h"
 #include "ledger.h"
 #include "settle_event.h"
+#include "stripe_answer.h"
 #include "stripe_effect.h"
 #include "stripe_ledger.h"
 #include "webhooks.h"
@@ -111,7 +112,8 @@ static OwnerStatement settle_call = {
 	"UPDATE idempotency.stripe_idempotency_keys SET"
 	" outcome = $5::idempotency.outcome, uncertain = false, recorded_at = $6,"
 	" http_status = NULL,"
-	" resource_id = $7, resource_type = $8, livemode = COALESCE($9, livemode),"
+	" resource_id = $7, resource_type = $8, resource_status = $15,"
+	" livemode = COALESCE($9, livemode),"
 	" request_id = COALESCE($10, request_id), response = $11, error = $12,"
 	" lease = NULL, lease_expires_at = NULL, caller_life = NULL, caller_vxid = NULL,"
 	" settled = pg_catalog.jsonb_build_object('was', outcome, 'by', $14,"
@@ -119,8 +121,8 @@ static OwnerStatement settle_call = {
 	STRIPE_WHERE_KEY
 	" AND token OPERATOR(pg_catalog.=) $4"
 	" AND (" OUTCOME_IS("unknown") " OR " OUTCOME_IS("in_progress") ")",
-	14, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TEXTOID, TIMESTAMPTZOID, TEXTOID,
-	TEXTOID, BOOLOID, TEXTOID, JSONBOID, JSONBOID, JSONBOID, TEXTOID}
+	15, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TEXTOID, TIMESTAMPTZOID, TEXTOID,
+	TEXTOID, BOOLOID, TEXTOID, JSONBOID, JSONBOID, JSONBOID, TEXTOID, TEXTOID}
 };
 
 static OwnerStatement note_asked = {
@@ -268,8 +270,8 @@ static bool
 write_finding(Relation rel, Call *call, const Finding *finding, TimestampTz now, Execute execute)
 {
 	Operation	op;
-	Datum		values[14];
-	char		nulls[] = "              ";
+	Datum		values[15];
+	char		nulls[] = "               ";
 
 	memcpy(values, call->values, 4 * sizeof(Datum));
 	set_text(values, nulls, 4, finding->outcome);
@@ -283,6 +285,7 @@ write_finding(Relation rel, Call *call, const Finding *finding, TimestampTz now,
 	set_jsonb(values, nulls, 11, finding->error);
 	set_jsonb(values, nulls, 12, finding->evidence);
 	set_text(values, nulls, 13, finding->by);
+	set_text(values, nulls, 14, finding->object_status);
 	if (execute(rel, &settle_call, values, nulls, NULL, NULL, 0) == 0)
 		return false;
 
@@ -307,6 +310,7 @@ finding_of_event(const WebhookEvent *event, FoundBy found_by, Jsonb *request, Fi
 
 	finding->object_id = event->object_id;
 	finding->object_type = event->object_type;
+	finding->object_status = stripe_object_status(event->object);
 	finding->livemode = event->livemode_known ? event->livemode : -1;
 	if (found_by == BY_KEY)
 		finding->request_id = event->request_id;

@@ -22,6 +22,7 @@ typedef struct Finding
 	const char *outcome;		/* completed or failed */
 	const char *object_id;
 	const char *object_type;
+	const char *object_status;
 	int			livemode;		/* 1, 0 or -1 */
 	const char *request_id;
 	Jsonb	   *response;

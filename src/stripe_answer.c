@@ -23,6 +23,35 @@
 #define HTTP_NO_CONTENT 204
 #define HTTP_NOT_FOUND 404
 
+/* Stripe's ids have 255 characters at most; what is longer is none. */
+static void
+drop_if_long(char **value)
+{
+	if (*value != NULL && strlen(*value) > STRIPE_ID_MAX)
+		*value = NULL;
+}
+
+/* The status of an object, or NULL. */
+char *
+stripe_object_status(JsonbContainer *object)
+{
+	char	   *status = json_string_member(object, "status");
+
+	drop_if_long(&status);
+	return status;
+}
+
+static void
+read_livemode(JsonbContainer *object, StripeBody *body)
+{
+	JsonbValue	value;
+
+	if (!json_member(object, "livemode", &value) || value.type != jbvBool)
+		return;
+	body->livemode = value.val.boolean;
+	body->livemode_isnull = false;
+}
+
 /*
  * The object that a refused call left behind: a declined card leaves its
  * payment intent in the error.
@@ -35,7 +64,8 @@ resource_of_error(JsonbContainer *error, StripeBody *body)
 
 	for (i = 0; i < lengthof(members); i++)
 	{
-		char	   *id = json_string_member(json_object_member(error, members[i]), "id");
+		JsonbContainer *object = json_object_member(error, members[i]);
+		char	   *id = json_string_member(object, "id");
 
 		if (id == NULL)
 			id = json_string_member(error, members[i]);
@@ -43,17 +73,11 @@ resource_of_error(JsonbContainer *error, StripeBody *body)
 		{
 			body->resource_id = id;
 			body->resource_type = pstrdup(members[i]);
+			body->resource_status = stripe_object_status(object);
+			read_livemode(object, body);
 			return;
 		}
 	}
-}
-
-/* Stripe's ids have 255 characters at most; what is longer is none. */
-static void
-drop_if_long(char **value)
-{
-	if (*value != NULL && strlen(*value) > STRIPE_ID_MAX)
-		*value = NULL;
 }
 
 /*
@@ -68,6 +92,7 @@ stripe_read_body(Jsonb *json, StripeBody *body)
 
 	memset(body, 0, sizeof(StripeBody));
 	body->json = json;
+	body->livemode_isnull = true;
 
 	if (error != NULL)
 	{
@@ -81,14 +106,13 @@ stripe_read_body(Jsonb *json, StripeBody *body)
 	{
 		body->resource_id = json_string_member(root, "id");
 		body->resource_type = json_string_member(root, "object");
+		body->resource_status = stripe_object_status(root);
 	}
 
 	drop_if_long(&body->resource_id);
 	drop_if_long(&body->resource_type);
 
-	body->livemode_isnull = !(json_member(root, "livemode", &value) && value.type == jbvBool);
-	if (!body->livemode_isnull)
-		body->livemode = value.val.boolean;
+	read_livemode(root, body);
 }
 
 /*
@@ -173,6 +197,7 @@ stripe_judge(const StripeReceived *received, StripeBody *body, StripeAnswer *ans
 	{
 		body->resource_id = NULL;
 		body->resource_type = NULL;
+		body->resource_status = NULL;
 		body->livemode_isnull = true;
 	}
 

@@ -27,6 +27,7 @@ typedef struct StripeBody
 	char	   *error_code;
 	char	   *resource_id;	/* what was made, also by a refused call */
 	char	   *resource_type;
+	char	   *resource_status;	/* its member "status", where that is a string */
 	bool		livemode;
 	bool		livemode_isnull;
 } StripeBody;
@@ -47,6 +48,7 @@ typedef struct StripeReceived
 	bool		uncertain;		/* may an attempt before have been executed? */
 } StripeReceived;
 
+extern char *stripe_object_status(JsonbContainer *object);
 extern void stripe_read_body(Jsonb *json, StripeBody *body);
 extern StripeClass stripe_judge(const StripeReceived *received, StripeBody *body,
 								StripeAnswer *answer);

@@ -80,7 +80,8 @@ static const char *const stripe_columns[S_NCOLUMNS] = {
 	"idempotency_key", "resource_id", "resource_type", "request_id",
 	"fingerprint", "past_tokens", "request", "response", "error", "history",
 	"method", "path", "api_version", "body", "caller_life", "caller_vxid",
-	"callers", "callers_system", "settled", "acknowledged", "reconciled"
+	"callers", "callers_system", "settled", "acknowledged", "reconciled",
+	"resource_status"
 };
 
 Ledger		stripe_calls = {
@@ -93,7 +94,7 @@ Ledger		stripe_calls = {
 		" idempotency_key, resource_id, resource_type, request_id,"
 		" fingerprint, past_tokens, request, response, error, history,"
 		" method, path, api_version, body, caller_life, caller_vxid,"
-		" callers, callers_system, settled, acknowledged, reconciled"
+		" callers, callers_system, settled, acknowledged, reconciled, resource_status"
 		" FROM idempotency.stripe_idempotency_keys" STRIPE_WHERE_KEY,
 		3, {TEXTOID, TEXTOID, TEXTOID}
 	}
@@ -158,31 +159,20 @@ static OwnerStatement renew_claim = {
 };
 
 /*
- * The secret of an endpoint for webhooks is told once, to whoever has made the
- * endpoint, and has no place in a table.
- */
-#define WITHOUT_SECRET(response) \
-	"CASE WHEN (" response " OPERATOR(pg_catalog.->>) 'object'::pg_catalog.text)" \
-	" OPERATOR(pg_catalog.=) 'webhook_endpoint'" \
-	" THEN " response " OPERATOR(pg_catalog.-) 'secret'::pg_catalog.text" \
-	" WHEN (" response " OPERATOR(pg_catalog.->>) 'object'::pg_catalog.text)" \
-	" OPERATOR(pg_catalog.=) 'v2.core.event_destination'" \
-	" THEN " response " OPERATOR(pg_catalog.#-) '{webhook_endpoint,signing_secret}'::pg_catalog.text[]" \
-	" ELSE " response " END"
-
-/*
  * $6 is the outcome of this answer.  It makes the operation free only where no
  * attempt before may have been executed; and an outcome that isn't known stays
  * uncertain whatever this token records next, but for a definitive one.
  * $14: this attempt never left.  $15: the transaction that records answers for
- * the row by itself.
+ * the row by itself.  $16: what the object's status is.
  */
 static OwnerStatement record_outcome = {
 	"UPDATE idempotency.stripe_idempotency_keys SET recorded_at = $5,"
 	" outcome = CASE WHEN $6 OPERATOR(pg_catalog.=) 'not_executed' AND uncertain"
 	" THEN 'unknown'::idempotency.outcome ELSE $6::idempotency.outcome END,"
 	" uncertain = uncertain OR $6 OPERATOR(pg_catalog.=) 'unknown',"
-	" resource_id = COALESCE($7, resource_id), resource_type = COALESCE($8, resource_type),"
+	" resource_id = COALESCE($7, resource_id),"
+	" resource_type = " OF_RESOURCE("resource_type", "$7", "$8") ","
+	" resource_status = " OF_RESOURCE("resource_status", "$7", "$16") ","
 	" http_status = $9, response = " WITHOUT_SECRET("$10") ", error = $11,"
 	" request_id = COALESCE($12, request_id), livemode = COALESCE($13, livemode),"
 	" first_sent_at = CASE WHEN $14 AND first_sent_at OPERATOR(pg_catalog.=) claimed_at"
@@ -193,8 +183,8 @@ static OwnerStatement record_outcome = {
 	" AND token OPERATOR(pg_catalog.=) $4"
 	" AND NOT (" OUTCOME_IS("completed") " OR " OUTCOME_IS("failed") ")"
 	" RETURNING outcome, uncertain, resource_id",
-	15, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TEXTOID, TEXTOID,
-	TEXTOID, INT4OID, JSONBOID, JSONBOID, TEXTOID, BOOLOID, BOOLOID, BOOLOID}
+	16, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TEXTOID, TEXTOID,
+	TEXTOID, INT4OID, JSONBOID, JSONBOID, TEXTOID, BOOLOID, BOOLOID, BOOLOID, TEXTOID}
 };
 
 static OwnerStatement release_claim = {
@@ -223,7 +213,7 @@ static OwnerStatement reopen = {
 	" pg_catalog.jsonb_build_object('generation', generation,"
 	" 'idempotency_key', idempotency_key, 'attempts', attempt, 'outcome', outcome,"
 	" 'http_status', http_status, 'resource_id', resource_id,"
-	" 'resource_type', resource_type, 'request_id', request_id, 'error', error,"
+	" 'resource_type', resource_type, 'resource_status', resource_status, 'request_id', request_id, 'error', error,"
 	" 'first_sent_at', first_sent_at, 'recorded_at', recorded_at, 'reopened_at', $6,"
 	" 'reopened_by', $9, 'forced', $10, 'settled', settled, 'acknowledged', acknowledged,"
 	" 'reconciled', reconciled),"
@@ -231,7 +221,8 @@ static OwnerStatement reopen = {
 	" idempotency_key = $7, outcome = 'not_executed'::idempotency.outcome,"
 	" uncertain = false, past_tokens = NULL, lease = NULL, lease_expires_at = NULL,"
 	" first_sent_at = NULL, recorded_at = NULL, http_status = NULL, livemode = NULL,"
-	" resource_id = NULL, resource_type = NULL, request_id = NULL, fingerprint = NULL,"
+	" resource_id = NULL, resource_type = NULL, resource_status = NULL, request_id = NULL,"
+	" fingerprint = NULL,"
 	" request = NULL, response = NULL, error = NULL, method = NULL, path = NULL,"
 	" api_version = NULL, body = NULL, caller_life = NULL, caller_vxid = NULL,"
 	" callers = '{}'::pg_catalog.xid8[], settled = NULL, acknowledged = NULL,"
@@ -789,6 +780,40 @@ stripe_claim_fetch(StripeClaim *claim, Relation rel)
 		stripe_refuse_token(claim->op, &claim->row);
 }
 
+/*
+ * The caller hears of a refusal that stands, though perhaps it has corrected what
+ * was refused.  Say how a corrected request comes to be sent: Stripe may have saved
+ * the refusal under the key, so that isn't done unasked.  A declined card isn't
+ * wrong, so nothing is said of it, but where another request was given.
+ */
+void
+stripe_advise_reopen(StripeClaim *claim)
+{
+	JsonbContainer *error = NULL;
+	char	   *type;
+
+	if (!claim->known || strcmp(claim->outcome, "failed") != 0 ||
+		(claim->verdict != STRIPE_REPLAY && claim->verdict != STRIPE_OTHER_REQUEST))
+		return;
+	if (!claim->row.isnull[S_ERROR])
+		error = &DatumGetJsonbP(claim->row.values[S_ERROR])->root;
+	type = json_string_member(error, "type");
+	if (claim->verdict == STRIPE_REPLAY &&
+		(type == NULL || strcmp(type, "invalid_request_error") != 0))
+		return;
+
+	ereport(NOTICE,
+			(claim->verdict == STRIPE_REPLAY ?
+			 errmsg("Stripe has refused operation %s as invalid, and that stands",
+					describe_operation(claim->op)) :
+			 errmsg("Stripe operation %s has failed with another request, and that stands",
+					describe_operation(claim->op)),
+			 errhint("A corrected request is sent with a new key, after idempotency.stripe_reopen(%s, %s, account => %s, from_generation => %d).",
+					 quote_literal_cstr(claim->op->type), quote_literal_cstr(claim->op->id),
+					 quote_literal_cstr(claim->op->account),
+					 DatumGetInt32(claim->row.values[S_GENERATION]))));
+}
+
 /* ---------- what the holder of a token does ---------- */
 
 static void
@@ -878,6 +903,7 @@ read_answer(StripeReceived *received, Jsonb *response, StripeResult *result)
 	result->resource_id = received->resource_id != NULL ? received->resource_id :
 		body.resource_id;
 	result->resource_type = body.resource_type;
+	result->resource_status = body.resource_status;
 	result->livemode = body.livemode_isnull ? -1 : body.livemode;
 }
 
@@ -1032,6 +1058,7 @@ stripe_record_run(Relation rel, Operation *op, int64 token, StripeResult *result
 	set_flag(values, nulls, 12, result->livemode);
 	values[13] = BoolGetDatum(result->never_sent);
 	values[14] = BoolGetDatum(result->adopt);
+	set_string(values, nulls, 15, result->resource_status);
 
 	for (;;)
 	{

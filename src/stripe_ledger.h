@@ -39,7 +39,7 @@ enum
 	S_FINGERPRINT, S_PAST_TOKENS, S_REQUEST, S_RESPONSE, S_ERROR, S_HISTORY,
 	S_METHOD, S_PATH, S_API_VERSION, S_BODY, S_CALLER_LIFE, S_CALLER_VXID,
 	S_CALLERS, S_CALLERS_SYSTEM, S_SETTLED, S_ACKNOWLEDGED,
-	S_RECONCILED,
+	S_RECONCILED, S_RESOURCE_STATUS,
 	S_NCOLUMNS
 };
 
@@ -48,6 +48,27 @@ enum
 	" WHERE account OPERATOR(pg_catalog.=) $1" \
 	" AND operation_type OPERATOR(pg_catalog.=) $2" \
 	" AND operation_id OPERATOR(pg_catalog.=) $3"
+
+/*
+ * The secret of an endpoint for webhooks is told once, to whoever has made the
+ * endpoint, and has no place in a table.
+ */
+#define WITHOUT_SECRET(response) \
+	"CASE WHEN (" response " OPERATOR(pg_catalog.->>) 'object'::pg_catalog.text)" \
+	" OPERATOR(pg_catalog.=) 'webhook_endpoint'" \
+	" THEN " response " OPERATOR(pg_catalog.-) 'secret'::pg_catalog.text" \
+	" WHEN (" response " OPERATOR(pg_catalog.->>) 'object'::pg_catalog.text)" \
+	" OPERATOR(pg_catalog.=) 'v2.core.event_destination'" \
+	" THEN " response " OPERATOR(pg_catalog.#-) '{webhook_endpoint,signing_secret}'::pg_catalog.text[]" \
+	" ELSE " response " END"
+
+/*
+ * What is known of the object that an operation has made, with the $n of an
+ * answer: that of another object, or of none, says nothing about this one.
+ */
+#define OF_RESOURCE(column, id, value) \
+	"CASE WHEN " id " OPERATOR(pg_catalog.<>) resource_id THEN " value \
+	" ELSE COALESCE(" value ", " column ") END"
 
 #define OUTCOME_IS(label) "outcome OPERATOR(pg_catalog.=) '" label "'::idempotency.outcome"
 
@@ -116,6 +137,7 @@ typedef struct StripeResult
 	int			http_status;	/* 0: none */
 	const char *resource_id;
 	const char *resource_type;
+	const char *resource_status;
 	const char *request_id;
 	Jsonb	   *response;
 	Jsonb	   *error;
@@ -156,6 +178,8 @@ extern void stripe_read_answer(Jsonb *response, int http_status, const char *res
 							   StripeResult *result);
 extern void stripe_read_answer_of(Relation rel, Operation *op, Jsonb *response, int http_status,
 								  const char *resource_id, StripeResult *result);
+
+extern void stripe_advise_reopen(StripeClaim *claim);
 
 extern void stripe_adopt_run(Relation rel, Operation *op, int64 token,
 							 FullTransactionId xid);

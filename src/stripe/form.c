@@ -1,8 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * form.c
- *	  Parameters as Stripe's API v1 takes them: application/x-www-form-urlencoded,
- *	  with nested names in brackets.
+ *	  Parameters as Stripe's API takes them: v1 application/x-www-form-urlencoded,
+ *	  with nested names in brackets, v2 JSON.
  *
  *	{"a": {"b": 1}, "c": ["x", {"d": true}]}	a[b]=1&c[0]=x&c[1][d]=true
  *	null										name=		(unset)
@@ -12,8 +12,14 @@
  * As Stripe's libraries do it, so that the server sees what it is used to:
  * arrays are always indexed, a space is %20, and brackets are left as they
  * are, in values too.  The libraries disagree on null and on the empty array;
- * here both are sent, because who writes them down means something by them.  Numbers are
- * written as jsonb shows them, in full and without exponent.
+ * here both are sent, because who writes them down means something by them.
+ *
+ * Numbers are written in full, without exponent, and a whole one without a
+ * fraction, however it is spelled: 1990.00 and 1.99e3 are 1990 when requests are
+ * compared, and Stripe, which refuses an amount with a point in it, is to see what
+ * was compared.  One with a fraction keeps its zeros, as jsonb shows it: where
+ * Stripe takes decimals (percent_off, unit_amount_decimal) 19.90 and 19.9 are the
+ * same to it, and metadata shows what was written.
  *
  * A name with brackets in it would be read as another name, so there is none.
  *
@@ -28,6 +34,8 @@
 
 #include "mb/pg_wchar.h"
 #include "utils/builtins.h"
+#include "utils/fmgrprotos.h"
+#include "utils/json.h"
 #include "utils/numeric.h"
 
 #include "compat.h"
@@ -36,6 +44,12 @@
 
 /* Objects and arrays in each other; Stripe's own go to about six. */
 #define FORM_MAX_DEPTH 20
+
+/*
+ * Digits of a number, before the point and after it: what metadata takes.  jsonb
+ * has room for 1e131071, which would be written out.
+ */
+#define FORM_MAX_DIGITS 500
 
 typedef struct Form
 {
@@ -92,13 +106,37 @@ check_name(const char *name, int len)
 }
 
 static void
-check_form_size(Form *form)
+check_size(Size size, Size max_size)
 {
-	if (form->out->len - form->start > form->max_size)
+	if (size > max_size)
 		ereport(ERROR,
 				(errcode(ERRCODE_TOO_LARGE),
 				 errmsg("Stripe parameters are too large"),
-				 errdetail("Encoded they have more than %zu bytes.", form->max_size)));
+				 errdetail("Encoded they have more than %zu bytes.", max_size)));
+}
+
+/*
+ * Append a number, which is bounded before it is written out.
+ */
+static void
+append_number(StringInfo out, Numeric number)
+{
+	Datum		trimmed = DirectFunctionCall1(numeric_trim_scale, NumericGetDatum(number));
+	int			scale = DatumGetInt32(DirectFunctionCall1(numeric_scale, trimmed));
+	Datum		size = DirectFunctionCall1(numeric_abs, trimmed);
+	Datum		limit = DirectFunctionCall3(numeric_in, CStringGetDatum("1e" CppAsString2(FORM_MAX_DIGITS)),
+											ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1));
+
+	if (DatumGetBool(DirectFunctionCall2(numeric_ge, size, limit)) ||
+		scale > FORM_MAX_DIGITS)
+		ereport(ERROR,
+				(errcode(ERRCODE_TOO_LARGE),
+				 errmsg("number in Stripe parameters has too many digits"),
+				 errdetail("It may have %d before the decimal point and as many after it.",
+						   FORM_MAX_DIGITS),
+				 errhint("Pass it as a string.")));
+	appendStringInfoString(out, DatumGetCString(DirectFunctionCall1(numeric_out,
+																	scale == 0 ? trimmed : NumericGetDatum(number))));
 }
 
 /* The name is complete: append name=value. */
@@ -120,8 +158,7 @@ encode_scalar(Form *form, JsonbValue *value)
 			append_encoded(out, value->val.string.val, value->val.string.len);
 			break;
 		case jbvNumeric:
-			appendStringInfoString(out, DatumGetCString(DirectFunctionCall1(numeric_out,
-																			NumericGetDatum(value->val.numeric))));
+			append_number(out, value->val.numeric);
 			break;
 		case jbvBool:
 			appendStringInfoString(out, value->val.boolean ? "true" : "false");
@@ -130,7 +167,7 @@ encode_scalar(Form *form, JsonbValue *value)
 			elog(ERROR, "unexpected type of jsonb value: %d", (int) value->type);
 	}
 
-	check_form_size(form);
+	check_size(out->len - form->start, form->max_size);
 }
 
 /*
@@ -217,6 +254,78 @@ form_encode(StringInfo out, Jsonb *params, Size max_size)
 	initStringInfo(&form.name);
 	encode_container(&form, &params->root, 1);
 	pfree(form.name.data);
+}
+
+/* A name or value of JSON. */
+static void
+append_json_scalar(StringInfo out, JsonbValue *value)
+{
+	switch (value->type)
+	{
+		case jbvNull:
+			appendStringInfoString(out, "null");
+			break;
+		case jbvString:
+			escape_json(out, pnstrdup(value->val.string.val, value->val.string.len));
+			break;
+		case jbvNumeric:
+			append_number(out, value->val.numeric);
+			break;
+		case jbvBool:
+			appendStringInfoString(out, value->val.boolean ? "true" : "false");
+			break;
+		default:
+			elog(ERROR, "unexpected type of jsonb value: %d", (int) value->type);
+	}
+}
+
+/*
+ * Append them as JSON, as jsonb shows it but for the numbers.  Raises the same.
+ */
+void
+json_encode(StringInfo out, Jsonb *params, Size max_size)
+{
+	JsonbIterator *it = JsonbIteratorInit(&params->root);
+	JsonbIteratorToken token;
+	JsonbValue	value;
+	StringInfoData json;
+	bool		separate = false;
+	char	   *utf8;
+
+	initStringInfo(&json);
+	while ((token = JsonbIteratorNext(&it, &value, false)) != WJB_DONE)
+	{
+		if (separate && token != WJB_END_ARRAY && token != WJB_END_OBJECT)
+			appendStringInfoString(&json, ", ");
+		separate = false;
+		switch (token)
+		{
+			case WJB_BEGIN_ARRAY:
+				appendStringInfoChar(&json, '[');
+				break;
+			case WJB_BEGIN_OBJECT:
+				appendStringInfoChar(&json, '{');
+				break;
+			case WJB_KEY:
+				append_json_scalar(&json, &value);
+				appendStringInfoString(&json, ": ");
+				break;
+			default:
+				if (token == WJB_END_ARRAY)
+					appendStringInfoChar(&json, ']');
+				else if (token == WJB_END_OBJECT)
+					appendStringInfoChar(&json, '}');
+				else
+					append_json_scalar(&json, &value);
+				separate = true;
+				break;
+		}
+		check_size(json.len, max_size);
+	}
+
+	utf8 = pg_server_to_any(json.data, json.len, PG_UTF8);
+	check_size(strlen(utf8), max_size);
+	appendStringInfoString(out, utf8);
 }
 
 /*

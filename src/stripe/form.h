@@ -17,5 +17,6 @@
 
 extern void form_append(StringInfo out, bool first, const char *name, const char *value);
 extern void form_encode(StringInfo out, Jsonb *params, Size max_size);
+extern void json_encode(StringInfo out, Jsonb *params, Size max_size);
 
 #endif							/* IDEMPOTENCY_STRIPE_FORM_H */

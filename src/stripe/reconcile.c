@@ -64,6 +64,7 @@
 #include "stripe/path.h"
 #include "stripe/resource.h"
 #include "stripe/stripe_call.h"
+#include "stripe_answer.h"
 #include "stripe_effect.h"
 #include "stripe_ledger.h"
 
@@ -678,6 +679,7 @@ judge_object(Reconcile *r, Doubt *doubt, Step *step, JsonbValue *value, FoundBy 
 	{
 		finding->object_id = id;
 		finding->object_type = short_string(type);
+		finding->object_status = stripe_object_status(object);
 		finding->livemode = r->key.live;
 		finding->response = json;
 		doubt->found_by = found_by;

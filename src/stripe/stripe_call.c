@@ -69,7 +69,7 @@ enum
 {
 	R_OUTCOME, R_REPLAYED, R_RESOURCE_ID, R_RESOURCE_TYPE, R_HTTP_STATUS, R_RESPONSE,
 	R_ERROR, R_IDEMPOTENCY_KEY, R_REQUEST_ID, R_ATTEMPTS, R_GENERATION, R_RETRY_AFTER,
-	R_LIVEMODE, R_NCOLUMNS
+	R_LIVEMODE, R_RESOURCE_STATUS, R_NCOLUMNS
 };
 
 /* Query strings are for ids and filters. */
@@ -227,6 +227,7 @@ set_reply(ResultRow *result, const StripeReply *reply, bool live)
 	result_set(result, R_REPLAYED, BoolGetDatum(reply->replayed));
 	result_set_text(result, R_RESOURCE_ID, reply->body.resource_id);
 	result_set_text(result, R_RESOURCE_TYPE, reply->body.resource_type);
+	result_set_text(result, R_RESOURCE_STATUS, reply->body.resource_status);
 	if (reply->http_status != 0)
 		result_set(result, R_HTTP_STATUS, Int32GetDatum(reply->http_status));
 	if (reply->body.json != NULL)
@@ -409,16 +410,7 @@ encode_request(StripeCall *call, const char *path, Jsonb *params)
 	initStringInfo(&body);
 	appendStringInfoSpaces(&body, VARHDRSZ);
 	if (path_is_v2(path))
-	{
-		char	   *json = JsonbToCString(NULL, &params->root, VARSIZE(params));
-
-		appendStringInfoString(&body, pg_server_to_any(json, strlen(json), PG_UTF8));
-		if (body.len - VARHDRSZ > max_size)
-			ereport(ERROR,
-					(errcode(ERRCODE_TOO_LARGE),
-					 errmsg("Stripe parameters are too large"),
-					 errdetail("Encoded they have more than %zu bytes.", max_size)));
-	}
+		json_encode(&body, params, max_size);
 	else
 	{
 		form_encode(&body, params, max_size);
@@ -456,6 +448,7 @@ set_known(ResultRow *result, const StripeCallClaim *claim)
 	result_set(result, R_REPLAYED, BoolGetDatum(claim->verdict == STRIPE_REPLAY));
 	result_set_text(result, R_RESOURCE_ID, claim->resource_id);
 	result_set_text(result, R_RESOURCE_TYPE, claim->resource_type);
+	result_set_text(result, R_RESOURCE_STATUS, claim->resource_status);
 	if (claim->http_status != 0)
 		result_set(result, R_HTTP_STATUS, Int32GetDatum(claim->http_status));
 	if (claim->response != NULL)
@@ -481,6 +474,8 @@ set_known(ResultRow *result, const StripeCallClaim *claim)
 			result_set_enum(result, R_OUTCOME, "mismatch");
 			result_set(result, R_ERROR,
 					   JsonbPGetDatum(exchange_error("idempotency_error",
+													 strcmp(claim->outcome, "failed") == 0 ?
+													 "the operation has failed with another request; stripe_reopen() gives it a new key for this one" :
 													 "the operation was called with another request before",
 													 claim->request)));
 			break;
@@ -549,6 +544,7 @@ record_call(Call *call)
 	record.http_status = reply->http_status;
 	record.resource_id = reply->body.resource_id;
 	record.resource_type = reply->body.resource_type;
+	record.resource_status = reply->body.resource_status;
 	record.request_id = reply->request_id;
 	record.response = reply->genuine ? reply->body.json : NULL;
 	record.error = reply->body.error;

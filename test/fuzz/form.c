@@ -6,7 +6,8 @@
  * The encoding is decoded as a server does it, split at & and =, then names at
  * their brackets, then %, and has to come to the values that were put in: the
  * same leaves in the same order, with the same names, each number equal to the
- * one that went in.  What has no encoding is an error, and nothing else is.
+ * one that went in, a whole one without a fraction.  What has no encoding is an
+ * error, and nothing else is.
  *
  * An input is any bytes (json_tree.c), or JSON if it begins with a brace.
  *
@@ -25,6 +26,7 @@
 
 #define DEPTH 20
 #define SIZE 2000
+#define DIGITS 500
 
 typedef struct Form
 {
@@ -112,6 +114,8 @@ expect(Form *form, char *const *path, int depth, const Tree *leaf)
 				Datum		b;
 
 				CHECK(strspn(value, "-0123456789.") == strlen(value));
+				CHECK(strchr(value, '.') == NULL || strpbrk(strchr(value, '.'), "123456789") != NULL);
+				CHECK(*value != '-' || strpbrk(value, "123456789") != NULL);
 				a = DirectFunctionCall3(numeric_in, CStringGetDatum(in), ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1));
 				b = DirectFunctionCall3(numeric_in, CStringGetDatum(value), ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1));
 				CHECK(DatumGetBool(DirectFunctionCall2(numeric_eq, a, b)));
@@ -138,6 +142,34 @@ expect_tree(Form *form, char **path, int depth, const Tree *tree)
 	}
 	else
 		expect(form, path, depth, tree);
+}
+
+/* Has a number more digits than are sent, before the point or after it? */
+static bool
+is_long(const Tree *tree)
+{
+	const char *digits = tree->digits + strspn(tree->digits, "0");
+	int			len = strlen(digits);
+	int			zeros = 0;
+
+	if (len == 0)
+		return false;
+	while (digits[len - 1 - zeros] == '0')
+		zeros++;
+	return len + tree->exponent > DIGITS || -(tree->exponent + zeros) > DIGITS;
+}
+
+static bool
+has_long(const Tree *tree)
+{
+	if (tree->type == TREE_NUMBER)
+		return is_long(tree);
+	for (int i = 0; i < tree->n; i++)
+	{
+		if (has_long(tree->values[i]))
+			return true;
+	}
+	return false;
 }
 
 /* Has it no encoding? */
@@ -209,12 +241,13 @@ fuzz_form(const uint8 *data, size_t size)
 	error = encode(&out, tree_to_jsonb(tree, SPELL_PLAIN), SIZE);
 	if (error == ERRCODE_TOO_LARGE)
 	{
-		CHECK(out.len - 6 > SIZE);
+		CHECK(out.len - 6 > SIZE || has_long(tree));
 		return 0;
 	}
 	CHECK(error == (is_bad(tree, 1) ? ERRCODE_BAD_ARGUMENT : 0));
 	if (error != 0)
 		return 0;
+	CHECK(!has_long(tree));
 
 	form.rest = out.len > 6 ? out.data + 6 : NULL;
 	expect_tree(&form, path, 0, tree);

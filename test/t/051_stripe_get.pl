@@ -55,7 +55,8 @@ is_deeply(
 		attempts => 1,
 		generation => undef,
 		retry_after => undef,
-		livemode => JSON::PP::false
+		livemode => JSON::PP::false,
+		resource_status => undef
 	},
 	'a list is read');
 is_deeply($answer->{response}{data}, [], 'and its body comes back');
@@ -114,6 +115,12 @@ cmp_ok($tested, '>=', 26, 'vectors were tested');
 foreach my $case (
 	[ '{"a": {"b": {"c": [{"d": [[1, 2], []]}]}}}', 'a[b][c][0][d][0][0]=1&a[b][c][0][d][0][1]=2&a[b][c][0][d][1]=' ],
 	[ '{"a": 1.10, "b": -0.5, "c": 1e-7, "d": 12345678901234567890}', 'a=1.10&b=-0.5&c=0.0000001&d=12345678901234567890' ],
+	# a whole number has no fraction, however it is spelled; a fraction keeps its zeros
+	[ '{"a": 1990.00, "b": 1.99e3, "c": 1990.0e0, "d": 199000e-2, "e": -250.0, "f": 0.00, "g": -0.0, "h": 100}',
+		'a=1990&b=1990&c=1990&d=1990&e=-250&f=0&g=0&h=100' ],
+	[ '{"a": {"b": [2.0, {"c": 3.00}], "d": 19.90, "e": 0.10}, "f": "1990.00"}',
+		'a[b][0]=2&a[b][1][c]=3&a[d]=19.90&a[e]=0.10&f=1990.00' ],
+	[ '{"a": ' . ('9' x 500) . '.0, "b": 1e-500}', 'a=' . ('9' x 500) . '&b=0.' . ('0' x 499) . '1' ],
 	[ '{"a": [{}], "b": {"c": {}}}', '' ],
 	[ '{"a b&=": "c=d&"}', 'a%20b%26%3D=c%3Dd%26' ],
 	[ '{"a": "\n\t\u0001"}', 'a=%0A%09%01' ],
@@ -158,6 +165,8 @@ foreach my $params ('NULL', q{'[]'}, q{'"a"'}, q{'null'}, q{'1'}, q{'{"a[b]": 1}
 }
 refused(q{'/v1/customers', jsonb_build_object('a', repeat('x', 17000))}, 'IK007', 'a query of 17 kB');
 refused(q{'/v1/customers', '{"a": 1e100000}'}, 'IK007', 'a number of 100,000 digits');
+refused(qq{'/v1/customers', '{"a": [$_]}'}, 'IK007', "a number of more than 500 digits, $_")
+	foreach qw(1e500 -1e500 1.5e500 1e-501 -1.5e-500 1e131071);
 refused(q{NULL}, 'IK003', 'path NULL');
 refused(q{'/v1/customers', account => NULL}, 'IK003', 'account NULL');
 refused(q{'/v1/customers', account => E'acct_1\r\nX-Evil: 1'}, 'IK003', 'account with a line break');

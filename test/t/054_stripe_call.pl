@@ -567,6 +567,44 @@ foreach my $vector (grep { $_->{method} eq 'POST' } @$vectors)
 }
 cmp_ok($tested, '>=', 25, 'vectors were tested');
 
+# What is compared as equal is the same to Stripe: a whole number has no fraction, in JSON, too.
+my $spelled = '{"a": 1990.00, "b": [1.99e3, {"c": -250.0, "d": 19.90}], "e": "1990.00\"\u00e9", "f": null, "g": [], "h": {}, "i": true}';
+foreach my $case (
+	[ '/v1/customers', 'a=1990&b[0]=1990&b[1][c]=-250&b[1][d]=19.90&e=1990.00%22%C3%A9&f=&g=&i=true' ],
+	[ '/v2/billing/meter_events',
+		qq({"a": 1990, "b": [1990, {"c": -250, "d": 19.90}], "e": "1990.00\\"\x{e9}", "f": null, "g": [], "h": {}, "i": true}) ])
+{
+	my ($path, $expected) = @$case;
+
+	stripe_call($node, 'spelled', $path, 'POST', $path, params => $spelled, settings => { stripe_key_in_metadata => 'off' });
+	is(($stripe->arrivals)[-1]{body}, $expected, "$path: numbers");
+}
+run_fails($node, q{SELECT FROM idempotency.stripe_call('spelled', 'long', 'POST', '/v2/billing/meter_events', '{"a": 1e500}')}, 'IK007',
+	'a number of more digits than anything takes');
+
+# A refusal stands until somebody says otherwise, and the caller is told how.
+{
+	my $call = sub {
+		my ($amount) = @_;
+		my ($rc, $stdout, $stderr) = $node->psql('postgres', qq{SELECT outcome, replayed, http_status, generation, CASE WHEN error ->> 'type' = 'idempotency_error' THEN error ->> 'message' END
+			FROM idempotency.stripe_call('payment', 'corrected', 'POST', '/v1/payment_intents', '{"amount": $amount, "currency": "eur"}')});
+		return ($stdout, $stderr);
+	};
+	my ($told, $notice) = $call->('19.90');
+	is($told, 'failed|f|400|1|', 'an amount with a fraction is refused');
+	is($notice, '', 'as Stripe says');
+	($told, $notice) = $call->('19.9');
+	is($told, 'failed|t|400|1|', 'and stays refused');
+	like($notice, qr/NOTICE:  Stripe has refused operation "payment:corrected" as invalid, and that stands\nHINT:  .*stripe_reopen\('payment', 'corrected', account => '', from_generation => 1\)/,
+		'which a notice says');
+	($told, $notice) = $call->('1990');
+	is($told, q{mismatch|f|400|1|the operation has failed with another request; stripe_reopen() gives it a new key for this one},
+		'a corrected one is another request');
+	like($notice, qr/NOTICE:  Stripe operation "payment:corrected" has failed with another request/, 'which a notice says, too');
+	sql($node, q{SELECT idempotency.stripe_reopen('payment', 'corrected', from_generation => 1)});
+	is(($call->('1990.00'))[0], 'completed|f|200|2|', 'reopened, it is sent');
+}
+
 #
 # Errors leave nothing behind
 #
