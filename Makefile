@@ -12,12 +12,14 @@ OBJS = \
 	src/caller.o \
 	src/databases.o \
 	src/debug_point.o \
+	src/drop_database.o \
 	src/expiry.o \
 	src/fingerprint.o \
 	src/idempotency.o \
 	src/json_member.o \
 	src/launcher.o \
 	src/ledger.o \
+	src/left_orders.o \
 	src/lock_limit.o \
 	src/mac.o \
 	src/namespace.o \

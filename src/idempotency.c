@@ -20,6 +20,7 @@
 #include "utils/varlena.h"
 
 #include "compat.h"
+#include "drop_database.h"
 #include "launcher.h"
 #include "open_claims.h"
 #include "recorder.h"
@@ -424,7 +425,7 @@ _PG_init(void)
 	if (process_shared_preload_libraries_in_progress && !IsBinaryUpgrade)
 	{
 		shmem_request_at_preload();
-		recorder_init();
+		drop_database_init();
 		launcher_register();
 	}
 }

@@ -197,7 +197,7 @@ enter(Oid dbid)
 
 	databases_lock(LW_EXCLUSIVE);
 	db = databases_find(dbid);
-	if (db != NULL && db->pid == 0 && db->held_since == 0)
+	if (db != NULL && db->pid == 0 && !db->held)
 	{
 		db->starting = false;
 		db->pid = MyProcPid;
@@ -319,8 +319,7 @@ note_batch(Run *run, ExpiryBatch *batch)
 static bool
 begin_batch(Run *run)
 {
-	SetCurrentStatementStartTimestamp();
-	StartTransactionCommand();
+	background_begin();
 
 	if (!lock_extension())
 	{
