@@ -23,6 +23,7 @@ OBJS = \
 	src/lock_limit.o \
 	src/mac.o \
 	src/namespace.o \
+	src/notice.o \
 	src/open_claims.o \
 	src/owner_spi.o \
 	src/privileges.o \
@@ -51,6 +52,7 @@ OBJS = \
 	src/stripe_keys.o \
 	src/stripe_ledger.o \
 	src/stripe_outcome.o \
+	src/subtransaction.o \
 	src/webhook_event.o \
 	src/webhook_secret.o \
 	src/webhook_signature.o \

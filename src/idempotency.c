@@ -22,6 +22,7 @@
 #include "compat.h"
 #include "drop_database.h"
 #include "launcher.h"
+#include "notice.h"
 #include "open_claims.h"
 #include "recorder.h"
 #include "secret_file.h"
@@ -426,6 +427,7 @@ _PG_init(void)
 	{
 		shmem_request_at_preload();
 		drop_database_init();
+		notice_init();
 		launcher_register();
 	}
 }

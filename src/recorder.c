@@ -865,7 +865,7 @@ recorder_claim(const StripeCall *call, StripeCallClaim *answer)
 	if (!direct && !recorder_can_run())
 		ereport(ERROR,
 				(errcode(ERRCODE_NOT_IN_TRANSACTION),
-				 errmsg("Stripe can't be called without a recorder"),
+				 errmsg("Stripe cannot be called without a recorder"),
 				 errdetail("What is noted of a call must be committed before anything is sent, which takes a process of its own."),
 				 errhint("Add \"idempotency\" to shared_preload_libraries and restart the server, or set idempotency.stripe_ledger to \"transaction\" and rely on the derived key alone.")));
 	if (flight.active)
@@ -1022,7 +1022,7 @@ recorder_record(const StripeCallResult *result)
 	if (waited != WAIT_ANSWERED)
 		ereport(WARNING,
 				(errcode(ERRCODE_NO_RECORDER),
-				 errmsg("outcome \"%s\" of Stripe operation %s isn't recorded yet",
+				 errmsg("outcome \"%s\" of Stripe operation %s is not recorded yet",
 						outcome, describe_operation(&flight.op)),
 				 waited == WAIT_NO_WORKER ?
 				 errdetail("There is no free slot for a background process. It will be recorded as soon as there is one; if the server stops before that, the operation counts as unknown.") :

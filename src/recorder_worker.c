@@ -52,8 +52,6 @@
 #include "tcop/tcopprot.h"
 #include "utils/guc.h"
 #include "utils/memutils.h"
-#include "utils/resowner.h"
-#include "utils/snapmgr.h"
 #include "utils/wait_event.h"
 
 #include "background.h"
@@ -65,6 +63,7 @@
 #include "recorder_queue.h"
 #include "settle_event.h"
 #include "stripe_ledger.h"
+#include "subtransaction.h"
 
 PGDLLEXPORT void idempotency_recorder_main(Datum arg);
 
@@ -431,7 +430,7 @@ order_failed(BatchEntry *entry, ErrorData *edata, bool opened)
 		entry->is_lock = is_lock;
 		if (order->failures == 0 || !is_lock)
 			ereport(order->failures == 0 ? LOG : DEBUG1,
-					(errmsg("what is known of Stripe operation \"%s:%s\" can't be recorded yet",
+					(errmsg("what is known of Stripe operation \"%s:%s\" cannot be recorded yet",
 							order->type, order->id),
 					 errdetail_internal("%s", edata->message)));
 		return;
@@ -451,38 +450,6 @@ order_failed(BatchEntry *entry, ErrorData *edata, bool opened)
 				(errmsg("what is known of Stripe operation \"%s:%s\" is not recorded",
 						order->type, order->id),
 				 errdetail_internal("%s", edata->message)));
-}
-
-/*
- * Do one thing in a subtransaction.  Returns NULL, or the error.
- */
-static ErrorData *
-in_subtransaction(void (*work) (void *), void *arg)
-{
-	MemoryContext context = CurrentMemoryContext;
-	ResourceOwner owner = CurrentResourceOwner;
-	ErrorData  *volatile edata = NULL;
-
-	BeginInternalSubTransaction(NULL);
-	PG_TRY();
-	{
-		PushActiveSnapshot(GetTransactionSnapshot());
-		work(arg);
-		PopActiveSnapshot();
-		ReleaseCurrentSubTransaction();
-	}
-	PG_CATCH();
-	{
-		MemoryContextSwitchTo(context);
-		edata = CopyErrorData();
-		FlushErrorState();
-		RollbackAndReleaseCurrentSubTransaction();
-	}
-	PG_END_TRY();
-	MemoryContextSwitchTo(context);
-	CurrentResourceOwner = owner;
-
-	return edata;
 }
 
 typedef struct OrderWork

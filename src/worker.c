@@ -80,6 +80,7 @@
 #include "databases.h"
 #include "expiry.h"
 #include "lock_limit.h"
+#include "notice.h"
 #include "settings.h"
 #include "settle.h"
 #include "settle_event.h"
@@ -456,6 +457,7 @@ run_settling(Run *run, MemoryContext context)
 		(void) set_config_option("lock_timeout", CppAsString2(EXTENSION_LOCK_MS), PGC_SUSET,
 								 PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
 		rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
+		send_kept_notices();
 		if (events)
 		{
 			settled = settle_kept_events(SETTLE_BATCH);
