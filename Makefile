@@ -12,15 +12,18 @@ OBJS = \
 	src/caller.o \
 	src/databases.o \
 	src/debug_point.o \
+	src/drop_database.o \
 	src/expiry.o \
 	src/fingerprint.o \
 	src/idempotency.o \
 	src/json_member.o \
 	src/launcher.o \
 	src/ledger.o \
+	src/left_orders.o \
 	src/lock_limit.o \
 	src/mac.o \
 	src/namespace.o \
+	src/notice.o \
 	src/open_claims.o \
 	src/owner_spi.o \
 	src/privileges.o \
@@ -49,6 +52,7 @@ OBJS = \
 	src/stripe_keys.o \
 	src/stripe_ledger.o \
 	src/stripe_outcome.o \
+	src/subtransaction.o \
 	src/webhook_event.o \
 	src/webhook_secret.o \
 	src/webhook_signature.o \

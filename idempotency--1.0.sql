@@ -278,6 +278,17 @@ CREATE TABLE idempotency.namespace (
 	retired_at timestamptz
 ) WITH (vacuum_truncate = off);
 
+-- What prepared transactions have to NOTIFY when they are committed.  It isn't
+-- dumped: a restore has nobody to tell.
+CREATE TABLE idempotency.pending_notices (
+	prepared_at timestamptz NOT NULL,
+	number integer NOT NULL,
+	channel text NOT NULL,
+	payload text NOT NULL
+) WITH (vacuum_truncate = off);
+-- so that a publication of all tables doesn't keep its rows from being deleted
+ALTER TABLE idempotency.pending_notices REPLICA IDENTITY FULL;
+
 SELECT pg_catalog.pg_extension_config_dump('idempotency.idempotency_keys', '');
 SELECT pg_catalog.pg_extension_config_dump('idempotency.stripe_idempotency_keys', '');
 SELECT pg_catalog.pg_extension_config_dump('idempotency.stripe_webhook_events', '');
@@ -977,6 +988,13 @@ COMMENT ON COLUMN idempotency.namespace.database IS 'OID of the database that it
 COMMENT ON COLUMN idempotency.namespace.created_at IS 'When it was made';
 COMMENT ON COLUMN idempotency.namespace.retired_at IS
 	'When stripe_namespace(''new'') replaced it, or NULL; its fingerprints are compared all the same';
+
+COMMENT ON TABLE idempotency.pending_notices IS
+	'What prepared transactions have to NOTIFY when they are committed; empty otherwise';
+COMMENT ON COLUMN idempotency.pending_notices.prepared_at IS 'When the transaction was prepared';
+COMMENT ON COLUMN idempotency.pending_notices.number IS 'Which of the transaction''s notices it is, from 0';
+COMMENT ON COLUMN idempotency.pending_notices.channel IS 'Channel to notify';
+COMMENT ON COLUMN idempotency.pending_notices.payload IS 'Text to send there';
 
 COMMENT ON VIEW idempotency.open_claims IS
 	'Claims neither recorded nor released, lapsed ones first, without any bodies';

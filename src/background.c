@@ -89,6 +89,20 @@ background_fix_settings(void)
 }
 
 /*
+ * Begin a transaction.
+ *
+ * What was fixed is safe from reloads, but a trigger of the owner's may SET
+ * what it likes, and in a process that goes on it would stay.
+ */
+void
+background_begin(void)
+{
+	ResetAllOptions();
+	SetCurrentStatementStartTimestamp();
+	StartTransactionCommand();
+}
+
+/*
  * To be called first in a transaction that touches the ledgers.
  *
  * A background process is a superuser's.  Its statements run with the rights of

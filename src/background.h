@@ -16,6 +16,7 @@ extern void background_describe(BackgroundWorker *worker, const char *kind);
 extern bool background_start(const char *kind, Oid dbid, BackgroundWorkerHandle **handle);
 extern void background_set(const char *name, const char *value);
 extern void background_fix_settings(void);
+extern void background_begin(void);
 extern void background_restrict(void);
 extern void background_commit(void);
 

@@ -146,6 +146,15 @@ databases_wake_launcher(void)
 		SetLatch(&ProcGlobal->allProcs[databases->launcher_proc].procLatch);
 }
 
+/* The same where the lock isn't held. */
+void
+databases_call_launcher(void)
+{
+	databases_lock(LW_SHARED);
+	databases_wake_launcher();
+	databases_unlock();
+}
+
 /*
  * This database has the extension.  "created": just now, so that an answer
  * from before doesn't count.

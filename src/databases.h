@@ -51,7 +51,7 @@ typedef struct Database
 	int			pid;			/* 0: none */
 	TimestampTz next_run;
 	int64		planned;		/* how far ahead that was, in microseconds */
-	TimestampTz held_since;		/* being dropped since then, or 0 */
+	bool		held;			/* being dropped */
 	int			failures;		/* in a row */
 
 	/* the pass through the ledgers, which may take several runs */
@@ -94,6 +94,7 @@ extern Database *databases_find(Oid dbid);
 extern Database *databases_add(Oid dbid, bool evict);
 extern void databases_forget(Database *db);
 extern void databases_wake_launcher(void);
+extern void databases_call_launcher(void);
 
 extern void databases_mark_at_commit(void);
 extern void databases_note_use(void);

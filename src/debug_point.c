@@ -10,6 +10,7 @@
  *			gone, or says something else, which is then done; interrupts are
  *			served meanwhile
  *	error	raise an error, once
+ *	errors	raise an error, each time
  *	fatal	end the session, once
  *	kill	kill the process, and with it the server, once
  *
@@ -79,6 +80,9 @@ debug_point(const char *name)
 		if (!read_action(path, action, sizeof(action)))
 			return;
 	}
+
+	if (strcmp(action, "errors") == 0)
+		ereport(ERROR, (errmsg("debug point \"%s\"", name)));
 
 	/* whoever comes first */
 	if (unlink(path) != 0)

@@ -20,7 +20,9 @@
 #include "utils/varlena.h"
 
 #include "compat.h"
+#include "drop_database.h"
 #include "launcher.h"
+#include "notice.h"
 #include "open_claims.h"
 #include "recorder.h"
 #include "secret_file.h"
@@ -424,7 +426,8 @@ _PG_init(void)
 	if (process_shared_preload_libraries_in_progress && !IsBinaryUpgrade)
 	{
 		shmem_request_at_preload();
-		recorder_init();
+		drop_database_init();
+		notice_init();
 		launcher_register();
 	}
 }

@@ -19,7 +19,10 @@
  *
  * Workers are short-lived because whoever renames a database or copies it
  * waits five seconds for other processes to leave it, and no longer.  DROP
- * DATABASE needn't wait: a hook that runs before it counts processes ends ours.
+ * DATABASE needn't wait: ours are sent away (drop_database.c).
+ *
+ * It is also who comes for answers of Stripe's that nobody waits for any more
+ * (left_orders.c), at first, so that no error of the rest keeps it from that.
  *
  * Errors are left to the postmaster, too: it starts the launcher again after
  * LAUNCHER_RESTART_SECS.
@@ -38,7 +41,6 @@
 #include "access/table.h"
 #include "access/tableam.h"
 #include "access/xact.h"
-#include "catalog/objectaccess.h"
 #include "catalog/pg_database.h"
 #include "miscadmin.h"
 #include "pgstat.h"
@@ -59,6 +61,7 @@
 #include "compat.h"
 #include "databases.h"
 #include "launcher.h"
+#include "left_orders.h"
 #include "settings.h"
 
 #define LAUNCHER_RESTART_SECS 5
@@ -73,13 +76,6 @@
 #define NO_SLOT_USECS (5 * USECS_PER_SEC)
 #define NO_SLOT_LOG_USECS USECS_PER_HOUR
 
-/* How long a database that is being dropped is let alone. */
-#define HOLD_USECS (60 * USECS_PER_SEC)
-
-/* How long DROP DATABASE waits for our worker, ten milliseconds at a time. */
-#define DROP_WAIT_MS 10
-#define DROP_WAITS 500
-
 PGDLLEXPORT void idempotency_launcher_main(Datum arg);
 
 /* Workers that this launcher has asked for, by entry of the table. */
@@ -92,62 +88,52 @@ static struct
 static TimestampTz no_slot_logged = 0;
 static bool full_logged = false;
 static TimestampTz last_probe = 0;
-static object_access_hook_type prev_object_access_hook = NULL;
 
 /* ---------- DROP DATABASE ---------- */
 
 /*
- * A database is about to be dropped, and is locked: no process can come in.
- * End our worker there, and keep the launcher from asking for another.  It
- * takes the rights of a superuser to end a superuser's process, which is why
- * DROP DATABASE ... WITH (FORCE) by its owner can't do it itself.
+ * A database is about to be dropped: end our worker there, and keep the
+ * launcher from asking for another.  It takes the rights of a superuser to end a
+ * superuser's process, which is why DROP DATABASE ... WITH (FORCE) by its owner
+ * can't do it itself.  Returns false when there is no worker any more.
  */
-static void
-leave_database(Oid dbid)
+bool
+worker_send_away(Oid dbid)
 {
-	static uint32 wait_event = 0;
-	int			waits;
+	Database   *db;
+	bool		running = false;
 
-	if (databases == NULL)
-		return;
-	if (wait_event == 0)
-		wait_event = WAIT_EVENT_NEW("IdempotencyDropDatabase");
-
-	for (waits = 0; waits < DROP_WAITS; waits++)
+	databases_lock(LW_EXCLUSIVE);
+	db = databases_find(dbid);
+	if (db != NULL)
 	{
-		Database   *db;
-		bool		running = false;
+		db->held = true;
 
-		databases_lock(LW_EXCLUSIVE);
-		db = databases_find(dbid);
-		if (db != NULL)
-		{
-			db->held_since = GetCurrentTimestamp();
-
-			/* while we hold the lock, it can't have ended */
-			running = db->pid != 0;
-			if (running)
-				kill(db->pid, SIGTERM);
-		}
-		databases_unlock();
-		if (!running)
-			return;
-
-		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
-						 DROP_WAIT_MS, wait_event);
-		ResetLatch(MyLatch);
-		CHECK_FOR_INTERRUPTS();
+		/* while we hold the lock, it can't have ended */
+		running = db->pid != 0;
+		if (running)
+			kill(db->pid, SIGTERM);
 	}
+	databases_unlock();
+	return running;
 }
 
-static void
-on_object_access(ObjectAccessType access, Oid classid, Oid objid, int subid, void *arg)
+/*
+ * It has been dropped, or stays after all.
+ */
+void
+worker_may_return(Oid dbid, bool dropped)
 {
-	if (prev_object_access_hook)
-		prev_object_access_hook(access, classid, objid, subid, arg);
+	Database   *db;
 
-	if (access == OAT_DROP && classid == DatabaseRelationId)
-		leave_database(objid);
+	databases_lock(LW_EXCLUSIVE);
+	db = databases_find(dbid);
+	if (db != NULL && !dropped)
+		db->held = false;
+	else if (db != NULL && db->pid == 0)
+		databases_forget(db);
+	databases_wake_launcher();
+	databases_unlock();
 }
 
 /* ---------- which databases there are ---------- */
@@ -353,14 +339,8 @@ start_workers(void)
 				running++;
 				continue;
 			}
-			if (!db->startable || db->known == DATABASE_WITHOUT)
+			if (!db->startable || db->known == DATABASE_WITHOUT || db->held)
 				continue;
-			if (db->held_since != 0)
-			{
-				if (!is_over(db->held_since, HOLD_USECS, now))
-					continue;
-				db->held_since = 0;
-			}
 
 			/* the clock was set back: don't wait until it is there again */
 			if (db->next_run > now + db->planned)
@@ -466,6 +446,7 @@ idempotency_launcher_main(Datum arg)
 	{
 		TimestampTz now;
 		long		sleep;
+		long		sleep_left;
 
 		CHECK_FOR_INTERRUPTS();
 		if (ConfigReloadPending)
@@ -474,6 +455,8 @@ idempotency_launcher_main(Datum arg)
 			ProcessConfigFile(PGC_SIGHUP);
 			refresh_now = true;
 		}
+
+		sleep_left = see_to_left_orders();
 
 		now = GetCurrentTimestamp();
 		if (refresh_now || is_over(last_refresh, REFRESH_MS * 1000, now))
@@ -489,7 +472,7 @@ idempotency_launcher_main(Datum arg)
 		MemoryContextReset(context);
 
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
-						 Min(sleep, REFRESH_MS), wait_event);
+						 Min(Min(sleep, sleep_left), REFRESH_MS), wait_event);
 		ResetLatch(MyLatch);
 	}
 }
@@ -503,7 +486,4 @@ launcher_register(void)
 	background_describe(&worker, "launcher");
 	worker.bgw_restart_time = LAUNCHER_RESTART_SECS;
 	RegisterBackgroundWorker(&worker);
-
-	prev_object_access_hook = object_access_hook;
-	object_access_hook = on_object_access;
 }

@@ -11,5 +11,7 @@
 #define IDEMPOTENCY_LAUNCHER_H
 
 extern void launcher_register(void);
+extern bool worker_send_away(Oid dbid);
+extern void worker_may_return(Oid dbid, bool dropped);
 
 #endif							/* IDEMPOTENCY_LAUNCHER_H */

@@ -36,8 +36,6 @@
 
 #include "access/table.h"
 #include "access/xact.h"
-#include "catalog/objectaccess.h"
-#include "catalog/pg_database.h"
 #include "catalog/pg_type_d.h"
 #include "miscadmin.h"
 #include "postmaster/bgworker.h"
@@ -55,6 +53,7 @@
 #include "caller.h"
 #include "clock.h"
 #include "compat.h"
+#include "databases.h"
 #include "debug_point.h"
 #include "errors.h"
 #include "lock_limit.h"
@@ -106,7 +105,7 @@ typedef enum WaitResult
 	WAIT_NOT_STARTED			/* the process didn't come up */
 } WaitResult;
 
-static object_access_hook_type prev_object_access_hook = NULL;
+static void see_to_order(void);
 
 /* ---------- the order ---------- */
 
@@ -162,7 +161,10 @@ stop_waiting(void)
 	LWLockRelease(queue_lock);
 
 	if (left)
+	{
 		leave_order_behind();
+		see_to_order();
+	}
 }
 
 /* Whatever was under way has come to its end. */
@@ -322,42 +324,54 @@ reserve(Size size)
 /* ---------- starting a recorder ---------- */
 
 /*
- * Ask for a recorder of this database unless there is one or somebody else has
+ * Ask for a recorder of a database unless there is one or somebody else has
  * just asked.  Where we ask, sets *since and, unless it is NULL, *handle.
- * Returns false where the server has no place for one.
  */
-bool
-ask_for_recorder(TimestampTz *since, BackgroundWorkerHandle **handle)
+RecorderAsked
+ask_for_recorder(Oid database, TimestampTz *since, BackgroundWorkerHandle **handle)
 {
 	RecorderSlot *slot;
 	TimestampTz now = GetCurrentTimestamp();
-	bool		ask;
+	RecorderAsked result = RECORDER_COMES;
+	bool		ask = false;
 
 	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
-	slot = queue_slot(MyDatabaseId, true);
+	slot = queue_slot(database, true);
 	if (slot == NULL)
-	{
-		LWLockRelease(queue_lock);
-		return false;
-	}
-	ask = slot->procno < 0 && !queue_is_blocked(slot) &&
-		is_over(slot->started, START_PATIENCE_MS * 1000, now);
+		result = RECORDER_HAS_NO_PLACE;
+	else if (slot->procno >= 0)
+		result = RECORDER_RUNS;
+	else if (slot->blocked)
+		result = RECORDER_IS_BLOCKED;
+	else
+		ask = is_over(slot->started, START_PATIENCE_MS * 1000, now);
 	if (ask)
 		*since = slot->started = now;
 	LWLockRelease(queue_lock);
 
-	if (!ask)
-		return true;
-
-	if (background_start("recorder", MyDatabaseId, handle))
-		return true;
+	if (!ask || background_start("recorder", database, handle))
+		return result;
 
 	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
-	slot = queue_slot(MyDatabaseId, false);
-	if (slot != NULL && slot->procno < 0)
-		slot->started = 0;
+	slot = queue_slot(database, false);
+	if (slot != NULL && slot->procno < 0 && !slot->blocked)
+		slot->database = InvalidOid;
 	LWLockRelease(queue_lock);
-	return false;
+	return RECORDER_HAS_NO_PLACE;
+}
+
+/*
+ * This backend has left its order behind: nobody waits for it, so somebody has
+ * to come for it.  That is the launcher, where no recorder runs; to ask for one
+ * here is only sooner.
+ */
+static void
+see_to_order(void)
+{
+	TimestampTz since;
+
+	if (ask_for_recorder(MyDatabaseId, &since, NULL) != RECORDER_RUNS)
+		databases_call_launcher();
 }
 
 /* ---------- posting and waiting ---------- */
@@ -370,15 +384,20 @@ wait_for_xid(void *arg)
 
 /*
  * Wait until the order is done.
+ *
+ * A place for the recorder may become free at any moment, so where there is none
+ * it is asked for again.  One that couldn't start is the end of the wait only
+ * before the send; afterwards the caller's time is all that counts.
  */
 static WaitResult
-wait_for_answer(bool heed_users_limit)
+wait_for_answer(bool before_send)
 {
 	static uint32 wait_event = 0;
 	instr_time	begin;
 	BackgroundWorkerHandle *handle = NULL;
 	TimestampTz since = 0;
 	long		nap = FIRST_WAIT_MS;
+	bool		no_place = false;
 
 	if (wait_event == 0)
 		wait_event = WAIT_EVENT_NEW("IdempotencyRecorderAnswer");
@@ -411,14 +430,14 @@ wait_for_answer(bool heed_users_limit)
 
 		left = stripe_record_timeout - (long) milliseconds_since(begin);
 		if (left <= 0)
-			return WAIT_TIMED_OUT;
+			return no_place ? WAIT_NO_WORKER : WAIT_TIMED_OUT;
 
 		if (!running)
 		{
 			pid_t		pid;
 
 			/* it has ended without ever having taken its slot */
-			if (failed && GetBackgroundWorkerPid(handle, &pid) == BGWH_STOPPED)
+			if (failed && before_send && GetBackgroundWorkerPid(handle, &pid) == BGWH_STOPPED)
 			{
 				LWLockAcquire(queue_lock, LW_EXCLUSIVE);
 				slot = queue_slot(MyDatabaseId, false);
@@ -429,12 +448,11 @@ wait_for_answer(bool heed_users_limit)
 				if (failed)
 					return WAIT_NOT_STARTED;
 			}
-			if (!ask_for_recorder(&since, &handle))
-				return WAIT_NO_WORKER;
+			no_place = ask_for_recorder(MyDatabaseId, &since, &handle) == RECORDER_HAS_NO_PLACE;
 		}
 		else if (nap > FIRST_WAIT_MS && TransactionIdIsValid(xid) && TransactionIdIsInProgress(xid))
 		{
-			(void) within_lock_timeout((int) left, heed_users_limit, false, wait_for_xid, &xid);
+			(void) within_lock_timeout((int) left, before_send, false, wait_for_xid, &xid);
 			continue;
 		}
 
@@ -451,7 +469,7 @@ wait_for_answer(bool heed_users_limit)
  * (sub)transaction does that.
  */
 static WaitResult
-submit(OrderVerb verb, bool heed_users_limit)
+submit(OrderVerb verb, bool before_send)
 {
 	WaitResult	result;
 
@@ -461,7 +479,7 @@ submit(OrderVerb verb, bool heed_users_limit)
 	queue_wake_recorder(MyDatabaseId);
 	LWLockRelease(queue_lock);
 
-	result = wait_for_answer(heed_users_limit);
+	result = wait_for_answer(before_send);
 	if (result != WAIT_ANSWERED)
 		stop_waiting();
 	return result;
@@ -848,7 +866,7 @@ recorder_claim(const StripeCall *call, StripeCallClaim *answer)
 	if (!direct && !recorder_can_run())
 		ereport(ERROR,
 				(errcode(ERRCODE_NOT_IN_TRANSACTION),
-				 errmsg("Stripe can't be called without a recorder"),
+				 errmsg("Stripe cannot be called without a recorder"),
 				 errdetail("What is noted of a call must be committed before anything is sent, which takes a process of its own."),
 				 errhint("Add \"idempotency\" to shared_preload_libraries and restart the server, or set idempotency.stripe_ledger to \"transaction\" and rely on the derived key alone.")));
 	if (flight.active)
@@ -873,6 +891,8 @@ recorder_claim(const StripeCall *call, StripeCallClaim *answer)
 	{
 		Relation	rel;
 
+		/* what Stripe has done is then lost with the transaction alone */
+		ForceSyncCommit();
 		prepare_call(&claim, call);
 		rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
 		stripe_claim_init(&claim);
@@ -905,8 +925,6 @@ recorder_sending(void)
 void
 recorder_gave_up(void)
 {
-	TimestampTz since;
-
 	if (!flight.active)
 		return;
 	flight.active = false;
@@ -922,8 +940,7 @@ recorder_gave_up(void)
 	queue_wake_recorder(MyDatabaseId);
 	LWLockRelease(queue_lock);
 	leave_order_behind();
-
-	(void) ask_for_recorder(&since, NULL);
+	see_to_order();
 }
 
 /*
@@ -1009,9 +1026,11 @@ recorder_record(const StripeCallResult *result)
 	if (waited != WAIT_ANSWERED)
 		ereport(WARNING,
 				(errcode(ERRCODE_NO_RECORDER),
-				 errmsg("outcome \"%s\" of Stripe operation %s isn't recorded yet",
+				 errmsg("outcome \"%s\" of Stripe operation %s is not recorded yet",
 						outcome, describe_operation(&flight.op)),
-				 errdetail("It will be as soon as its row is free; if the server stops before that, the operation counts as unknown.")));
+				 waited == WAIT_NO_WORKER ?
+				 errdetail("There is no free slot for a background process. It will be recorded as soon as there is one; if the server stops before that, the operation counts as unknown.") :
+				 errdetail("It will be as soon as the recorder can write its row; if the server stops before that, the operation counts as unknown.")));
 	else if (problem != NULL)
 		ereport(WARNING,
 				(errcode(ERRCODE_CONTRADICTS_RECORD),
@@ -1043,59 +1062,4 @@ stripe_verdict_name(StripeVerdict verdict)
 
 	elog(ERROR, "unrecognized verdict: %d", (int) verdict);
 	return NULL;				/* keep compiler quiet */
-}
-
-/* ---------- DROP DATABASE ---------- */
-
-/*
- * Send the recorder of a database away, and wait until it is gone.  None is
- * started for a few seconds, in case that others call meanwhile; if the
- * database isn't dropped after all, that is how long they do without.
- */
-static void
-dismiss_recorder(Oid database)
-{
-	int			i;
-
-	for (i = 0; i < DROP_PATIENCE_MS / FIRST_WAIT_MS; i++)
-	{
-		RecorderSlot *slot;
-		bool		running;
-
-		LWLockAcquire(queue_lock, LW_EXCLUSIVE);
-		slot = queue_slot(database, true);
-		running = slot != NULL && slot->procno >= 0;
-		if (slot != NULL)
-		{
-			slot->blocked_since = GetCurrentTimestamp();
-			slot->quit = true;
-			queue_wake_recorder(database);
-		}
-		LWLockRelease(queue_lock);
-		if (!running)
-			return;
-
-		CHECK_FOR_INTERRUPTS();
-		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
-						 FIRST_WAIT_MS, WAIT_EVENT_PG_SLEEP);
-		ResetLatch(MyLatch);
-	}
-}
-
-static void
-at_object_access(ObjectAccessType access, Oid class, Oid object, int subid, void *arg)
-{
-	if (prev_object_access_hook)
-		prev_object_access_hook(access, class, object, subid, arg);
-
-	if (access == OAT_DROP && class == DatabaseRelationId && queue_is_there())
-		dismiss_recorder(object);
-}
-
-/* Called once, when the library is preloaded. */
-void
-recorder_init(void)
-{
-	prev_object_access_hook = object_access_hook;
-	object_access_hook = at_object_access;
 }

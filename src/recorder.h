@@ -171,7 +171,6 @@ extern PGDLLEXPORT bool recorder_can_run(void);
 extern void recorder_run_claim(struct StripeClaim *claim);
 extern char *recorder_run_reopen(struct Operation *op, bool force, int from_generation,
 								 const char *user);
-extern void recorder_init(void);
 
 /* A verdict's label in the SQL type idempotency.verdict */
 extern PGDLLEXPORT const char *stripe_verdict_name(StripeVerdict verdict);

@@ -171,7 +171,7 @@ queue_slot(Oid database, bool create)
 			(!OidIsValid(slot->database) ||
 			 (slot->procno < 0 &&
 			  is_over(slot->started, 10 * USECS_PER_SEC, GetCurrentTimestamp()) &&
-			  !queue_is_blocked(slot))))
+			  !slot->blocked)))
 			spare = slot;
 	}
 
@@ -184,13 +184,6 @@ queue_slot(Oid database, bool create)
 	return spare;
 }
 
-/* Is the slot's database being dropped?  Under the lock. */
-bool
-queue_is_blocked(const RecorderSlot *slot)
-{
-	return !is_over(slot->blocked_since, DROP_PATIENCE_MS * 1000, GetCurrentTimestamp());
-}
-
 /* Wake a database's recorder, if there is one.  Under the lock. */
 void
 queue_wake_recorder(Oid database)
@@ -199,6 +192,57 @@ queue_wake_recorder(Oid database)
 
 	if (slot != NULL && slot->procno >= 0)
 		SetLatch(&GetPGProcByNumber(slot->procno)->procLatch);
+}
+
+/* Does nobody but a recorder see to this order?  Under the lock. */
+bool
+queue_is_left(const Order *order)
+{
+	return order->state == ORDER_POSTED && order->detached;
+}
+
+/* ---------- DROP DATABASE ---------- */
+
+/*
+ * A database is about to be dropped: send its recorder away, and let none be
+ * started until queue_unblock().  Its orders stay as they are.  Returns false
+ * when no recorder is there any more.
+ */
+bool
+queue_block(Oid database)
+{
+	RecorderSlot *slot;
+	bool		running = false;
+
+	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	slot = queue_slot(database, true);
+	if (slot != NULL)
+	{
+		running = slot->procno >= 0;
+		slot->blocked = true;
+		queue_wake_recorder(database);
+	}
+	LWLockRelease(queue_lock);
+	return running;
+}
+
+/*
+ * It has been dropped, or stays after all: give the slot back.
+ */
+void
+queue_unblock(Oid database)
+{
+	RecorderSlot *slot;
+
+	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	slot = queue_slot(database, false);
+	if (slot != NULL)
+	{
+		slot->blocked = false;
+		if (slot->procno < 0)
+			slot->database = InvalidOid;
+	}
+	LWLockRelease(queue_lock);
 }
 
 /* ---------- arguments ---------- */

@@ -91,9 +91,6 @@ typedef struct Order
 	char		hint[ORDER_MESSAGE_LEN];
 } Order;
 
-/* Of a database that is being dropped, no recorder is started for so long. */
-#define DROP_PATIENCE_MS	5000
-
 /* The recorder of one database. */
 typedef struct RecorderSlot
 {
@@ -101,8 +98,8 @@ typedef struct RecorderSlot
 	int			procno;			/* -1: doesn't run (yet) */
 	TransactionId xid;			/* of the batch in progress */
 	TimestampTz started;		/* when it was last asked for */
-	TimestampTz blocked_since;	/* the database is being dropped */
-	bool		quit;			/* leave now */
+	bool		blocked;		/* the database is being dropped: leave, and
+								 * let nobody in */
 } RecorderSlot;
 
 typedef struct RecorderQueue
@@ -142,7 +139,17 @@ extern void queue_init(void *area);
 extern void queue_attach(void *area, LWLockPadded *locks);
 extern bool queue_is_there(void);
 
-extern bool ask_for_recorder(TimestampTz *since, BackgroundWorkerHandle **handle);
+/* What came of asking for a recorder. */
+typedef enum RecorderAsked
+{
+	RECORDER_RUNS,
+	RECORDER_COMES,				/* we, or somebody else, have asked for it */
+	RECORDER_IS_BLOCKED,		/* the database is being dropped */
+	RECORDER_HAS_NO_PLACE
+} RecorderAsked;
+
+extern RecorderAsked ask_for_recorder(Oid database, TimestampTz *since,
+									  BackgroundWorkerHandle **handle);
 
 extern int	queue_norders(void);
 extern Order *queue_order(int i);
@@ -150,7 +157,9 @@ extern Order *queue_new_order(void);
 extern void queue_free_order(Order *order);
 extern void queue_post(Order *order, OrderVerb verb);
 extern RecorderSlot *queue_slot(Oid database, bool create);
-extern bool queue_is_blocked(const RecorderSlot *slot);
 extern void queue_wake_recorder(Oid database);
+extern bool queue_is_left(const Order *order);
+extern bool queue_block(Oid database);
+extern void queue_unblock(Oid database);
 
 #endif							/* IDEMPOTENCY_RECORDER_QUEUE_H */

@@ -22,14 +22,15 @@
  *
  * What must be recorded after a send is tried again until it succeeds, without
  * limit where it is a lock that is in the way.  It is given up where the ledger
- * refuses it for good, or where the database is being dropped; the row then
+ * refuses it for good, or where the database has been dropped; the row then
  * says that nobody knows.
  *
  * Between the orders it writes down what became of the transactions of the
  * calls it has recorded, while that is known (caller.c).
  *
  * A database's settings are its owner's, and must not spoil any of this: they
- * are fixed right after connecting.
+ * are fixed right after connecting.  What makes a commit durable is looked at
+ * again before each.
  *
  * src/recorder_worker.c
  *
@@ -51,18 +52,18 @@
 #include "tcop/tcopprot.h"
 #include "utils/guc.h"
 #include "utils/memutils.h"
-#include "utils/resowner.h"
-#include "utils/snapmgr.h"
 #include "utils/wait_event.h"
 
 #include "background.h"
 #include "clock.h"
 #include "compat.h"
+#include "databases.h"
 #include "debug_point.h"
 #include "errors.h"
 #include "recorder_queue.h"
 #include "settle_event.h"
 #include "stripe_ledger.h"
+#include "subtransaction.h"
 
 PGDLLEXPORT void idempotency_recorder_main(Datum arg);
 
@@ -83,6 +84,14 @@ PGDLLEXPORT void idempotency_recorder_main(Datum arg);
 
 /* Tries of an order that fails for another reason than a lock. */
 #define MAX_FAILURES		300
+
+/*
+ * After an error that came before any order was taken, and how often the same
+ * error is logged.
+ */
+#define REST_FIRST_MS		50
+#define REST_LAST_MS		1000
+#define LOG_AGAIN_USECS		USECS_PER_MINUTE
 
 /* How often to look whether a caller's transaction has ended. */
 #define NOTE_INTERVAL_MS	200
@@ -116,6 +125,10 @@ static dsm_handle *mapped;
 static Note notes[MAX_NOTES];
 static int	nnotes = 0;
 static TimestampTz last_notes = 0;	/* 0: look at once */
+
+/* Errors before any order was taken */
+static TimestampTz rest_since = 0;
+static int	rest_ms = 0;		/* 0: the last transaction was none */
 
 /* ---------- segments ---------- */
 
@@ -256,6 +269,18 @@ answer_error(Order *order, int sqlstate, const char *message, const char *detail
 	copy_message(order->message, message);
 	copy_message(order->detail, detail);
 	copy_message(order->hint, hint);
+}
+
+/* The recorder's error becomes the caller's. */
+static void
+answer_with(Order *order, ErrorData *edata)
+{
+	if (edata->sqlerrcode == ERRCODE_QUERY_CANCELED)
+		answer_error(order, ERRCODE_NO_RECORDER,
+					 "the recorder of Stripe operations was interrupted, and nothing was sent",
+					 edata->message, NULL);
+	else
+		answer_error(order, edata->sqlerrcode, edata->message, edata->detail, edata->hint);
 }
 
 static void
@@ -406,7 +431,7 @@ order_failed(BatchEntry *entry, ErrorData *edata, bool opened)
 		entry->is_lock = is_lock;
 		if (order->failures == 0 || !is_lock)
 			ereport(order->failures == 0 ? LOG : DEBUG1,
-					(errmsg("what is known of Stripe operation \"%s:%s\" can't be recorded yet",
+					(errmsg("what is known of Stripe operation \"%s:%s\" cannot be recorded yet",
 							order->type, order->id),
 					 errdetail_internal("%s", edata->message)));
 		return;
@@ -418,50 +443,14 @@ order_failed(BatchEntry *entry, ErrorData *edata, bool opened)
 		answer_error(order, ERRCODE_LOCK_NOT_AVAILABLE,
 					 "could not lock table \"idempotency.stripe_idempotency_keys\"",
 					 "Another session holds a lock on it, or waits for one.", NULL);
-	else if (sqlstate == ERRCODE_QUERY_CANCELED)
-		answer_error(order, ERRCODE_NO_RECORDER,
-					 "the recorder of Stripe operations was interrupted, and nothing was sent",
-					 edata->message, NULL);
 	else
-		answer_error(order, sqlstate, edata->message, edata->detail, edata->hint);
+		answer_with(order, edata);
 
 	if (!is_before_send(order->verb))
 		ereport(LOG,
 				(errmsg("what is known of Stripe operation \"%s:%s\" is not recorded",
 						order->type, order->id),
 				 errdetail_internal("%s", edata->message)));
-}
-
-/*
- * Do one thing in a subtransaction.  Returns NULL, or the error.
- */
-static ErrorData *
-in_subtransaction(void (*work) (void *), void *arg)
-{
-	MemoryContext context = CurrentMemoryContext;
-	ResourceOwner owner = CurrentResourceOwner;
-	ErrorData  *volatile edata = NULL;
-
-	BeginInternalSubTransaction(NULL);
-	PG_TRY();
-	{
-		PushActiveSnapshot(GetTransactionSnapshot());
-		work(arg);
-		PopActiveSnapshot();
-		ReleaseCurrentSubTransaction();
-	}
-	PG_CATCH();
-	{
-		MemoryContextSwitchTo(context);
-		edata = CopyErrorData();
-		FlushErrorState();
-		RollbackAndReleaseCurrentSubTransaction();
-	}
-	PG_END_TRY();
-	MemoryContextSwitchTo(context);
-	CurrentResourceOwner = owner;
-
-	return edata;
 }
 
 typedef struct OrderWork
@@ -715,6 +704,96 @@ end_batch(bool committed, ErrorData *edata)
 	LWLockRelease(queue_lock);
 }
 
+/* ---------- errors outside of orders ---------- */
+
+/*
+ * Log an error unless that has just been done: what fails is tried again.
+ */
+static void
+log_error(ErrorData *edata)
+{
+	static char last_message[ORDER_MESSAGE_LEN] = "";
+	static TimestampTz last_logged = 0;
+	TimestampTz now = GetCurrentTimestamp();
+	char		message[ORDER_MESSAGE_LEN];
+
+	copy_message(message, edata->message);
+	if (strcmp(message, last_message) == 0 && !is_over(last_logged, LOG_AGAIN_USECS, now))
+		return;
+	strlcpy(last_message, message, sizeof(last_message));
+	last_logged = now;
+	EmitErrorReport();
+}
+
+/*
+ * No order could be taken, and the next try may fail as this one did: rest a
+ * while, each time longer.  Who hasn't sent anything yet is told why; what must be
+ * recorded waits.
+ */
+static void
+rest_after(ErrorData *edata)
+{
+	int			i;
+
+	rest_since = GetCurrentTimestamp();
+	rest_ms = Min(Max(2 * rest_ms, REST_FIRST_MS), REST_LAST_MS);
+
+	for (i = 0; i < queue_norders(); i++)
+	{
+		Order	   *order = queue_order(i);
+
+		LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+		if (order->state == ORDER_POSTED && order->database == MyDatabaseId &&
+			!order->detached && !is_tried_again(order->verb))
+		{
+			answer_with(order, edata);
+			order->state = ORDER_DONE;
+			SetLatch(&GetPGProcByNumber(order->procno)->procLatch);
+		}
+		LWLockRelease(queue_lock);
+	}
+}
+
+/* How many milliseconds of the rest are left? */
+static int
+rest_left(void)
+{
+	TimestampTz now = GetCurrentTimestamp();
+
+	if (rest_ms == 0 || is_over(rest_since, rest_ms * INT64CONST(1000), now))
+		return 0;
+	return rest_ms - (int) ((now - rest_since) / 1000);
+}
+
+/* ---------- transactions ---------- */
+
+/*
+ * Whoever is told that an order is done goes on from there, and sends: so it has
+ * to be on disk, and on the standby that commits wait for, whatever the setting
+ * has become since this process began.  Nobody waits for notes, and what is lost
+ * of them is found again.
+ */
+static void
+choose_durability(void)
+{
+	const char *wanted = NULL;
+
+	if (nbatch == 0)
+		wanted = "off";
+	else if (synchronous_commit < SYNCHRONOUS_COMMIT_ON)
+		wanted = "on";
+
+	/*
+	 * It takes PGC_S_SESSION to be local: what comes from a source below that
+	 * becomes the default, for good.
+	 */
+	if (wanted != NULL)
+		(void) set_config_option("synchronous_commit", wanted, PGC_SUSET, PGC_S_SESSION,
+								 GUC_ACTION_LOCAL, true, 0, false);
+	if (nbatch > 0)
+		ForceSyncCommit();
+}
+
 /*
  * One transaction: what is posted, and notes where there is room.
  */
@@ -728,9 +807,9 @@ run_batch(void)
 
 	PG_TRY();
 	{
-		SetCurrentStatementStartTimestamp();
-		StartTransactionCommand();
+		background_begin();
 		background_restrict();
+		DEBUG_POINT("recorder-begins");
 
 		/* before anything that might wait */
 		take_batch(GetTopTransactionId());
@@ -761,30 +840,25 @@ run_batch(void)
 		run_notes(ORDER_BATCH - nbatch);
 		LockTimeout = LOCK_TIMEOUT;
 
-		/*
-		 * Nobody waits for notes, and what is lost of them is found again.
-		 * (It takes PGC_S_SESSION to be local: what comes from a source below
-		 * that becomes the default, for good.)
-		 */
-		if (nbatch == 0)
-			(void) set_config_option("synchronous_commit", "off", PGC_SUSET, PGC_S_SESSION,
-									 GUC_ACTION_LOCAL, true, 0, false);
-		else
+		if (nbatch > 0)
 			DEBUG_POINT("recorder-before-commit");
+		choose_durability();
 		background_commit();
 		if (nbatch > 0)
 			DEBUG_POINT("recorder-after-commit");
 		end_batch(true, NULL);
+		rest_ms = 0;
 	}
 	PG_CATCH();
 	{
 		ErrorData  *edata;
 		bool		committed;
+		bool		taken = nbatch > 0;
 
 		HOLD_INTERRUPTS();
 		MemoryContextSwitchTo(context);
 		edata = CopyErrorData();
-		EmitErrorReport();
+		log_error(edata);
 		FlushErrorState();
 		AbortOutOfAnyTransaction();
 		RESUME_INTERRUPTS();
@@ -792,6 +866,8 @@ run_batch(void)
 		MemoryContextSwitchTo(context);
 		committed = TransactionIdIsValid(batch_xid) && TransactionIdDidCommit(batch_xid);
 		end_batch(committed, edata);
+		if (!taken)
+			rest_after(edata);
 		FreeErrorData(edata);
 	}
 	PG_END_TRY();
@@ -804,35 +880,6 @@ run_batch(void)
 /* ---------- coming and going ---------- */
 
 /*
- * Give up what can't be recorded: the database is about to go.
- */
-static void
-drop_orders(void)
-{
-	int			i;
-
-	for (i = 0; i < queue_norders(); i++)
-	{
-		Order	   *order = queue_order(i);
-
-		LWLockAcquire(queue_lock, LW_EXCLUSIVE);
-		if (order->state != ORDER_POSTED || order->database != MyDatabaseId || !order->detached)
-		{
-			LWLockRelease(queue_lock);
-			continue;
-		}
-		order->state = ORDER_TAKEN;
-		LWLockRelease(queue_lock);
-
-		ereport(LOG,
-				(errmsg("what is known of Stripe operation \"%s:%s\" is not recorded",
-						order->type, order->id),
-				 errdetail("Its database is being dropped.")));
-		free_order(order);
-	}
-}
-
-/*
  * However this process ends, its orders can be taken by another one.
  */
 static void
@@ -840,7 +887,6 @@ at_exit(int code, Datum arg)
 {
 	RecorderSlot *slot;
 	bool		left = false;
-	bool		quit;
 	int			i;
 
 	if (nbatch > 0)
@@ -856,11 +902,10 @@ at_exit(int code, Datum arg)
 	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
 	have_slot = false;
 	slot = queue_slot(MyDatabaseId, false);
-	quit = slot->quit;
 	slot->procno = -1;
 	slot->xid = InvalidTransactionId;
 	slot->started = 0;
-	if (!quit)
+	if (!slot->blocked)
 		slot->database = InvalidOid;
 	for (i = 0; i < queue_norders(); i++)
 	{
@@ -868,20 +913,16 @@ at_exit(int code, Datum arg)
 
 		if (order->state != ORDER_POSTED || order->database != MyDatabaseId)
 			continue;
-		if (order->detached)
+		if (queue_is_left(order))
 			left = true;
 		else
 			SetLatch(&GetPGProcByNumber(order->procno)->procLatch);
 	}
 	LWLockRelease(queue_lock);
 
-	/* nobody waits for those, so nobody would start a successor */
-	if (left && !quit)
-	{
-		TimestampTz since;
-
-		(void) ask_for_recorder(&since, NULL);
-	}
+	/* nobody waits for those, so nobody else would start a successor */
+	if (left)
+		databases_call_launcher();
 }
 
 /*
@@ -896,12 +937,10 @@ take_slot(void)
 
 	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
 	slot = queue_slot(MyDatabaseId, true);
-	if (slot != NULL && slot->procno < 0 && !queue_is_blocked(slot))
+	if (slot != NULL && slot->procno < 0 && !slot->blocked)
 	{
 		slot->procno = MY_PROC_NUMBER;
 		slot->xid = InvalidTransactionId;
-		slot->quit = false;
-		slot->blocked_since = 0;
 		have_slot = true;
 	}
 	LWLockRelease(queue_lock);
@@ -940,8 +979,6 @@ fix_settings(void)
 	background_set("default_transaction_read_only", "off");
 	background_set("lock_timeout", CppAsString2(LOCK_TIMEOUT) "ms");
 	background_set("DateStyle", "ISO");
-	if (synchronous_commit < SYNCHRONOUS_COMMIT_ON)
-		background_set("synchronous_commit", "on");
 }
 
 void
@@ -973,9 +1010,10 @@ idempotency_recorder_main(Datum arg)
 	for (;;)
 	{
 		bool		due;
-		bool		quit;
+		bool		blocked;
 		int			posted;
 		int			pause;
+		int			rest;
 		long		nap;
 
 		CHECK_FOR_INTERRUPTS();
@@ -988,15 +1026,13 @@ idempotency_recorder_main(Datum arg)
 
 		LWLockAcquire(queue_lock, LW_SHARED);
 		posted = look_for_orders(&due, &pause);
-		quit = queue_slot(MyDatabaseId, false)->quit;
+		blocked = queue_slot(MyDatabaseId, false)->blocked;
 		LWLockRelease(queue_lock);
 
-		if (quit)
-		{
-			drop_orders();
+		if (blocked)
 			proc_exit(0);
-		}
-		if (due || notes_are_due())
+		rest = rest_left();
+		if (rest == 0 && (due || notes_are_due()))
 		{
 			run_batch();
 			if (due)
@@ -1013,6 +1049,8 @@ idempotency_recorder_main(Datum arg)
 			proc_exit(0);
 		if (nnotes > 0)
 			nap = Min(nap, NOTE_INTERVAL_MS);
+		if (rest > 0)
+			nap = Min(nap, rest);
 
 		pgstat_report_stat(true);
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,

@@ -46,7 +46,6 @@
 #include "access/xact.h"
 #include "access/xlog.h"
 #include "catalog/pg_type_d.h"
-#include "commands/async.h"
 #include "miscadmin.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
@@ -59,6 +58,7 @@
 #include "compat.h"
 #include "errors.h"
 #include "json_member.h"
+#include "notice.h"
 #include "result.h"
 #include "settings.h"
 #include "stripe/path.h"
@@ -1028,7 +1028,7 @@ stripe_notify_settled(Operation *op, const char *outcome, const char *resource_i
 		appendStringInfoString(&payload, "null");
 	appendStringInfoChar(&payload, '}');
 
-	Async_Notify("idempotency_settled", payload.data);
+	notify_at_commit("idempotency_settled", payload.data);
 }
 
 /*

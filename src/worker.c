@@ -80,6 +80,7 @@
 #include "databases.h"
 #include "expiry.h"
 #include "lock_limit.h"
+#include "notice.h"
 #include "settings.h"
 #include "settle.h"
 #include "settle_event.h"
@@ -197,7 +198,7 @@ enter(Oid dbid)
 
 	databases_lock(LW_EXCLUSIVE);
 	db = databases_find(dbid);
-	if (db != NULL && db->pid == 0 && db->held_since == 0)
+	if (db != NULL && db->pid == 0 && !db->held)
 	{
 		db->starting = false;
 		db->pid = MyProcPid;
@@ -319,8 +320,7 @@ note_batch(Run *run, ExpiryBatch *batch)
 static bool
 begin_batch(Run *run)
 {
-	SetCurrentStatementStartTimestamp();
-	StartTransactionCommand();
+	background_begin();
 
 	if (!lock_extension())
 	{
@@ -457,6 +457,7 @@ run_settling(Run *run, MemoryContext context)
 		(void) set_config_option("lock_timeout", CppAsString2(EXTENSION_LOCK_MS), PGC_SUSET,
 								 PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
 		rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
+		send_kept_notices();
 		if (events)
 		{
 			settled = settle_kept_events(SETTLE_BATCH);

@@ -13,9 +13,16 @@
  */
 #include "postgres.h"
 
+#include <unistd.h>
+
 #include "fmgr.h"
+#include "miscadmin.h"
+#include "postmaster/bgworker.h"
+#include "storage/latch.h"
+#include "tcop/tcopprot.h"
 #include "utils/builtins.h"
 #include "utils/jsonb.h"
+#include "utils/wait_event.h"
 
 #include "compat.h"
 #include "debug_point.h"
@@ -26,9 +33,14 @@ PG_MODULE_MAGIC;
 
 PGDLLEXPORT Datum test_stripe_call(PG_FUNCTION_ARGS);
 PGDLLEXPORT Datum test_note_fates(PG_FUNCTION_ARGS);
+PGDLLEXPORT Datum test_occupy_workers(PG_FUNCTION_ARGS);
+PGDLLEXPORT void test_occupier_main(Datum arg);
 
 PG_FUNCTION_INFO_V1(test_stripe_call);
 PG_FUNCTION_INFO_V1(test_note_fates);
+PG_FUNCTION_INFO_V1(test_occupy_workers);
+
+#define OCCUPIED "debug_points/occupied"
 
 static void
 send_request(const StripeCallClaim *claim)
@@ -143,4 +155,44 @@ test_note_fates(PG_FUNCTION_ARGS)
 		total += n;
 	} while (position != 0 || (n == max_rows && total < 1000));
 	PG_RETURN_INT32(total);
+}
+
+/*
+ * A background process that does nothing as long as that file is there.
+ */
+void
+test_occupier_main(Datum arg)
+{
+	pqsignal(SIGTERM, die);
+	BackgroundWorkerUnblockSignals();
+	while (access(OCCUPIED, F_OK) == 0)
+	{
+		CHECK_FOR_INTERRUPTS();
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+						 20, WAIT_EVENT_PG_SLEEP);
+		ResetLatch(MyLatch);
+	}
+}
+
+/*
+ * test_occupy_workers(): take all slots for background processes that are free.
+ * How many there were.
+ */
+Datum
+test_occupy_workers(PG_FUNCTION_ARGS)
+{
+	BackgroundWorker worker;
+	int			n = 0;
+
+	memset(&worker, 0, sizeof(worker));
+	worker.bgw_flags = BGWORKER_SHMEM_ACCESS;
+	worker.bgw_start_time = BgWorkerStart_RecoveryFinished;
+	worker.bgw_restart_time = BGW_NEVER_RESTART;
+	strlcpy(worker.bgw_library_name, "idempotency_test_caller", sizeof(worker.bgw_library_name));
+	strlcpy(worker.bgw_function_name, "test_occupier_main", sizeof(worker.bgw_function_name));
+	strlcpy(worker.bgw_name, "occupier", sizeof(worker.bgw_name));
+	strlcpy(worker.bgw_type, "occupier", sizeof(worker.bgw_type));
+	while (RegisterDynamicBackgroundWorker(&worker, NULL))
+		n++;
+	PG_RETURN_INT32(n);
 }

@@ -252,15 +252,6 @@ sub arrivals
 	return grep { /:\Q$id\E:/ } -e $file ? split(/\n/, slurp_file($file)) : ();
 }
 
-# the recorder of an earlier case is gone, so that each begins with none
-sub wait_for_no_recorder
-{
-	$node->poll_query_until('postgres',
-		q{SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE backend_type = 'idempotency recorder')})
-	  || die 'the recorder stays';
-	return;
-}
-
 my $n = 0;
 foreach my $case (@cases)
 {
@@ -272,7 +263,7 @@ foreach my $case (@cases)
 	my $offset = -s $node->logfile;
 	my $call = "SELECT test_stripe_call('matrix', '$id')";
 
-	wait_for_no_recorder() if $point eq 'recorder-start';
+	wait_for_no_recorder($node) if $point eq 'recorder-start';
 	arm($node, $record ? 'call-sent' : $point, $record ? 'wait' : $action);
 	my $session = $node->background_psql('postgres', on_error_stop => 0);
 	$session->query_until(qr/calling/, "\\echo calling\nBEGIN; $call; ROLLBACK;\n");
@@ -312,7 +303,7 @@ foreach my $point ('call-claimed', 'call-sent', 'recorder-taken')
 {
 	my $id = "stop $point";
 
-	wait_for_no_recorder() if $point eq 'recorder-taken';
+	wait_for_no_recorder($node) if $point eq 'recorder-taken';
 	arm($node, $point, 'wait');
 	my $session = $node->background_psql('postgres', on_error_stop => 0);
 	$session->query_until(qr/calling/, "\\echo calling\nSELECT test_stripe_call('matrix', '$id');\n");

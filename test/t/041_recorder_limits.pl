@@ -80,14 +80,6 @@ sub recorder_pid
 	return sql($node, q{SELECT pid FROM pg_stat_activity WHERE backend_type = 'idempotency recorder'});
 }
 
-sub wait_for_no_recorder
-{
-	$node->poll_query_until('postgres',
-		q{SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE backend_type = 'idempotency recorder')})
-	  || die 'the recorder stays';
-	return;
-}
-
 sub waits_for
 {
 	my ($pid, $type, $test_name) = @_;
@@ -161,7 +153,7 @@ begin($s3, 'LOCK TABLE t');
 wait_for_lock($node, $pid3);
 disarm($node, 'call-sent');
 like(end($s1), qr/^claimed completed pi_1 .*\n00000$/m, 'the row is held after the send: the true outcome');
-like($s1->{messages}, qr/WARNING:  outcome "completed" of Stripe operation "call:late" isn't recorded yet/,
+like($s1->{messages}, qr/WARNING:  outcome "completed" of Stripe operation "call:late" is not recorded yet/,
 	'with a warning');
 $s1->query('COMMIT');
 is(end($s3), '00000', 'nobody waits for ever');
@@ -370,7 +362,7 @@ sub arrivals_size
 	return -s $node->data_dir . '/arrivals';
 }
 
-wait_for_no_recorder();
+wait_for_no_recorder($node);
 my $arrived = arrivals_size();
 arm($node, 'recorder-start', 'fatal');
 run_fails($node, q{SELECT test_stripe_call('call', 'no recorder')}, 'IK008', 'the recorder can\'t start: IK008');
@@ -384,7 +376,7 @@ SKIP:
 	skip 'no prlimit', 4 if system('prlimit --version >/dev/null 2>&1') != 0;
 	my $caller = session();
 	$caller->query_safe("SET idempotency.max_response_size = '100MB'; SET idempotency.stripe_record_timeout = '60s'; SELECT 1");
-	wait_for_no_recorder();
+	wait_for_no_recorder($node);
 	system("prlimit --pid $postmaster --fsize=18000000:") == 0 or die 'could not set a limit';
 	$caller->query(q{SELECT idempotency.stripe_claim('call', 'full', request =>
 		to_jsonb((SELECT string_agg(md5(i::text), '') FROM generate_series(1, 1000000) i)))});

@@ -226,7 +226,7 @@ $session->quit;
 is(orphans(), 'crash open:completed:rolled_back dumped:completed:rolled_back', 'rolled back here');
 
 my $elsewhere = new_node('elsewhere', debug => 1, extension => 0, conf => "autovacuum = off\nidempotency.stripe_record_timeout = 60s\n");
-sql($elsewhere, 'DROP FUNCTION test_stripe_call, test_note_fates');
+sql($elsewhere, 'DROP FUNCTION test_stripe_call, test_note_fates, test_occupy_workers');
 $elsewhere->command_ok([ 'psql', '-Xq', '-v', 'ON_ERROR_STOP=1', '-f', $dump, $elsewhere->connstr('postgres') ],
 	'restored into another system');
 is(orphans($elsewhere), 'crash open:completed:rolled_back dumped:completed:not known',

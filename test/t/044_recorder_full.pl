@@ -105,9 +105,9 @@ my $offset = -s $node->logfile;
 $session = $node->background_psql('postgres', on_error_stop => 0);
 $session->query_safe(q{SET idempotency.stripe_record_timeout = '3s'});
 like($session->query(q{SELECT test_stripe_call('call', 'never')}), qr/^claimed completed/m, 'the caller has the truth');
-like($session->{stderr}, qr/WARNING:  outcome "completed" of Stripe operation "call:never" isn't recorded yet/, 'with a warning');
+like($session->{stderr}, qr/WARNING:  outcome "completed" of Stripe operation "call:never" is not recorded yet/, 'with a warning');
 $session->quit;
-like(substr(slurp_file($node->logfile), $offset), qr/what is known of Stripe operation "call:never" can't be recorded yet/, 'the log says why');
+like(substr(slurp_file($node->logfile), $offset), qr/what is known of Stripe operation "call:never" cannot be recorded yet/, 'the log says why');
 sql($node, 'DROP TRIGGER hold ON idempotency.stripe_idempotency_keys');
 ok($node->poll_query_until('postgres', q{SELECT outcome = 'completed' FROM idempotency.stripe_lookup('call', 'never')}),
 	'once it can, it is recorded');
@@ -163,7 +163,7 @@ $offset = -s $node->logfile;
 my $started = time;
 sql($node, 'DROP DATABASE gone');
 cmp_ok(time - $started, '<', 30, 'which can be dropped');
-$node->wait_for_log(qr/what is known of Stripe operation "call:left" is not recorded\n.*Its database is being dropped/, $offset);
+$node->wait_for_log(qr/what is known of Stripe operation "call:left" is not recorded\n.*Its database has been dropped/, $offset);
 pass('the log says what is lost with it');
 
 $node->stop;

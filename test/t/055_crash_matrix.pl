@@ -352,7 +352,7 @@ my @faults = (
 			foreach my $step (@waiting)
 			{
 				$node->wait_for_log(
-					qr/Stripe operation "payment:$payments->{$step}{operation}" can't be recorded yet/);
+					qr/Stripe operation "payment:$payments->{$step}{operation}" cannot be recorded yet/);
 			}
 			unlink $disk_is_full;
 			end_all($payments, 'COMMIT');

@@ -1,0 +1,295 @@
+/*-------------------------------------------------------------------------
+ *
+ * notice.c
+ *	  NOTIFY by us: everything that the extension tells listeners goes this
+ *	  way.
+ *
+ * PostgreSQL refuses to prepare a transaction that has sent a NOTIFY, and what
+ * settles a call would then make PREPARE TRANSACTION fail, at every delivery
+ * of the event that does it.  So a notice is kept until the transaction comes to
+ * its end.  At COMMIT it becomes a NOTIFY.  At PREPARE TRANSACTION it becomes
+ * a row of idempotency.pending_notices, which shares the transaction's fate.
+ * Whoever commits the prepared transaction sends what it has left there, and
+ * deletes it; what that one couldn't (the server has crashed, somebody has the
+ * table locked) a worker sends at its next pass.  So a notice comes once at
+ * least, as ever after COMMIT.
+ *
+ * That takes a hook and workers.  Where the library isn't preloaded the NOTIFY is
+ * sent at PREPARE TRANSACTION, too, and PostgreSQL refuses it in its own words.
+ *
+ * src/notice.c
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/table.h"
+#include "access/xact.h"
+#include "catalog/namespace.h"
+#include "catalog/pg_type_d.h"
+#include "commands/async.h"
+#include "nodes/pg_list.h"
+#include "storage/bufmgr.h"
+#include "tcop/utility.h"
+#include "utils/builtins.h"
+#include "utils/lsyscache.h"
+#include "utils/memutils.h"
+#include "utils/rel.h"
+#include "utils/snapmgr.h"
+#include "utils/timestamp.h"
+
+#include "compat.h"
+#include "debug_point.h"
+#include "errors.h"
+#include "lock_limit.h"
+#include "notice.h"
+#include "owner_spi.h"
+#include "shmem.h"
+#include "subtransaction.h"
+
+/* How long COMMIT PREPARED waits for the table. */
+#define TABLE_LOCK_MS 1000
+
+typedef struct Notice
+{
+	SubTransactionId subid;		/* the innermost that isn't over */
+	char	   *channel;
+	char	   *payload;
+} Notice;
+
+/*
+ * In TopTransactionContext, in order of time, and so with subtransaction ids
+ * that don't decrease.
+ */
+static List *notices = NIL;
+
+static ProcessUtility_hook_type prev_process_utility = NULL;
+
+static OwnerStatement keep_notice = {
+	"INSERT INTO idempotency.pending_notices (prepared_at, number, channel, payload)"
+	" VALUES ($1, $2, $3, $4)",
+	4, {TIMESTAMPTZOID, INT4OID, TEXTOID, TEXTOID}
+};
+
+static OwnerStatement take_notices = {
+	"WITH taken AS (DELETE FROM idempotency.pending_notices WHERE ctid OPERATOR(pg_catalog.=)"
+	" ANY (ARRAY(SELECT ctid FROM idempotency.pending_notices LIMIT 1000"
+	" FOR UPDATE SKIP LOCKED)) RETURNING prepared_at, number, channel, payload)"
+	" SELECT channel, payload FROM taken ORDER BY prepared_at, number",
+	0, {0}
+};
+
+/* ---------- the table ---------- */
+
+/*
+ * Open it.  Returns NULL where it isn't there.
+ */
+static Relation
+open_table(void)
+{
+	Oid			namespace = get_namespace_oid("idempotency", true);
+	Oid			relid = OidIsValid(namespace) ?
+		get_relname_relid("pending_notices", namespace) : InvalidOid;
+
+	return OidIsValid(relid) ? try_table_open(relid, RowExclusiveLock) : NULL;
+}
+
+/*
+ * The transaction is being prepared: its notices become part of it.
+ */
+static void
+keep_notices(void)
+{
+	Relation	rel = open_table();
+	TimestampTz now = GetCurrentTimestamp();
+	int			i;
+
+	if (rel == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_TABLE),
+				 errmsg("table \"idempotency.pending_notices\" does not exist")));
+
+	PushActiveSnapshot(GetTransactionSnapshot());
+	for (i = 0; i < list_length(notices); i++)
+	{
+		Notice	   *notice = list_nth(notices, i);
+		Datum		values[4];
+
+		values[0] = TimestampTzGetDatum(now);
+		values[1] = Int32GetDatum(i);
+		values[2] = CStringGetTextDatum(notice->channel);
+		values[3] = CStringGetTextDatum(notice->payload);
+		(void) owner_execute(&keep_notice, rel->rd_rel->relowner, values, NULL, false,
+							 NULL, NULL, 0);
+	}
+	PopActiveSnapshot();
+	table_close(rel, NoLock);
+}
+
+static void
+send_row(HeapTuple tuple, TupleDesc desc, void *arg)
+{
+	bool		isnull[2];
+	Datum		channel = heap_getattr(tuple, 1, desc, &isnull[0]);
+	Datum		payload = heap_getattr(tuple, 2, desc, &isnull[1]);
+
+	notify_at_commit(TextDatumGetCString(channel), TextDatumGetCString(payload));
+}
+
+/*
+ * Send what prepared transactions that have committed have left, with this
+ * one's commit.  Costs next to nothing where there is none.  To be called in a
+ * transaction with an active snapshot.
+ */
+void
+send_kept_notices(void)
+{
+	Relation	rel = open_table();
+
+	if (rel == NULL)
+		return;
+	if (RelationGetNumberOfBlocks(rel) > 0)
+		owner_select(&take_notices, rel->rd_rel->relowner, NULL, send_row, NULL);
+	table_close(rel, NoLock);
+}
+
+/* ---------- the transaction ---------- */
+
+static void
+at_xact_event(XactEvent event, void *arg)
+{
+	ListCell   *lc;
+
+	switch (event)
+	{
+		case XACT_EVENT_PRE_PREPARE:
+			if (notices != NIL && shmem_is_there())
+			{
+				keep_notices();
+				break;
+			}
+			/* FALLTHROUGH */
+		case XACT_EVENT_PRE_COMMIT:
+			foreach(lc, notices)
+			{
+				Notice	   *notice = lfirst(lc);
+
+				Async_Notify(notice->channel, notice->payload);
+			}
+			break;
+		case XACT_EVENT_COMMIT:
+		case XACT_EVENT_ABORT:
+		case XACT_EVENT_PREPARE:
+			notices = NIL;
+			break;
+		default:
+			break;
+	}
+}
+
+static void
+at_subxact_event(SubXactEvent event, SubTransactionId subid,
+				 SubTransactionId parent, void *arg)
+{
+	int			n = list_length(notices);
+
+	if (event != SUBXACT_EVENT_COMMIT_SUB && event != SUBXACT_EVENT_ABORT_SUB)
+		return;
+
+	/* those that it has added are the last */
+	for (; n > 0; n--)
+	{
+		Notice	   *notice = list_nth(notices, n - 1);
+
+		if (notice->subid < subid)
+			break;
+		notice->subid = parent;
+	}
+	if (event == SUBXACT_EVENT_ABORT_SUB)
+		notices = list_truncate(notices, n);
+}
+
+/*
+ * NOTIFY, if this (sub)transaction commits.
+ */
+void
+notify_at_commit(const char *channel, const char *payload)
+{
+	static bool registered = false;
+	MemoryContext old;
+	Notice	   *notice;
+
+	if (!registered)
+	{
+		RegisterXactCallback(at_xact_event, NULL);
+		RegisterSubXactCallback(at_subxact_event, NULL);
+		registered = true;
+	}
+
+	old = MemoryContextSwitchTo(TopTransactionContext);
+	notice = palloc(sizeof(Notice));
+	notice->subid = GetCurrentSubTransactionId();
+	notice->channel = pstrdup(channel);
+	notice->payload = pstrdup(payload);
+	notices = lappend(notices, notice);
+	MemoryContextSwitchTo(old);
+}
+
+/* ---------- COMMIT PREPARED ---------- */
+
+static void
+send_work(void *arg)
+{
+	int			nestlevel = lock_limit_begin(TABLE_LOCK_MS);
+
+	send_kept_notices();
+	lock_limit_end(nestlevel);
+}
+
+/*
+ * The prepared transaction has committed, so an error must not look as if it
+ * hadn't.
+ */
+static void
+after_commit_prepared(void)
+{
+	ErrorData  *edata;
+
+	DEBUG_POINT("commit-prepared");
+	if (XactReadOnly)
+		return;
+	edata = in_subtransaction(send_work, NULL);
+	if (edata != NULL)
+		ereport(LOG,
+				(errcode(edata->sqlerrcode),
+				 errmsg("could not send the notices of a prepared transaction"),
+				 errdetail_internal("%s", edata->message),
+				 errhint("A worker sends them at its next pass.")));
+}
+
+static void
+on_process_utility(PlannedStmt *pstmt, const char *query, bool read_only_tree,
+				   ProcessUtilityContext context, ParamListInfo params,
+				   QueryEnvironment *environment, DestReceiver *dest, QueryCompletion *qc)
+{
+	Node	   *statement = pstmt->utilityStmt;
+	bool		commits_prepared = IsA(statement, TransactionStmt) &&
+		((TransactionStmt *) statement)->kind == TRANS_STMT_COMMIT_PREPARED;
+
+	if (prev_process_utility)
+		prev_process_utility(pstmt, query, read_only_tree, context, params, environment, dest, qc);
+	else
+		standard_ProcessUtility(pstmt, query, read_only_tree, context, params, environment,
+								dest, qc);
+
+	if (commits_prepared)
+		after_commit_prepared();
+}
+
+/* To be called while the library is preloaded. */
+void
+notice_init(void)
+{
+	prev_process_utility = ProcessUtility_hook;
+	ProcessUtility_hook = on_process_utility;
+}

@@ -1,0 +1,116 @@
+
+# What the recorder has committed is on disk, and on the standby that commits wait
+# for, whatever its settings become while it runs: by a reload, or by a trigger of
+# the ledger's owner.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/../perl";
+
+use IdempotencyTest;
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+needs_debug_points();
+
+# The WAL writer sleeps, so that what isn't flushed on purpose is lost.
+my $node = new_node('main', debug => 1, init => { allows_streaming => 1 }, conf => q{
+wal_writer_delay = 10s
+autovacuum = off
+idempotency.max_workers = 0
+idempotency.stripe_record_timeout = 60s
+});
+
+# Change the configuration while a recorder is at work, which stays a while.
+sub reconfigure
+{
+	my ($statements) = @_;
+	my $session = $node->background_psql('postgres', on_error_stop => 0);
+	my $offset = -s $node->logfile;
+
+	arm($node, 'recorder-taken', 'wait');
+	$session->query_until(qr/begun/, "\\echo begun\nSELECT idempotency.stripe_claim('x', 'before ' || random());\n");
+	wait_for_point($node, 'recorder-taken');
+	sql($node, "$statements; SELECT pg_reload_conf()");
+	$node->wait_for_log(qr/received SIGHUP/, $offset);
+	select(undef, undef, undef, 0.5);
+	disarm($node, 'recorder-taken');
+	$session->quit;
+	return;
+}
+
+# Claim a few, one after the other, and crash.
+sub survive_crash
+{
+	my ($type, $test_name) = @_;
+	my @verdicts;
+
+	foreach my $i (1 .. 5)
+	{
+		push @verdicts, sql($node, "SELECT verdict FROM idempotency.stripe_claim('$type', '$i')");
+		select(undef, undef, undef, 0.1);
+	}
+	$node->stop('immediate');
+	$node->start;
+	is("@verdicts", join(' ', ('claimed') x 5), "$test_name: claimed");
+	is(sql($node, "SELECT string_agg(operation_id, ' ' ORDER BY operation_id) FROM idempotency.stripe_idempotency_keys
+			WHERE operation_type = '$type'"), '1 2 3 4 5', "$test_name: and on disk");
+	return;
+}
+
+reconfigure(q{ALTER SYSTEM SET synchronous_commit = off});
+is(sql($node, 'SHOW synchronous_commit'), 'off', 'the setting is off now');
+survive_crash('off', 'synchronous_commit switched off by a reload');
+
+# Where commits wait for a standby, the recorder's do.
+sql($node, 'ALTER SYSTEM RESET ALL; SELECT pg_reload_conf()');
+reconfigure(q{ALTER SYSTEM SET synchronous_commit = local});
+sql($node, q{ALTER SYSTEM SET synchronous_standby_names = 'nobody'; SELECT pg_reload_conf()});
+ok($node->poll_query_until('postgres', q{SELECT current_setting('synchronous_standby_names') = 'nobody'}), 'commits wait for a standby');
+my $session = $node->background_psql('postgres', on_error_stop => 0);
+$session->query_until(qr/begun/, "\\echo begun\nSELECT verdict FROM idempotency.stripe_claim('standby', '1');\n");
+ok($node->poll_query_until('postgres', q{SELECT count(*) = 1 FROM pg_stat_activity
+	WHERE backend_type = 'idempotency recorder' AND wait_event = 'SyncRep'}),
+	'synchronous_commit = local by a reload: the recorder waits for the standby');
+sql($node, 'ALTER SYSTEM RESET ALL; SELECT pg_reload_conf()');
+like($session->query('SELECT 1'), qr/^claimed/m, 'and then answers');
+$session->quit;
+
+# The owner of the ledger needs no rights to set these, and they outlive the trigger.
+sql($node, q{
+	CREATE ROLE keeper;
+	GRANT USAGE ON SCHEMA idempotency TO keeper;
+	ALTER TABLE idempotency.stripe_idempotency_keys OWNER TO keeper;
+	CREATE FUNCTION spoil() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+		SET synchronous_commit = off;
+		SET default_transaction_read_only = on;
+		SET default_transaction_isolation = 'serializable';
+		SET search_path = public;
+		RETURN NEW; END $$;
+	CREATE TRIGGER spoil BEFORE INSERT ON idempotency.stripe_idempotency_keys FOR EACH ROW EXECUTE FUNCTION spoil()});
+survive_crash('trigger', 'settings changed by a trigger');
+sql($node, 'DROP FUNCTION spoil CASCADE');
+
+# Without the recorder a call lives and dies with its transaction, and that doesn't
+# die after its commit.
+$session = $node->background_psql('postgres', on_error_stop => 0);
+$session->query_safe(q{
+	SET synchronous_commit = off;
+	SET idempotency.stripe_ledger = 'transaction';
+	BEGIN;
+	SAVEPOINT a;
+	SELECT test_stripe_call('own', '1');
+	RELEASE a;
+	COMMIT});
+$node->stop('immediate');
+$node->start;
+eval { $session->quit };
+is(sql($node, q{SELECT outcome FROM idempotency.stripe_lookup('own', '1')}), 'completed',
+	'stripe_ledger = transaction: what was sent and committed is on disk');
+
+$node->stop;
+
+done_testing();
