@@ -271,8 +271,11 @@ CREATE TABLE idempotency.namespace (
 	system_identifier bigint NOT NULL,
 	database oid NOT NULL,
 	created_at timestamptz NOT NULL,
-	retired_at timestamptz
+	retired_at timestamptz,
+	in_force boolean NOT NULL DEFAULT true
 ) WITH (vacuum_truncate = off);
+-- rows have no key by which their changes could be replicated
+ALTER TABLE idempotency.namespace REPLICA IDENTITY FULL;
 
 SELECT pg_catalog.pg_extension_config_dump('idempotency.idempotency_keys', '');
 SELECT pg_catalog.pg_extension_config_dump('idempotency.stripe_idempotency_keys', '');
@@ -628,6 +631,16 @@ WHERE (o.fate OPERATOR(pg_catalog.=) 'rolled back' OR o.fate OPERATOR(pg_catalog
 	AND (o.outcome OPERATOR(pg_catalog.=) 'completed'::idempotency.outcome
 		OR o.outcome OPERATOR(pg_catalog.=) 'unknown'::idempotency.outcome)
 ORDER BY o.claimed_at;
+
+-- which namespace is in force is decided when its row comes, however it comes
+CREATE FUNCTION idempotency.namespace_comes()
+RETURNS trigger
+AS 'MODULE_PATHNAME', 'idempotency_namespace_comes'
+LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
+
+CREATE TRIGGER namespace_comes BEFORE INSERT ON idempotency.namespace
+	FOR EACH ROW EXECUTE FUNCTION idempotency.namespace_comes();
+ALTER TABLE idempotency.namespace ENABLE ALWAYS TRIGGER namespace_comes;
 
 -- the first namespace of this database
 SELECT idempotency.stripe_namespace('new');
