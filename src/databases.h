@@ -66,6 +66,7 @@ typedef struct Database
 	bool		pass_failed;	/* one of its parts has */
 	int64		pass_searched;	/* microseconds of searching in vain */
 	int64		pass_refused;
+	int64		pass_unsettled; /* of them */
 	TimestampTz pass_left;		/* oldest row left, or 0 */
 
 	/* where to look next for events that wait for their call */
@@ -76,6 +77,7 @@ typedef struct Database
 	TimestampTz last_run;		/* when a run ended last, or 0 */
 	int64		removed;		/* in this server life */
 	int64		refused;		/* in the last pass */
+	int64		unsettled;		/* of them: not by what removes rows */
 	TimestampTz oldest;			/* oldest row past its time and still there */
 	TimestampTz error_at;
 	char		error[DATABASE_ERROR_LEN];

@@ -336,6 +336,7 @@ begin_run(Run *run)
 		db->pass_failed = false;
 		db->pass_searched = 0;
 		db->pass_refused = 0;
+		db->pass_unsettled = 0;
 		db->pass_left = 0;
 	}
 	run->part = db->part;
@@ -579,6 +580,7 @@ note_settled(Run *run, Settled *settled, instr_time started)
 	databases_lock(LW_EXCLUSIVE);
 	db = own_entry();
 	db->pass_refused += settled->refused;
+	db->pass_unsettled += settled->refused;
 
 	/* what it took to find nothing that can be done */
 	db->pass_searched += settled->seen == 0 ? elapsed :
@@ -715,6 +717,7 @@ end_run(Run *run)
 
 		db->oldest = db->pass_left;
 		db->refused = db->pass_refused;
+		db->unsettled = db->pass_unsettled;
 		db->pass_started = 0;
 	}
 	db->outcome = run->outcome;
@@ -899,6 +902,9 @@ next_step_of(Database *db, const char *name, bool launcher)
 		case RUN_NO_SLOT:
 			return more_processes();
 		case RUN_REFUSED:
+			if (db->unsettled == db->refused)
+				return pstrdup("SELECT * FROM idempotency.stripe_unknown;");
+			return pstrdup("SELECT * FROM idempotency.expire();");
 		case RUN_FAILED:
 			return pstrdup("SELECT * FROM idempotency.expire();");
 		default:
