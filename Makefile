@@ -19,6 +19,7 @@ OBJS = \
 	src/json_member.o \
 	src/launcher.o \
 	src/ledger.o \
+	src/ledger_search.o \
 	src/left_orders.o \
 	src/lock_limit.o \
 	src/mac.o \

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * subtransaction.h
- *	  One thing in a subtransaction, whose error is caught.
+ *	  Doing something in a subtransaction, and catching its error.
  *
  * src/subtransaction.h
  *
@@ -10,8 +10,9 @@
 #ifndef IDEMPOTENCY_SUBTRANSACTION_H
 #define IDEMPOTENCY_SUBTRANSACTION_H
 
-#include "postgres.h"
-
 extern ErrorData *in_subtransaction(void (*work) (void *), void *arg);
+extern PGDLLEXPORT ErrorData *try_in_subtransaction(void (*work) (void *), void *arg);
+extern bool error_is_about_one_row(const ErrorData *error);
+extern bool error_is_about_locks(const ErrorData *error);
 
 #endif							/* IDEMPOTENCY_SUBTRANSACTION_H */
