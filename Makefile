@@ -31,6 +31,7 @@ OBJS = \
 	src/requests.o \
 	src/result.o \
 	src/secret_file.o \
+	src/settings_guard.o \
 	src/settle.o \
 	src/settle_event.o \
 	src/shmem.o \

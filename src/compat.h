@@ -69,6 +69,13 @@
 #define JSON_IS_UNTRANSLATABLE(result) false
 #endif
 
+/* 16: all settings are a copy, with their number; before that an array */
+#if PG_VERSION_NUM >= 160000
+#define get_guc_variables_compat(n) get_guc_variables(n)
+#else
+#define get_guc_variables_compat(n) (*(n) = GetNumConfigOptions(), get_guc_variables())
+#endif
+
 /* 19: CREATE DATABASE and its like ask such a worker to go */
 #ifndef BGWORKER_INTERRUPTIBLE
 #define BGWORKER_INTERRUPTIBLE 0

@@ -55,6 +55,7 @@
 #include "open_claims.h"
 #include "result.h"
 #include "settings.h"
+#include "settings_guard.h"
 #include "settle_event.h"
 #include "webhook_event.h"
 #include "webhook_secret.h"
@@ -330,6 +331,7 @@ verify(FunctionCallInfo fcinfo, bytea **payload)
 		ereport(ERROR,
 				(errcode(ERRCODE_BAD_ARGUMENT),
 				 errmsg("%s must not be null", "payload")));
+	check_settings();
 	*payload = PG_GETARG_BYTEA_PP(0);
 	nsecrets = webhook_secrets(fcinfo, 2, &secrets);
 	now = GetCurrentTimestamp();
