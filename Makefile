@@ -51,6 +51,7 @@ OBJS = \
 	src/stripe_ledger.o \
 	src/stripe_outcome.o \
 	src/webhook_event.o \
+	src/webhook_payload.o \
 	src/webhook_secret.o \
 	src/webhook_signature.o \
 	src/webhooks.o \
