@@ -16,6 +16,7 @@ OBJS = \
 	src/fingerprint.o \
 	src/idempotency.o \
 	src/json_member.o \
+	src/json_text.o \
 	src/launcher.o \
 	src/ledger.o \
 	src/lock_limit.o \
