@@ -2,6 +2,9 @@
 -- or parameter, and what counts are its bytes in UTF-8
 \set VERBOSITY terse
 \set SHOW_CONTEXT never
+SET client_min_messages = warning;
+CREATE EXTENSION IF NOT EXISTS idempotency;
+RESET client_min_messages;
 
 CREATE FUNCTION sign(body bytea) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
