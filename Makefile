@@ -17,6 +17,7 @@ OBJS = \
 	src/fingerprint.o \
 	src/idempotency.o \
 	src/json_member.o \
+	src/json_text.o \
 	src/launcher.o \
 	src/ledger.o \
 	src/ledger_search.o \
@@ -35,6 +36,7 @@ OBJS = \
 	src/requests.o \
 	src/result.o \
 	src/secret_file.o \
+	src/settings_guard.o \
 	src/settle.o \
 	src/settle_event.o \
 	src/shmem.o \
@@ -55,6 +57,7 @@ OBJS = \
 	src/stripe_outcome.o \
 	src/subtransaction.o \
 	src/webhook_event.o \
+	src/webhook_payload.o \
 	src/webhook_secret.o \
 	src/webhook_signature.o \
 	src/webhooks.o \

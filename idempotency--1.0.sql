@@ -453,11 +453,20 @@ LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 --
 -- Events you receive from Stripe
 --
+-- What takes a body takes it as bytea or as text; an untyped literal or parameter
+-- is text to PostgreSQL.
+--
 
 CREATE FUNCTION idempotency.stripe_webhook_verify(payload bytea, signature text,
 	secrets text[] DEFAULT NULL, tolerance interval DEFAULT NULL)
 RETURNS text
 AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_verify'
+LANGUAGE C STABLE CALLED ON NULL INPUT PARALLEL RESTRICTED;
+
+CREATE FUNCTION idempotency.stripe_webhook_verify(payload text, signature text,
+	secrets text[] DEFAULT NULL, tolerance interval DEFAULT NULL)
+RETURNS text
+AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_verify_text'
 LANGUAGE C STABLE CALLED ON NULL INPUT PARALLEL RESTRICTED;
 
 CREATE FUNCTION idempotency.stripe_webhook_is_valid(payload bytea, signature text,
@@ -466,11 +475,24 @@ RETURNS boolean
 AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_is_valid'
 LANGUAGE C STABLE CALLED ON NULL INPUT PARALLEL RESTRICTED;
 
+CREATE FUNCTION idempotency.stripe_webhook_is_valid(payload text, signature text,
+	secrets text[] DEFAULT NULL, tolerance interval DEFAULT NULL)
+RETURNS boolean
+AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_is_valid_text'
+LANGUAGE C STABLE CALLED ON NULL INPUT PARALLEL RESTRICTED;
+
 CREATE FUNCTION idempotency.stripe_webhook_claim(payload bytea, signature text,
 	secrets text[] DEFAULT NULL, tolerance interval DEFAULT NULL,
 	lease interval DEFAULT NULL, wait boolean DEFAULT true, consumer text DEFAULT '')
 RETURNS idempotency.webhook_claim_result
 AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_claim'
+LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
+
+CREATE FUNCTION idempotency.stripe_webhook_claim(payload text, signature text,
+	secrets text[] DEFAULT NULL, tolerance interval DEFAULT NULL,
+	lease interval DEFAULT NULL, wait boolean DEFAULT true, consumer text DEFAULT '')
+RETURNS idempotency.webhook_claim_result
+AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_claim_text'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
 CREATE FUNCTION idempotency.stripe_webhook_record(stripe_event_id text, token bigint,
@@ -485,6 +507,12 @@ CREATE FUNCTION idempotency.stripe_webhook_receive(payload bytea, signature text
 	secrets text[] DEFAULT NULL, tolerance interval DEFAULT NULL, consumer text DEFAULT '')
 RETURNS idempotency.webhook_receipt
 AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_receive'
+LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
+
+CREATE FUNCTION idempotency.stripe_webhook_receive(payload text, signature text,
+	secrets text[] DEFAULT NULL, tolerance interval DEFAULT NULL, consumer text DEFAULT '')
+RETURNS idempotency.webhook_receipt
+AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_receive_text'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
 -- a set, so that there is no row where there is no event
@@ -1247,14 +1275,23 @@ COMMENT ON FUNCTION idempotency.stripe_webhook_verify(bytea, text, text[], inter
 	'secrets: of the endpoints (default those of idempotency.webhook_secret_file, otherwise of the postmaster''s '
 	'environment variable IDEMPOTENCY_WEBHOOK_SECRET); '
 	'tolerance: how old it may be (default idempotency.webhook_tolerance, 300 s). Raises IK003';
+COMMENT ON FUNCTION idempotency.stripe_webhook_verify(text, text, text[], interval) IS
+	'The same for a body that is text: its bytes in UTF-8 are what is verified. payload: the body as it came, '
+	'or its bytes as PostgreSQL writes a bytea, \x...; everything else as for the function of bytea';
 COMMENT ON FUNCTION idempotency.stripe_webhook_is_valid(bytea, text, text[], interval) IS
 	'Is the signature of a webhook valid?  Never NULL. Arguments as for stripe_webhook_verify(). Raises IK003';
+COMMENT ON FUNCTION idempotency.stripe_webhook_is_valid(text, text, text[], interval) IS
+	'The same for a body that is text: its bytes in UTF-8 are what is verified. payload: the body as it came, '
+	'or its bytes as PostgreSQL writes a bytea, \x...; everything else as for the function of bytea';
 COMMENT ON FUNCTION idempotency.stripe_webhook_claim(bytea, text, text[], interval, interval, boolean, text) IS
 	'Verifies an event and claims it: says whether the caller processes it now, or somebody has. '
 	'Call it in FROM. payload, signature, secrets, tolerance: as for stripe_webhook_verify(); '
 	'lease: how long the claim outlives COMMIT (NULL: it must be recorded before COMMIT, or IK005); '
 	'wait (default true): wait for an uncommitted twin, at most idempotency.wait_timeout, 10 s; '
 	'consumer: who processes it (default ''''). Raises IK003, IK004 for a signature or body that is refused';
+COMMENT ON FUNCTION idempotency.stripe_webhook_claim(text, text, text[], interval, interval, boolean, text) IS
+	'The same for a body that is text: its bytes in UTF-8 are what is verified. payload: the body as it came, '
+	'or its bytes as PostgreSQL writes a bytea, \x...; everything else as for the function of bytea';
 COMMENT ON FUNCTION idempotency.stripe_webhook_record(text, bigint, boolean, text, text, uuid, uuid, text, text) IS
 	'Records that a claimed event is processed, which is final, or that this has failed. '
 	'success: default true unless there is an error_message; '
@@ -1266,6 +1303,9 @@ COMMENT ON FUNCTION idempotency.stripe_webhook_receive(bytea, text, text[], inte
 	'payload, signature, secrets, tolerance: as for stripe_webhook_verify(); '
 	'consumer: who processes it (default ''''). Raises IK003, IK004 for a signature or body that is refused, '
 	'55P03 where another transaction has the event for longer than idempotency.wait_timeout';
+COMMENT ON FUNCTION idempotency.stripe_webhook_receive(text, text, text[], interval, text) IS
+	'The same for a body that is text: its bytes in UTF-8 are what is verified. payload: the body as it came, '
+	'or its bytes as PostgreSQL writes a bytea, \x...; everything else as for the function of bytea';
 COMMENT ON FUNCTION idempotency.stripe_webhook_next(interval, text) IS
 	'Claims the event that waits longest, received, failed or lapsed, which nobody else is at; '
 	'no row if there is none. '

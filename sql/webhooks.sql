@@ -254,7 +254,7 @@ FROM (VALUES
 	(4, 'two values', event('evt_r') || event('evt_r')),
 	(5, 'not UTF-8', convert_to('{"id": "evt_r', 'UTF8') || '\xe4'::bytea || convert_to('", "object": "event", "type": "a"}', 'UTF8')),
 	(6, 'a surrogate in UTF-8', convert_to('{"id": "evt_r', 'UTF8') || '\xeda080'::bytea || convert_to('", "object": "event", "type": "a"}', 'UTF8')),
-	(7, 'half a surrogate', convert_to('{"id": "evt_r", "object": "event", "type": "\ud800"}', 'UTF8')),
+	(7, 'half an escape', convert_to('{"id": "evt_r", "object": "event", "type": "\ud80"}', 'UTF8')),
 	(8, 'zero byte', event('evt_r') || '\x00'::bytea),
 	(10, 'byte order mark', '\xefbbbf'::bytea || event('evt_r')),
 	(13, 'number', convert_to('1', 'UTF8')),
@@ -275,8 +275,20 @@ BEGIN;
 CREATE TEMP TABLE odd (n int, label text, body bytea) ON COMMIT DROP;
 INSERT INTO odd VALUES
 	(1, 'escaped zero byte', convert_to('{"id": "evt_o1", "object": "event", "type": "a", "name": "a\u0000\\u0000\\\u0000b"}', 'UTF8')),
-	(2, 'key twice', convert_to('{"id": "evt_o2", "object": "event", "type": "a", "name": 1, "name": 2}', 'UTF8'));
-SELECT n, c.verdict, c.event ->> 'name' AS name FROM odd, LATERAL claim(body, '1 h') c ORDER BY n;
+	(2, 'key twice', convert_to('{"id": "evt_o2", "object": "event", "type": "a", "name": 1, "name": 2}', 'UTF8')),
+	(3, 'high half of a pair', convert_to('{"id": "evt_o3", "object": "event", "type": "a", "name": "a\ud83d"}', 'UTF8')),
+	(4, 'low half', convert_to('{"id": "evt_o4", "object": "event", "type": "a", "name": "\ude00a"}', 'UTF8')),
+	(5, 'halves in the wrong order', convert_to('{"id": "evt_o5", "object": "event", "type": "a", "name": "\ude00\ud83d\ud83d\ude00\uD83D\u0041"}', 'UTF8')),
+	(6, 'large number', convert_to('{"id": "evt_o6", "object": "event", "type": "a", "created": 1e400000, "name": -1e400000}', 'UTF8')),
+	(7, 'small number', convert_to('{"id": "evt_o7", "object": "event", "type": "a", "created": -1, "name": 1E-20000}', 'UTF8')),
+	(8, 'exponent beyond all', convert_to(format('{"id": "evt_o8", "object": "event", "type": "a", "name": 1e%s}', repeat('9', 30)), 'UTF8')),
+	(9, 'many digits', convert_to(format('{"id": "evt_o9", "object": "event", "type": "a", "name": true, "n": [%s, 0.%s]}', repeat('9', 131073), repeat('1', 16384)), 'UTF8')),
+	(10, 'deep', convert_to(format('{"id": "evt_o10", "object": "event", "type": "a", "name": {"a": %s1%s}}', repeat('[', 100000), repeat(']', 100000)), 'UTF8')),
+	(11, 'in a name', convert_to('{"id": "evt_o11", "object": "event", "type": "a", "\u006eame": "\u0061", "\ud800": 1}', 'UTF8')),
+	(12, 'escapes', convert_to('{"id": "evt_o12", "object": "event", "type": "a", "name": "\u0022\u005c\u000a\/\b\u00e9\ud83d\ude00\uffff"}', 'UTF8'));
+SELECT n, c.verdict, left(c.event ->> 'name', 30) AS name, c.created FROM odd, LATERAL claim(body, '1 h') c ORDER BY n;
+SELECT jsonb_typeof(payload_snapshot #> '{n,0}') AS before, jsonb_typeof(payload_snapshot #> '{n,1}') AS after FROM idempotency.stripe_webhook_events WHERE stripe_event_id = 'evt_o9';
+SELECT length(replace(payload_snapshot ->> 'name', 'null', '')) AS brackets, payload_snapshot ->> 'name' LIKE '%[null]%' AS the_rest FROM idempotency.stripe_webhook_events WHERE stripe_event_id = 'evt_o10';
 SELECT label, e.payload = body AS bytes_kept
 FROM odd JOIN idempotency.stripe_webhook_events e ON e.stripe_event_id = 'evt_o' || n ORDER BY n;
 ROLLBACK;

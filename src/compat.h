@@ -50,23 +50,11 @@
 	table_beginscan(rel, snapshot, 0, NULL)
 #endif
 
-/* 17: the lexer may be the caller's */
-#if PG_VERSION_NUM >= 170000
-#define make_json_lexer_compat(json, len, encoding, need_escapes) \
-	makeJsonLexContextCstringLen(NULL, json, len, encoding, need_escapes)
-#else
-#define make_json_lexer_compat(json, len, encoding, need_escapes) \
-	makeJsonLexContextCstringLen(json, len, encoding, need_escapes)
-#endif
-
-/*
- * 16: what the encoding lacks is a result of the parser's, for an escape, too;
- * before that it is an error that it raises
- */
+/* 16: all settings are a copy, with their number; before that an array */
 #if PG_VERSION_NUM >= 160000
-#define JSON_IS_UNTRANSLATABLE(result) ((result) == JSON_UNICODE_UNTRANSLATABLE)
+#define get_guc_variables_compat(n) get_guc_variables(n)
 #else
-#define JSON_IS_UNTRANSLATABLE(result) false
+#define get_guc_variables_compat(n) (*(n) = GetNumConfigOptions(), get_guc_variables())
 #endif
 
 /* 19: CREATE DATABASE and its like ask such a worker to go */

@@ -22,5 +22,6 @@
 #define ERRCODE_NO_RECORDER				MAKE_SQLSTATE('I', 'K', '0', '0', '8')
 #define ERRCODE_FOREIGN_NAMESPACE		MAKE_SQLSTATE('I', 'K', '0', '0', '9')
 #define ERRCODE_STRIPE_NOT_INSTALLED	MAKE_SQLSTATE('I', 'K', '0', '1', '0')
+#define ERRCODE_SETTING_LOST			MAKE_SQLSTATE('I', 'K', '0', '1', '1')
 
 #endif							/* IDEMPOTENCY_ERRORS_H */

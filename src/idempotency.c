@@ -27,6 +27,7 @@
 #include "recorder.h"
 #include "secret_file.h"
 #include "settings.h"
+#include "settings_guard.h"
 #include "shmem.h"
 #include "stripe/path.h"
 
@@ -419,7 +420,9 @@ define_settings(void)
 void
 _PG_init(void)
 {
+	settings_guard_begin();
 	define_settings();
+	settings_guard_end();
 	open_claims_init();
 
 	/* pg_upgrade's server runs nothing of ours */

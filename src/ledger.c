@@ -80,6 +80,7 @@
 #include "lock_limit.h"
 #include "open_claims.h"
 #include "settings.h"
+#include "settings_guard.h"
 
 /* A statement that took longer than this has waited: 10 ms. */
 #define WAITED_USECS INT64CONST(10000)
@@ -209,11 +210,15 @@ ledger_check(Ledger *ledger, Relation rel)
  * Open a ledger's table.  The caller closes it with ledger_close(); the lock
  * stays until the end of the transaction.
  *
- * With nowait a lock that isn't to be had at once is an error (55P03).
+ * With nowait a lock that isn't to be had at once is an error (55P03).  To write
+ * is refused while a setting that may guard it has lost its value (IK011).
  */
 Relation
 ledger_open(Ledger *ledger, LOCKMODE lockmode, bool nowait)
 {
+	if (lockmode != AccessShareLock)
+		check_settings();
+
 	for (;;)
 	{
 		Oid			relid = ledger->relid;

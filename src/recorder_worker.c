@@ -61,6 +61,7 @@
 #include "debug_point.h"
 #include "errors.h"
 #include "recorder_queue.h"
+#include "settings_guard.h"
 #include "settle_event.h"
 #include "stripe_ledger.h"
 #include "subtransaction.h"
@@ -995,6 +996,7 @@ idempotency_recorder_main(Datum arg)
 	BackgroundWorkerInitializeConnectionByOid(DatumGetObjectId(arg), InvalidOid,
 											  BGWORKER_BYPASS_ALLOWCONN);
 	fix_settings();
+	settings_guard_disarm();
 	pgstat_report_appname(MyBgworkerEntry->bgw_type);
 	wait_event = WAIT_EVENT_NEW("IdempotencyRecorderMain");
 	mappings = MemoryContextAllocZero(TopMemoryContext, queue_norders() * sizeof(dsm_segment *));

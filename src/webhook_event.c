@@ -3,11 +3,11 @@
  * webhook_event.c
  *	  What an event of Stripe's says.
  *
- * A body is parsed by PostgreSQL's own JSON parser, after its signature was
- * found to be good.  Stripe delivers for three days what is refused, so nothing
- * is that Stripe may have meant: an escaped zero byte, which jsonb can't hold,
- * becomes a replacement character there, and of a key that stands twice jsonb
- * has the last value.  The bytes as they were signed are kept beside it.
+ * A body is parsed after its signature was found to be good.  Stripe delivers
+ * for three days what is refused, so nothing is that Stripe may have meant: what
+ * jsonb can't hold becomes something else there (json_text.c), and of a key
+ * that stands twice jsonb has the last value.  The bytes as they were signed
+ * are kept beside it.
  *
  * There are events of API v1 and thin ones of API v2, their types grow with
  * each release of Stripe's, and all that is asked of either is an id and a
@@ -19,8 +19,6 @@
  */
 #include "postgres.h"
 
-#include "common/jsonapi.h"
-#include "mb/pg_wchar.h"
 #include "utils/builtins.h"
 #include "utils/datetime.h"
 #include "utils/fmgrprotos.h"
@@ -28,55 +26,22 @@
 #include "arguments.h"
 #include "compat.h"
 #include "json_member.h"
+#include "json_text.h"
 #include "stripe_key.h"
 #include "webhook_event.h"
 
 /* ---------- the body ---------- */
 
 /*
- * Replace each escaped zero byte, in place: U+FFFD, or a question mark where
- * the database's encoding may not have it.
- */
-static void
-replace_escaped_zeros(char *p)
-{
-	const char *replacement = GetDatabaseEncoding() == PG_UTF8 ? "fffd" : "003f";
-
-	while ((p = strchr(p, '\\')) != NULL && p[1] != '\0')
-	{
-		if (strncmp(p + 1, "u0000", 5) == 0)
-			memcpy(p + 2, replacement, 4);
-		p += 2;
-	}
-}
-
-/*
  * Make out a body: an event, or what else it is.
- *
- * A character that the database's encoding lacks raises PostgreSQL's error: that
- * is no fault of the body.
  */
 WebhookBody
 webhook_body_parse(const char *body, size_t len, WebhookEvent *event)
 {
-	JsonLexContext *lex;
-	JsonParseErrorType result;
-	char	   *text;
-	Jsonb	   *json;
+	Jsonb	   *json = json_read(body, len);
 
-	if (!pg_verify_mbstr(PG_UTF8, body, len, true))
+	if (json == NULL)
 		return WEBHOOK_BODY_NOT_JSON;
-	text = pnstrdup(body, len);
-	text = pg_any_to_server(text, len, PG_UTF8);
-
-	replace_escaped_zeros(text);
-
-	lex = make_json_lexer_compat(text, strlen(text), GetDatabaseEncoding(), true);
-	result = pg_parse_json(lex, &nullSemAction);
-	if (result != JSON_SUCCESS && !JSON_IS_UNTRANSLATABLE(result))
-		return WEBHOOK_BODY_NOT_JSON;
-
-	json = DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(text)));
 	return webhook_event_read(json, event) ? WEBHOOK_BODY_EVENT : WEBHOOK_BODY_NOT_AN_EVENT;
 }
 

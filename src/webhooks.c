@@ -55,17 +55,23 @@
 #include "open_claims.h"
 #include "result.h"
 #include "settings.h"
+#include "settings_guard.h"
 #include "settle_event.h"
 #include "webhook_event.h"
+#include "webhook_payload.h"
 #include "webhook_secret.h"
 #include "webhook_signature.h"
 #include "webhooks.h"
 
 PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_verify);
+PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_verify_text);
 PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_is_valid);
+PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_is_valid_text);
 PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_claim);
+PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_claim_text);
 PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_record);
 PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_receive);
+PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_receive_text);
 PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_next);
 PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_reclaim);
 
@@ -318,7 +324,7 @@ set_pointer(Datum *values, char *nulls, int i, const void *pointer)
 
 /* Arguments payload, signature, secrets, tolerance, from the first on. */
 static WebhookVerdict
-verify(FunctionCallInfo fcinfo, bytea **payload)
+verify(FunctionCallInfo fcinfo, const bytea *payload)
 {
 	text	   *header = PG_ARGISNULL(1) ? NULL : PG_GETARG_TEXT_PP(1);
 	Duration	tolerance = argument_duration(fcinfo, 3, "tolerance");
@@ -326,15 +332,11 @@ verify(FunctionCallInfo fcinfo, bytea **payload)
 	int			nsecrets;
 	TimestampTz now;
 
-	if (PG_ARGISNULL(0))
-		ereport(ERROR,
-				(errcode(ERRCODE_BAD_ARGUMENT),
-				 errmsg("%s must not be null", "payload")));
-	*payload = PG_GETARG_BYTEA_PP(0);
+	check_settings();
 	nsecrets = webhook_secrets(fcinfo, 2, &secrets);
 	now = GetCurrentTimestamp();
 
-	return webhook_verify(VARDATA_ANY(*payload), VARSIZE_ANY_EXHDR(*payload),
+	return webhook_verify(VARDATA_ANY(payload), VARSIZE_ANY_EXHDR(payload),
 						  header == NULL ? NULL : VARDATA_ANY(header),
 						  header == NULL ? 0 : VARSIZE_ANY_EXHDR(header),
 						  secrets, nsecrets,
@@ -350,9 +352,17 @@ verify(FunctionCallInfo fcinfo, bytea **payload)
 Datum
 idempotency_stripe_webhook_verify(PG_FUNCTION_ARGS)
 {
-	bytea	   *payload;
+	WebhookBytes payload = payload_of_bytea(fcinfo, 0);
 
-	PG_RETURN_TEXT_P(cstring_to_text(webhook_verdict_word(verify(fcinfo, &payload))));
+	PG_RETURN_TEXT_P(cstring_to_text(webhook_verdict_word(verify(fcinfo, payload.bytes))));
+}
+
+Datum
+idempotency_stripe_webhook_verify_text(PG_FUNCTION_ARGS)
+{
+	WebhookBytes payload = payload_of_text(fcinfo, 0);
+
+	PG_RETURN_TEXT_P(cstring_to_text(webhook_verdict_word(verify(fcinfo, payload.bytes))));
 }
 
 /*
@@ -361,13 +371,21 @@ idempotency_stripe_webhook_verify(PG_FUNCTION_ARGS)
 Datum
 idempotency_stripe_webhook_is_valid(PG_FUNCTION_ARGS)
 {
-	bytea	   *payload;
+	WebhookBytes payload = payload_of_bytea(fcinfo, 0);
 
-	PG_RETURN_BOOL(verify(fcinfo, &payload) == WEBHOOK_VALID);
+	PG_RETURN_BOOL(verify(fcinfo, payload.bytes) == WEBHOOK_VALID);
+}
+
+Datum
+idempotency_stripe_webhook_is_valid_text(PG_FUNCTION_ARGS)
+{
+	WebhookBytes payload = payload_of_text(fcinfo, 0);
+
+	PG_RETURN_BOOL(verify(fcinfo, payload.bytes) == WEBHOOK_VALID);
 }
 
 static const char *
-signature_hint(WebhookVerdict verdict)
+signature_hint(WebhookVerdict verdict, bool of_text)
 {
 	switch (verdict)
 	{
@@ -375,7 +393,9 @@ signature_hint(WebhookVerdict verdict)
 		case WEBHOOK_MALFORMED_HEADER:
 			return _("Pass the header Stripe-Signature as it came.");
 		case WEBHOOK_NO_MATCHING_SIGNATURE:
-			return _("Pass the body's bytes as they came, not parsed and written again; and the secret of the endpoint that they came to.");
+			return of_text ?
+				_("Pass the body as it came, not parsed and written again, and as bytea if it may have been decoded from anything but UTF-8; and the secret of the endpoint that it came to.") :
+				_("Pass the body's bytes as they came, not parsed and written again; and the secret of the endpoint that they came to.");
 		case WEBHOOK_TOO_OLD:
 			return _("Stripe signs each delivery anew. Compare the clocks, and see idempotency.webhook_tolerance.");
 		case WEBHOOK_NO_SECRET:
@@ -399,20 +419,20 @@ refuse_body(const char *word, const char *message)
  * Verify and parse what has come in; raises IK004 for whatever isn't an event
  * signed by Stripe.
  */
-static bytea *
-take_in(FunctionCallInfo fcinfo, WebhookEvent *event)
+static void
+take_in(FunctionCallInfo fcinfo, WebhookBytes payload, WebhookEvent *event)
 {
-	bytea	   *payload;
-	WebhookVerdict verdict = verify(fcinfo, &payload);
+	WebhookVerdict verdict = verify(fcinfo, payload.bytes);
 
 	if (verdict != WEBHOOK_VALID)
 		ereport(ERROR,
 				(errcode(ERRCODE_WEBHOOK_REFUSED),
 				 errmsg("webhook is not signed by Stripe, as far as this can be told"),
 				 errdetail_internal("%s", webhook_verdict_word(verdict)),
-				 errhint("%s", signature_hint(verdict))));
+				 errhint("%s", signature_hint(verdict, payload.of_text))));
 
-	switch (webhook_body_parse(VARDATA_ANY(payload), VARSIZE_ANY_EXHDR(payload), event))
+	switch (webhook_body_parse(VARDATA_ANY(payload.bytes), VARSIZE_ANY_EXHDR(payload.bytes),
+							   event))
 	{
 		case WEBHOOK_BODY_EVENT:
 			break;
@@ -431,8 +451,6 @@ take_in(FunctionCallInfo fcinfo, WebhookEvent *event)
 					webhook_livemode == WEBHOOK_LIVEMODE_LIVE ?
 					_("webhook is an event of Stripe's test mode, and live ones are expected") :
 					_("webhook is an event of Stripe's live mode, and test ones are expected"));
-
-	return payload;
 }
 
 /* ---------- claim ---------- */
@@ -760,8 +778,8 @@ end_claim(EventClaim *claim)
  * stripe_webhook_claim(payload, signature, secrets, tolerance, lease, wait,
  *						consumer)
  */
-Datum
-idempotency_stripe_webhook_claim(PG_FUNCTION_ARGS)
+static Datum
+claim_event(FunctionCallInfo fcinfo, WebhookBytes payload)
 {
 	EventClaim	claim;
 	WebhookEvent event;
@@ -774,7 +792,8 @@ idempotency_stripe_webhook_claim(PG_FUNCTION_ARGS)
 	claim.lease = argument_duration(fcinfo, 4, "lease");
 	claim.base.wait = argument_bool(fcinfo, 5, "wait");
 	consumer = argument_label(fcinfo, 6, true, "consumer");
-	claim.payload = take_in(fcinfo, &event);
+	take_in(fcinfo, payload, &event);
+	claim.payload = payload.bytes;
 	claim.event = &event;
 	begin_claim(&claim, CStringGetTextDatum(event.account),
 				CStringGetTextDatum(event.id), PointerGetDatum(consumer));
@@ -790,11 +809,23 @@ idempotency_stripe_webhook_claim(PG_FUNCTION_ARGS)
 	PG_RETURN_DATUM(result_end(&claim.result));
 }
 
+Datum
+idempotency_stripe_webhook_claim(PG_FUNCTION_ARGS)
+{
+	return claim_event(fcinfo, payload_of_bytea(fcinfo, 0));
+}
+
+Datum
+idempotency_stripe_webhook_claim_text(PG_FUNCTION_ARGS)
+{
+	return claim_event(fcinfo, payload_of_text(fcinfo, 0));
+}
+
 /*
  * stripe_webhook_receive(payload, signature, secrets, tolerance, consumer)
  */
-Datum
-idempotency_stripe_webhook_receive(PG_FUNCTION_ARGS)
+static Datum
+receive_event(FunctionCallInfo fcinfo, WebhookBytes payload)
 {
 	EventClaim	claim;
 	WebhookEvent event;
@@ -807,7 +838,8 @@ idempotency_stripe_webhook_receive(PG_FUNCTION_ARGS)
 	claim.receive = true;
 	claim.base.wait = true;
 	consumer = argument_label(fcinfo, 4, true, "consumer");
-	claim.payload = take_in(fcinfo, &event);
+	take_in(fcinfo, payload, &event);
+	claim.payload = payload.bytes;
 	claim.event = &event;
 	begin_claim(&claim, CStringGetTextDatum(event.account),
 				CStringGetTextDatum(event.id), PointerGetDatum(consumer));
@@ -822,6 +854,18 @@ idempotency_stripe_webhook_receive(PG_FUNCTION_ARGS)
 	result_set_text(&claim.result, R_EVENT_TYPE, event.type);
 	result_set(&claim.result, R_ACCOUNT, claim.base.key[0]);
 	PG_RETURN_DATUM(result_end(&claim.result));
+}
+
+Datum
+idempotency_stripe_webhook_receive(PG_FUNCTION_ARGS)
+{
+	return receive_event(fcinfo, payload_of_bytea(fcinfo, 0));
+}
+
+Datum
+idempotency_stripe_webhook_receive_text(PG_FUNCTION_ARGS)
+{
+	return receive_event(fcinfo, payload_of_text(fcinfo, 0));
 }
 
 /*

@@ -207,7 +207,7 @@ async function send(claim) {
 async function webhook(body, signature) {
     return transaction(async db => {
         const { rows: [e] } = await db.query(
-            'SELECT * FROM idempotency.stripe_webhook_claim($1, $2)', [body, signature]);
+            'SELECT * FROM idempotency.stripe_webhook_claim($1::bytea, $2)', [body, signature]);
 
         if (e.verdict === 'in_progress')
             return problem(409, 'This event is being processed.', e.retry_after);

@@ -27,7 +27,6 @@
 #include "postgres.h"
 
 #include "common/pg_prng.h"
-#include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "storage/latch.h"
 #include "utils/builtins.h"
@@ -39,6 +38,7 @@
 #include "compat.h"
 #include "debug_point.h"
 #include "errors.h"
+#include "json_text.h"
 #include "settings.h"
 #include "stripe/exchange.h"
 #include "stripe/gateway.h"
@@ -195,85 +195,30 @@ set_headers(const StripeRequest *request, const ApiKey *key, const char **header
 /* ---------- the answer ---------- */
 
 /*
- * Make text fit to become jsonb: \u0000, which jsonb can't hold, becomes the
- * replacement character.  In a database that isn't UTF8 whatever isn't ASCII
- * becomes a question mark; ids and amounts are ASCII.
- */
-static char *
-make_representable(const char *body, size_t len)
-{
-	bool		utf8 = GetDatabaseEncoding() == PG_UTF8;
-	StringInfoData text;
-	size_t		i = 0;
-
-	initStringInfo(&text);
-	while (i < len)
-	{
-		if (body[i] == '\\' && i + 1 < len)
-		{
-			if (body[i + 1] == 'u' && i + 5 < len &&
-				(strncmp(body + i + 2, "0000", 4) == 0 ||
-				 (!utf8 && (strncmp(body + i + 2, "00", 2) != 0 || body[i + 4] > '7'))))
-			{
-				appendStringInfoString(&text, utf8 ? "\\ufffd" : "?");
-				i += 6;
-				continue;
-			}
-			appendStringInfoChar(&text, body[i++]);
-		}
-		else if (!utf8 && IS_HIGHBIT_SET(body[i]))
-		{
-			i += pg_encoding_mblen(PG_UTF8, body + i);
-			appendStringInfoChar(&text, '?');
-			continue;
-		}
-		appendStringInfoChar(&text, body[i++]);
-	}
-	return text.data;
-}
-
-/*
  * A body as jsonb, or NULL where it isn't JSON.  Whatever the server sends,
  * this is not the place to fail: it may be the answer to a charge.
  *
- * jsonb_in() touches nothing but memory, so its errors need no subtransaction.
+ * It touches nothing but memory and the cache of the catalogs, so that its
+ * errors need no subtransaction.
  */
 static Jsonb *
 parse_body(const char *body, size_t len)
 {
 	MemoryContext context = CurrentMemoryContext;
 	Jsonb	   *volatile json = NULL;
-	volatile int attempt;
 
-	if (len == 0 || len > MaxAllocSize / 6 || strlen(body) != len ||
-		pg_encoding_verifymbstr(PG_UTF8, body, len) != len)
-		return NULL;
-
-	for (attempt = 1; attempt <= 2 && json == NULL; attempt++)
+	PG_TRY();
 	{
-		PG_TRY();
-		{
-			char	   *text = attempt == 1 ? pg_any_to_server(body, len, PG_UTF8) :
-				make_representable(body, len);
-
-			json = DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(text)));
-		}
-		PG_CATCH();
-		{
-			int			sqlerrcode = geterrcode();
-
-			if (ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_OPERATOR_INTERVENTION)
-				PG_RE_THROW();
-			MemoryContextSwitchTo(context);
-			FlushErrorState();
-
-			/* the latter for an escape with no encoding to convert it to */
-			if (sqlerrcode != ERRCODE_UNTRANSLATABLE_CHARACTER &&
-				sqlerrcode != ERRCODE_FEATURE_NOT_SUPPORTED)
-				attempt = 2;
-		}
-		PG_END_TRY();
+		json = json_read(body, len);
 	}
+	PG_CATCH();
+	{
+		if (ERRCODE_TO_CATEGORY(geterrcode()) == ERRCODE_OPERATOR_INTERVENTION)
+			PG_RE_THROW();
+		MemoryContextSwitchTo(context);
+		FlushErrorState();
+	}
+	PG_END_TRY();
 	return json;
 }
 

@@ -52,6 +52,7 @@
 #include "recorder.h"
 #include "result.h"
 #include "settings.h"
+#include "settings_guard.h"
 #include "stripe/api_key.h"
 #include "stripe/exchange.h"
 #include "stripe/form.h"
@@ -117,6 +118,7 @@ check_setting(const char *name, const char *value, const char *problem)
 void
 check_stripe_settings(void)
 {
+	check_settings();
 	check_setting("idempotency.stripe_api_base", stripe_api_base,
 				  api_base_problem(stripe_api_base));
 	check_setting("idempotency.stripe_version", stripe_version,

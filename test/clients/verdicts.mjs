@@ -96,7 +96,7 @@ for (let i = 0; i < n; i++) {
         theirs = false;
     }
     const { rows: [ours] } = await client.query(
-        'SELECT v.word, idempotency.stripe_webhook_is_valid($1, $2, $3) AS valid FROM idempotency.stripe_webhook_verify($1, $2, $3) v (word)',
+        'SELECT v.word, idempotency.stripe_webhook_is_valid($1::bytea, $2, $3) AS valid FROM idempotency.stripe_webhook_verify($1::bytea, $2, $3) v (word)',
         [c.body, c.header, [c.secret]]);
 
     counts[ours.word] = (counts[ours.word] ?? 0) + 1;
@@ -107,7 +107,7 @@ for (let i = 0; i < n; i++) {
     // and the event is the same to both
     if (ours.valid && !damaged) {
         const { rows: [same] } = await client.query(
-            'SELECT e.event = $4::jsonb AS same FROM idempotency.stripe_webhook_claim($1, $2, $3, lease => $5) e',
+            'SELECT e.event = $4::jsonb AS same FROM idempotency.stripe_webhook_claim($1::bytea, $2, $3, lease => $5) e',
             [c.body, c.header, [c.secret],
                 JSON.stringify(stripe.webhooks.constructEvent(c.body, c.header, c.secret)), '1 hour']);
         if (!same.same) {

@@ -35,6 +35,7 @@ const char *const fuzz_tokens[] = {
 	"{\"a\": 1}", "{\"error\": {\"type\": \"card_error\"}}", "idempotency_key_in_use", "\"id\": \"pi_1\"", "[", "{", "}",
 	"HTTP/1.1 200 OK\r\n", "Request-Id: req_1\r\n", "Stripe-Should-Retry: true\r\n", "Idempotent-Replayed: true\r\n",
 	"\r\n\r\n", "\\u0000", "1e131071", "1e-16383", "\\ud800", "lock_timeout", "idempotency_error", "\"livemode\": true",
+	"\\udc00", "\\u0041", "1e131072", "-0.0e-99999999999", "true", "null", "[[", "]]", ",", ":", "\"\\\\\"",
 	"rate_limit", "HTTP/1.1 409 Conflict\r\n", "\"params\": ", "\xff", NULL
 };
 
@@ -46,7 +47,8 @@ static const struct
 
 	{"form", fuzz_form},
 	{"fingerprint", fuzz_fingerprint},
-	{"answer", fuzz_answer}
+	{"answer", fuzz_answer},
+	{"json_text", fuzz_json_text}
 };
 
 static FuzzTarget chosen;

@@ -16,5 +16,6 @@
 extern int	fuzz_form(const uint8 *data, size_t size);
 extern int	fuzz_fingerprint(const uint8 *data, size_t size);
 extern int	fuzz_answer(const uint8 *data, size_t size);
+extern int	fuzz_json_text(const uint8 *data, size_t size);
 
 #endif							/* IDEMPOTENCY_FUZZ_BACKEND_H */

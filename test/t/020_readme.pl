@@ -198,6 +198,7 @@ my $members = q{
 	WHERE d.refclassid = 'pg_catalog.pg_extension'::regclass AND d.deptype = 'e'
 		AND d.refobjid = (SELECT oid FROM pg_catalog.pg_extension WHERE extname = 'idempotency')};
 
+my %functions;
 foreach my $function (
 	rows_of(qq{
 		SELECT p.proname, pg_catalog.pg_get_function_arguments(p.oid),
@@ -213,7 +214,8 @@ foreach my $function (
 	$arguments = brief($arguments);
 	like($text, qr/ \Qidempotency.$name($arguments) RETURNS ${\brief($result)}\E /,
 		"the reference has $name()");
-	ok(delete $listed{$name}, "README.md lists $name()");
+	ok(delete $listed{$name} || $functions{$name}, "README.md lists $name()");
+	$functions{$name}++;		# there may be another of the name
 
 	foreach my $argument (split /, /, $arguments)
 	{
@@ -306,7 +308,7 @@ foreach my $kind (sort keys %kinds)
 	my $granted = $node->safe_psql('postgres', qq{
 		CREATE ROLE role_$kind;
 		SELECT FROM idempotency.grant_role('role_$kind', '$kind');
-		SELECT p.proname FROM pg_catalog.pg_proc p
+		SELECT DISTINCT p.proname FROM pg_catalog.pg_proc p
 		WHERE p.pronamespace = 'idempotency'::regnamespace
 			AND has_function_privilege('role_$kind', p.oid, 'EXECUTE')
 		UNION ALL

@@ -171,6 +171,47 @@ SKIP:
 	is(order(4), 'pi_evt_n4|1', 'are one');
 	$servers[0]->kill_kill;
 
+	# a body as bytes and as a string, with and without a type
+	append_to_file("$dir/payloads.mjs", <<'JS');
+import crypto from 'node:crypto';
+import pg from 'pg';
+
+const client = new pg.Client();
+await client.connect();
+const bodies = {
+    quote: '{"id": "evt_a", "object": "event", "type": "a", "d": "TV 40\\"", "s": "it\'s"}',
+    backslashes: '{"id": "evt_b", "object": "event", "type": "a", "d": "\\\\ \\\\101 \\/ \\n \\u00e9"}',
+    emoji: '{"id": "evt_c", "object": "event", "type": "a", "d": "Zo\u00eb \u{1F600} \u6ce8"}',
+    pair: '{"id": "evt_d", "object": "event", "type": "a", "d": "\\ud83d"}',
+};
+for (const [name, body] of Object.entries(bodies)) {
+    const t = Math.floor(Date.now() / 1000);
+    const signature = `t=${t},v1=` + crypto.createHmac('sha256', 'whsec_test_clients').update(`${t}.${body}`).digest('hex');
+    const bytes = Buffer.from(body);
+    const ways = { string: ['$1', body], text: ['$1::text', body], buffer: ['$1::bytea', bytes], untyped: ['$1', bytes],
+        hex: ['$1', '\\x' + bytes.toString('hex')], named: ['payload => $1', body] };
+    const words = [];
+    for (const [way, [parameter, value]] of Object.entries(ways)) {
+        const named = parameter.startsWith('payload') ? 'signature => ' : '';
+        const { rows: [r] } = await client.query(
+            `SELECT idempotency.stripe_webhook_verify(${parameter}, ${named}$2) AS word,
+                (SELECT c.stripe_event_id FROM idempotency.stripe_webhook_receive(${parameter}, ${named}$2, consumer => '${way}') c) AS id`,
+            [value, signature]);
+        words.push(`${way} ${r.word}`);
+    }
+    const { rows: [same] } = await client.query(
+        'SELECT count(*)::int AS n, bool_and(payload = $1::bytea) AS same FROM idempotency.stripe_webhook_events WHERE stripe_event_id = $2',
+        [bytes, JSON.parse(body).id]);
+    console.log(name, words.join(', '), same.n, same.same);
+}
+await client.query("DELETE FROM idempotency.stripe_webhook_events WHERE stripe_event_id ~ 'evt_[abcd]$'");
+await client.end();
+JS
+	my ($told, $good) = run_program('node', "$dir/payloads.mjs");
+	ok($good, 'Node: bodies in every form') or diag($told);
+	is($told, join('', map { "$_ string valid, text valid, buffer valid, untyped valid, hex valid, named valid 6 true\n" } qw(quote backslashes emoji pair)),
+		'each is valid, and kept as it came');
+
 	# Stripe's library: its headers are good, its verdicts are ours
 	system('cp', "$top/test/clients/verdicts.mjs", $dir) == 0 or die "cp: $!";
 	my $seed = $ENV{SEED} || 1 + int(rand(2**31));
@@ -220,6 +261,14 @@ print("early", work(conn, handlers))
 conn.execute("INSERT INTO orders (id) VALUES (%s)", (order + "a",))
 print("in time", work(conn, handlers), work(conn, handlers))
 
+# a body as bytes and as a string, with what either needs escapes for
+for text in (r'TV 40\"', r"\\ \u00e9 \/ \\101", "it's Zo\u00eb \U0001F600"):
+    body = ('{"id": "evt_x", "object": "event", "type": "a", "d": "' + text + '"}').encode()
+    t = str(int(time.time()))
+    signature = "t=" + t + ",v1=" + hmac.new(b"whsec_test_clients", t.encode() + b"." + body, hashlib.sha256).hexdigest()
+    print("body", *[conn.execute("SELECT idempotency.stripe_webhook_verify(" + p + ", %s)", (v, signature)).fetchone()[0]
+        for p, v in (("%s", body), ("%b", body), ("%s", body.decode()), ("%b", body.decode()))])
+
 for i in range(20):
     receive(conn, *event("evt_w%d" % i, order + "6"))
 done = []
@@ -243,6 +292,9 @@ failed False
 again True None
 early False
 in time True None
+body valid valid valid valid
+body valid valid valid valid
+body valid valid valid valid
 workers 20
 OUT
 	is(order(5), 'pi_evt_p1|1', 'each with its effect');

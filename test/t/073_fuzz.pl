@@ -20,7 +20,7 @@ is($?, 0, 'nothing was found');
 note($output);
 my %n = $output =~ /^(\w+): (\d+) inputs/mg;
 my @targets = qw(path webhook_signature);
-push @targets, qw(answer fingerprint form) if system('curl-config --version >/dev/null 2>&1') == 0;
+push @targets, qw(answer fingerprint form json_text) if system('curl-config --version >/dev/null 2>&1') == 0;
 cmp_ok($n{$_} // 0, '>', 1000, "and it was looked for: $_") for @targets;
 
 done_testing();

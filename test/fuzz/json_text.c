@@ -1,0 +1,72 @@
+/*-------------------------------------------------------------------------
+ *
+ * json_text.c
+ *	  Fuzz target: JSON of somebody else's, for jsonb (src/json_text.c).
+ *
+ * What PostgreSQL's parser calls JSON is taken, and nothing else; jsonb_in()
+ * takes what comes out, as does this code a second time; and where jsonb takes
+ * the text as it is, both are the same.  PostgreSQL's parser recurses, so what
+ * is deeper than it should have to go is looked at without it.
+ *
+ * test/fuzz/json_text.c
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "backend.h"
+
+#include "common/jsonapi.h"
+#include "fmgr.h"
+#include "mb/pg_wchar.h"
+#include "utils/builtins.h"
+
+#include "json_text.h"
+#include "json_tree.h"
+
+#if PG_VERSION_NUM >= 170000
+#define make_json_lexer(json, len) makeJsonLexContextCstringLen(NULL, json, len, PG_UTF8, false)
+#else
+#define make_json_lexer(json, len) makeJsonLexContextCstringLen(json, len, PG_UTF8, false)
+#endif
+
+/* At most so deep; brackets in strings count, too. */
+static int
+depth_at_most(const char *data, size_t size)
+{
+	int			depth = 0;
+
+	for (size_t i = 0; i < size; i++)
+		depth += data[i] == '[' || data[i] == '{';
+	return depth;
+}
+
+int
+fuzz_json_text(const uint8 *data, size_t size)
+{
+	const char *body = (const char *) data;
+	char	   *copy = pnstrdup(body, size);
+	bool		shallow = depth_at_most(body, size) <= JSON_DEPTH_MAX;
+	char	   *text = json_text_for_jsonb(body, size);
+	char	   *again;
+	Jsonb	   *json;
+	Jsonb	   *as_it_is;
+
+	if (shallow)
+	{
+		bool		valid = pg_encoding_verifymbstr(PG_UTF8, body, size) == (int) size &&
+			pg_parse_json(make_json_lexer(copy, size), &nullSemAction) == JSON_SUCCESS;
+
+		CHECK((text != NULL) == valid);
+	}
+	json = json_read(body, size);
+	CHECK((text != NULL) == (json != NULL));
+	if (text == NULL)
+		return 0;
+
+	again = json_text_for_jsonb(text, strlen(text));
+	CHECK(again != NULL && strcmp(again, text) == 0);
+	CHECK(strlen(text) <= 2 * size + 2);
+
+	if (shallow && (as_it_is = jsonb_from_text(body, size)) != NULL)
+		CHECK(compareJsonbContainers(&as_it_is->root, &json->root) == 0);
+	return 0;
+}
