@@ -127,6 +127,15 @@ SELECT operation_id, outcome, fate, resource_id, next_step FROM idempotency.stri
 SELECT idempotency.stripe_acknowledge('refund', 'gone', NULL);
 SELECT idempotency.stripe_acknowledge('refund', 'absent', 'note');
 SELECT idempotency.stripe_acknowledge('refund', 'completed', 'note');
+-- what the view doesn't list isn't acknowledged
+BEGIN;
+UPDATE idempotency.stripe_idempotency_keys SET callers = '{3}', callers_system = (SELECT system_identifier FROM pg_control_system()),
+	outcome = operation_id::idempotency.outcome
+WHERE operation_id IN ('mismatch', 'unknown');
+SELECT operation_id FROM idempotency.stripe_orphans WHERE operation_id IN ('mismatch', 'unknown');
+SELECT idempotency.stripe_acknowledge('refund', 'unknown', 'note');
+SELECT idempotency.stripe_acknowledge('refund', 'mismatch', 'note');
+ROLLBACK;
 SELECT idempotency.stripe_acknowledge('refund', 'gone', 'refunded');
 SELECT idempotency.stripe_acknowledge('refund', 'gone', 'a second time');
 SELECT acknowledged - 'at' - 'by' AS acknowledged FROM idempotency.stripe_lookup('refund', 'gone');

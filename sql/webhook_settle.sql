@@ -245,7 +245,8 @@ SELECT receive('evt_o1d', 'payment_intent.succeeded', obj('payment_intent', 'pi_
 SELECT state('o1'), (SELECT settled #>> '{evidence,found_by}' FROM idempotency.stripe_idempotency_keys WHERE operation_id = 'o1');
 -- an event about an object that the call was to change tells nothing
 CALL call('o2', '/v1/payment_intents/pi_o2/capture', unknown => false);
-SELECT FROM idempotency.stripe_idempotency_keys s, idempotency.stripe_record('t', 'o2', s.token, http_status => 500, resource_id => 'pi_o2')
+SELECT FROM idempotency.stripe_idempotency_keys s, idempotency.stripe_record('t', 'o2', s.token, http_status => 500, resource_id => 'pi_o2',
+	response => '{"error": {"type": "api_error"}}')
 WHERE s.operation_id = 'o2';
 SELECT receive('evt_o2', 'payment_intent.succeeded', obj('payment_intent', 'pi_o2'));
 SELECT state('o2');
@@ -362,7 +363,7 @@ SELECT state('w9'), (SELECT pending_key IS NOT NULL AS kept FROM idempotency.str
 -- an unknown row past Stripe's window, and one that Stripe would only repeat itself about
 CALL call('w7', '/v1/refunds', unknown => false);
 SELECT receive('evt_w7', 'refund.created', obj('refund', 're_w7'), by(key('w7')));
-SELECT FROM idempotency.stripe_idempotency_keys s, idempotency.stripe_record('t', 'w7', s.token, http_status => 500) WHERE s.operation_id = 'w7';
+SELECT FROM idempotency.stripe_idempotency_keys s, idempotency.stripe_record('t', 'w7', s.token, http_status => 500, response => '{"error": {"type": "api_error"}}') WHERE s.operation_id = 'w7';
 SELECT verdict, outcome, resource_id FROM idempotency.stripe_claim('t', 'w7');
 
 -- many events about what the call merely touched don't hide the one about what it made
@@ -399,7 +400,8 @@ SELECT receive('evt_w22', 'v2.refund.created', '{}', '{"object": "v2.core.event"
 SELECT stripe_event_id, object_id FROM idempotency.stripe_webhook_events WHERE stripe_event_id IN ('evt_w21', 'evt_w22') ORDER BY 1;
 CALL call('w21', '/v1/refunds', unknown => false);
 CALL call('w22', '/v1/refunds', unknown => false);
-SELECT s.operation_id, idempotency.stripe_record('t', s.operation_id, s.token, http_status => 500, resource_id => 're_' || s.operation_id)
+SELECT s.operation_id, idempotency.stripe_record('t', s.operation_id, s.token, http_status => 500, resource_id => 're_' || s.operation_id,
+	response => '{"error": {"type": "api_error"}}')
 FROM idempotency.stripe_idempotency_keys s WHERE s.operation_id IN ('w21', 'w22') ORDER BY 1;
 SELECT verdict, outcome, resource_id FROM idempotency.stripe_claim('t', 'w21');
 SELECT settled #>> '{evidence,found_by}' AS found_by FROM idempotency.stripe_idempotency_keys WHERE operation_id = 'w21';

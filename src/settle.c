@@ -380,6 +380,8 @@ idempotency_stripe_acknowledge(PG_FUNCTION_ARGS)
 				problem = gettext_noop("It is in progress.");
 			else if (strcmp(outcome, "failed") == 0 || strcmp(outcome, "not_executed") == 0)
 				problem = gettext_noop("Stripe didn't execute it.");
+			else if (strcmp(outcome, "mismatch") == 0)
+				problem = gettext_noop("Stripe knows its key from another request.");
 			break;
 	}
 	if (problem != NULL)

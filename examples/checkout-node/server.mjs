@@ -185,18 +185,31 @@ async function checkoutBySdk(ask) {
     });
 }
 
+// https://docs.stripe.com/api/errors, and two that were used before
+const errorTypes = new Set(['api_error', 'card_error', 'idempotency_error', 'invalid_request_error',
+    'authentication_error', 'rate_limit_error']);
+
 // Send what the claim says, with the key that it says.  No answer: no status.
 async function send(claim) {
     try {
         const intent = await stripe.paymentIntents.create(claim.request.params, { idempotencyKey: claim.idempotency_key });
-        return { status: intent.lastResponse.statusCode, requestId: intent.lastResponse.requestId, body: intent };
+        return {
+            status: intent.lastResponse.statusCode, requestId: intent.lastResponse.requestId,
+            body: Array.isArray(intent) ? null : intent,
+        };
     } catch (error) {
         if (!(error instanceof Stripe.errors.StripeError))
-            throw error;
+            console.error(error.message);
+        // neither does an answer that the library can't read tell anything
         if (!error.statusCode)
             return { status: null, requestId: null, body: null };
-        const { headers, statusCode, requestId, ...body } = error.raw;  // Stripe's error, without the library's additions
-        return { status: error.statusCode, requestId: error.requestId, body: { error: body } };
+        // Stripe's error, by which the database knows its refusals from a gateway's,
+        // without the library's additions; it makes one of a gateway's text, too
+        const { headers, statusCode, requestId, ...body } = error.raw;
+        return {
+            status: error.statusCode, requestId: error.requestId,
+            body: errorTypes.has(body.type) ? { error: body } : null,
+        };
     }
 }
 

@@ -185,13 +185,17 @@ def send(claim):
         intent = stripe.PaymentIntent.create(
             idempotency_key=claim["idempotency_key"], **claim["request"]["params"])
         answer = intent.last_response
-        return answer.code, answer.request_id, Jsonb(answer.data)
+        return answer.code, answer.request_id, Jsonb(answer.data) if isinstance(answer.data, dict) else None
     except StripeError as error:
         # a 200 that isn't JSON tells nothing, as no answer does
         if not error.http_status or error.http_status < 300:
             return None, None, None
-        body = error.json_body if isinstance(error.json_body, dict) else None
-        return error.http_status, error.request_id, body and Jsonb(body)
+        # the whole body: by its error the database knows Stripe's refusals from a gateway's
+        body = error.json_body
+        return error.http_status, error.request_id, Jsonb(body) if isinstance(body, dict) else None
+    except Exception as error:  # nor does an answer that the library can't read
+        print(f"{claim['idempotency_key']}: {error!r}", file=sys.stderr)
+        return None, None, None
 
 
 def webhook(body, signature):

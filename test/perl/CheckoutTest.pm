@@ -283,6 +283,32 @@ sub test_checkout
 		is_paid_once(persistent_checkout($path, $key->($what)), $key->($what), "$name: $what");
 	}
 
+	# a gateway on the way answers in Stripe's place, after the charge
+	my %gateway = (
+		html => [ 404, '<html><h1>Not Found</h1></html>' ],
+		empty => [ 403, '' ],
+		'no object' => [ 429, '[{"message": "too fast"}]' ],
+		'likely object' => [ 402, '{"error": {"code": 402, "message": "payment required", "status": "PAYMENT_REQUIRED"}}' ],
+		json => [ 404, '{"message": "no such route", "id": "route_1"}' ],
+		string => [ 401, '{"error": "unauthorized"}' ],
+		success => [ 200, '{"error": "upstream timed out"}' ]);
+	foreach my $what (sort keys %gateway)
+	{
+		my ($status, $body) = @{ $gateway{$what} };
+
+		$stripe->fault('not_json', %intents, times => 0, status => $status, body => $body);
+		$answer = checkout($path, $key->("gateway-$what"));
+		$stripe->clear_faults;
+		is($answer->{status}, 503, "$name: a gateway's $status ($what) is no refusal")
+		  or diag($json->encode($answer), "\n$log");
+		is(state_of($key->("gateway-$what")), 'checking', "$name: the order is being checked");
+		is(charges($key->("gateway-$what")), 1, "$name: although it is charged");
+		is(sql($node, q{SELECT outcome FROM idempotency.stripe_lookup('payment', }
+			. literal(order_id($key->("gateway-$what"))) . ')'), 'unknown', "$name: and nobody knows");
+		is_paid_once(checkout($path, $key->("gateway-$what")), $key->("gateway-$what"),
+			"$name: the retry after a gateway's $status ($what)");
+	}
+
 	# Stripe does nothing
 	$stripe->fault('429', %intents, times => 0);
 	$answer = checkout($path, $key->('busy'));

@@ -123,7 +123,7 @@ foreach my $function (sort keys %call)
 		'IK009', "undecided: $function is refused", db => 'undecided');
 }
 is(extension_functions($node,
-		q{proname LIKE 'stripe\_%' AND proname NOT IN ('stripe_namespace', 'stripe_caller_is_gone', 'stripe_callers_fate')
+		q{proname LIKE 'stripe\_%' AND proname NOT IN ('stripe_namespace', 'stripe_has_lapsed', 'stripe_resend_may_settle', 'stripe_callers_fate')
 			AND proname NOT LIKE 'stripe\_webhook\_%'}, db => 'undecided'),
 	join("\n", sort keys %call),
 	'these are all functions that have to do with calls to Stripe');

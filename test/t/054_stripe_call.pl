@@ -207,8 +207,22 @@ foreach my $case (
 }
 survives('drips', [ 'drip', ms => 50 ], { %unknown, http_status => 200 }, again => 1, timeout => '300 ms');
 survives('from somebody else', [ 'not_json', status => 404, effect => $false ], { %unknown, http_status => 404 }, again => 1);
-survives("$_ in JSON, from somebody else", [ 'not_json', status => $_, body => '{"message": "no"}', effect => $false ],
-	{ %unknown, http_status => $_ }, again => 1) foreach 400, 402, 404, 413;
+survives("$_ in JSON, from somebody else", [ 'not_json', status => $_, body => '{"id": "no_1", "message": "no"}', effect => $false ],
+	{ %unknown, http_status => $_, resource_id => undef }, again => 1,
+	row => { response => undef, resource_id => undef }) foreach 400, 402, 404, 413;
+
+# after the charge, and in words that resemble Stripe's: the key fetches the answer
+foreach my $status (200, 401, 403, 404, 429, 500)
+{
+	foreach my $body ('<html>', '{"error": "no"}', '{"error": {"message": "no", "code": 7}}')
+	{
+		next if $status == 200 && $body eq '<html>';
+		my $got = survives("$status after the charge: $body", [ 'not_json', status => $status, body => $body ],
+			{ %unknown, http_status => $status }, again => 1, row => { response => undef });
+		is($got->{replayed}, $true, "$status after the charge: $body: Stripe replays");
+	}
+}
+survives('204 for a payment', [ 'not_json', status => 204, body => '' ], { %unknown, http_status => 204 }, again => 1);
 
 # redirects are not followed
 survives("$_ redirect", [ 'redirect', status => $_, location => $stripe->url . '/v1/payment_intents' ],
