@@ -102,7 +102,7 @@ BEGIN
 			PERFORM idempotency.record(key, customer, c.token, body, http_status);
 		ELSE
 			-- nobody knows yet: the retry finds order and operation again
-			PERFORM idempotency.release(key, customer, c.token);
+			PERFORM idempotency.release(key, customer, c.token, keep => true);
 		END IF;
 	END IF;
 END $$;

@@ -78,7 +78,7 @@ async function begin(db, ask, lease) {
     const { rows: [order] } = await db.query(
         'SELECT * FROM orders WHERE id = idempotency.operation_uuid($1, $2)', [ask.key, ask.user]);
 
-    // a key that was released has forgotten its request; the order hasn't
+    // a key that has expired has forgotten its request; the order hasn't
     const refusal = !order ? problem(404, 'There is no such cart.')
         : order.cart !== ask.body.cart || order.payment_method !== ask.body.payment_method
             ? problem(422, 'This Idempotency-Key was used with another request.')
@@ -100,14 +100,26 @@ function paymentOf(order) {
 }
 
 //
+// A payment whose status isn't recorded was settled by hand: its id is all there
+// is, and Stripe tells the rest, or, if not now, the client's retry asks again.
+//
+async function withStatus(result, ask) {
+    if (result.outcome !== 'completed' || result.resource_status || !/^pi_\w+$/.test(result.resource_id))
+        return result;
+    const { outcome, status } = await ask(result.resource_id);
+    return { ...result, outcome: outcome === 'unknown' ? outcome : result.outcome, resource_status: status };
+}
+
+//
 // What became of the payment goes to the order, and to the client: recorded if
-// it is a result, released if the client's retry may learn more.
+// it is a result.  If the client's retry may learn more, the key is given back
+// for it, and for no other request.
 //
 async function conclude(db, ask, token, order, result) {
     let state, answer;
     switch (result.outcome) {
         case 'completed':
-            state = result.response.status === 'succeeded' ? 'paid' : result.response.status;
+            state = result.resource_status === 'succeeded' ? 'paid' : result.resource_status ?? 'completed';
             answer = { status: 201, body: { order: order.id, state, payment: result.resource_id } };
             break;
         case 'failed':
@@ -138,7 +150,7 @@ async function conclude(db, ask, token, order, result) {
         await db.query('SELECT idempotency.record($1, $2, $3, response => $4, response_status => $5)',
             [ask.key, ask.user, token, answer.body, answer.status]);
     else
-        await db.query('SELECT idempotency.release($1, $2, $3)', [ask.key, ask.user, token]);
+        await db.query('SELECT idempotency.release($1, $2, $3, keep => true)', [ask.key, ask.user, token]);
     return answer;
 }
 
@@ -154,7 +166,11 @@ async function checkout(ask) {
         const { rows: [result] } = await db.query(
             `SELECT * FROM idempotency.stripe_call('payment', $1, 'POST', '/v1/payment_intents', $2)`,
             [order.id, paymentOf(order)]);
-        return conclude(db, ask, token, order, result);
+        return conclude(db, ask, token, order, await withStatus(result, async id => {
+            const { rows: [{ outcome, resource_status }] } = await db.query(
+                `SELECT outcome, resource_status FROM idempotency.stripe_get('/v1/payment_intents/' || $1)`, [id]);
+            return { outcome: outcome === 'not_executed' ? 'unknown' : outcome, status: resource_status };
+        }));
     });
 }
 
@@ -181,8 +197,20 @@ async function checkoutBySdk(ask) {
             ({ rows: [result] } = await db.query(
                 `SELECT * FROM idempotency.stripe_lookup('payment', $1)`, [order.id]));
         }
-        return conclude(db, ask, token, order, result);
+        return conclude(db, ask, token, order, await withStatus(result, retrieve));
     });
+}
+
+// What a payment's status is.
+async function retrieve(id) {
+    try {
+        const { status } = await stripe.paymentIntents.retrieve(id);
+        return { outcome: 'completed', status };
+    } catch (error) {
+        if (!(error instanceof Stripe.errors.StripeError))
+            throw error;
+        return { outcome: error.statusCode === 404 ? 'failed' : 'unknown' };
+    }
 }
 
 // https://docs.stripe.com/api/errors, and two that were used before
@@ -238,7 +266,7 @@ async function webhook(body, signature) {
 async function handleEvent(db, e) {
     if (e.event_type !== 'payment_intent.succeeded')
         return undefined;
-    const orderId = e.event.data.object.metadata.order_id;
+    const orderId = e.event.data.object.metadata?.order_id;
     if (!orderId)
         return undefined;
 

@@ -12,6 +12,7 @@ Choose one of them for your own application; doc/stripe.md says how.
 
 import json
 import os
+import re
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -78,7 +79,7 @@ def begin(db, ask, lease=None):
     order = db.execute(
         "SELECT * FROM orders WHERE id = idempotency.operation_uuid(%(key)s, %(user)s)", ask).fetchone()
 
-    # a key that was released has forgotten its request; the order hasn't
+    # a key that has expired has forgotten its request; the order hasn't
     refusal = None
     if order is None:
         refusal = problem(404, "There is no such cart.")
@@ -98,15 +99,28 @@ def payment_of(order):
     }
 
 
+def with_status(result, ask_stripe):
+    """
+    A payment whose status isn't recorded was settled by hand: its id is all there
+    is, and Stripe tells the rest, or, if not now, the client's retry asks again.
+    """
+    known = result["resource_status"] or not re.fullmatch(r"pi_\w+", result["resource_id"] or "")
+    if result["outcome"] != "completed" or known:
+        return result
+    outcome, status = ask_stripe(result["resource_id"])
+    return {**result, "outcome": outcome if outcome == "unknown" else "completed", "resource_status": status}
+
+
 def conclude(db, ask, token, order, result):
     """
     What became of the payment goes to the order, and to the client: recorded if
-    it is a result, released if the client's retry may learn more.
+    it is a result.  If the client's retry may learn more, the key is given back
+    for it, and for no other request.
     """
     outcome, wait = result["outcome"], result.get("retry_after") or 5
     if outcome == "completed":
-        status = result["response"]["status"]
-        state = "paid" if status == "succeeded" else status
+        status = result["resource_status"]
+        state = "paid" if status == "succeeded" else status or "completed"
         answer = 201, {}, {"order": str(order["id"]), "state": state, "payment": result["resource_id"]}
     elif outcome == "failed":
         error = result["error"] or {}
@@ -131,7 +145,7 @@ def conclude(db, ask, token, order, result):
         db.execute("SELECT idempotency.record(%s, %s, %s, response => %s, response_status => %s)",
                    (ask["key"], ask["user"], token, Jsonb(answer[2]), answer[0]))
     else:
-        db.execute("SELECT idempotency.release(%s, %s, %s)", (ask["key"], ask["user"], token))
+        db.execute("SELECT idempotency.release(%s, %s, %s, keep => true)", (ask["key"], ask["user"], token))
     return answer
 
 
@@ -145,7 +159,13 @@ def checkout(ask):
         result = db.execute(
             "SELECT * FROM idempotency.stripe_call('payment', %s, 'POST', '/v1/payment_intents', %s)",
             (str(order["id"]), Jsonb(payment_of(order)))).fetchone()
-        return conclude(db, ask, token, order, result)
+
+        def ask_stripe(payment):
+            found = db.execute(
+                "SELECT * FROM idempotency.stripe_get('/v1/payment_intents/' || %s)", (payment,)).fetchone()
+            return "unknown" if found["outcome"] == "not_executed" else found["outcome"], found["resource_status"]
+
+        return conclude(db, ask, token, order, with_status(result, ask_stripe))
 
 
 def checkout_by_sdk(ask):
@@ -176,7 +196,15 @@ def checkout_by_sdk(ask):
                 result = claim
             else:
                 result = {**claim, "outcome": claim["verdict"]}
-            return conclude(db, ask, token, order, result)
+            return conclude(db, ask, token, order, with_status(result, retrieve))
+
+
+def retrieve(payment):
+    """What a payment's status is."""
+    try:
+        return "completed", stripe.PaymentIntent.retrieve(payment)["status"]
+    except StripeError as error:
+        return "failed" if error.http_status == 404 else "unknown", None
 
 
 def send(claim):
@@ -221,7 +249,7 @@ def handle_event(db, e):
     """What an event means for us: None, or why it has to come again."""
     if e["event_type"] != "payment_intent.succeeded":
         return None
-    order = e["event"]["data"]["object"]["metadata"].get("order_id")
+    order = (e["event"]["data"]["object"].get("metadata") or {}).get("order_id")
     if order is None:
         return None
 

@@ -267,6 +267,8 @@ sub test_checkout
 	is(charges($key->('lost')), 1, "$name: although it is charged");
 	is(checkout($path, $key->('lost'), cart => 'ada-2')->{status},
 		422, "$name: another cart with the key, though the claim was released");
+	is( checkout($path, $key->('lost'), body => { cart => 'ada-1', payment_method => 'pm_card_visa', gift => 'yes' })->{status},
+		422, "$name: and whatever else differs, though it goes neither to the order nor to Stripe");
 	is_paid_once(checkout($path, $key->('lost')), $key->('lost'), "$name: the retry after a lost answer");
 
 	# one lost answer, which is asked for again before the client hears of it
@@ -404,6 +406,122 @@ sub test_checkout
 	return;
 }
 
+#
+# What only somebody who repairs, or time, makes of an operation: the client, who
+# repeats its request, is told what is known, and isn't charged again
+#
+
+# The payment that Stripe has made for an order.
+sub payment_of
+{
+	my ($key) = @_;
+
+	return sql($node, q{SELECT o ->> 'id' FROM idempotency.stripe_get('/v1/payment_intents', '{"limit": 100}') g,
+		jsonb_array_elements(g.response -> 'data') o WHERE o -> 'metadata' ->> 'order_id' = } . literal(order_id($key)));
+}
+
+sub settle
+{
+	my ($key, $arguments) = @_;
+
+	sql($node, q{SELECT idempotency.stripe_settle('payment', } . literal(order_id($key)) . ", $arguments)");
+	return;
+}
+
+# A key that has expired has forgotten its answer.
+sub forget_key
+{
+	my ($key) = @_;
+
+	sql($node, q{UPDATE idempotency.idempotency_keys SET expires_at = clock_timestamp() - interval '1 microsecond' WHERE key = }
+		  . literal($key));
+	return;
+}
+
+sub test_recovered
+{
+	my ($path, $name) = @_;
+	my %intents = (match => { path => '/v1/payment_intents' });
+	my $lose = sub {
+		my ($key, $what) = @_;
+
+		$stripe->fault($what // 'close_after', %intents, times => 3);
+		is(checkout($path, $key)->{status}, 503, "$name: $key: no answer");
+		$stripe->clear_faults;
+	};
+	my ($key, $answer, $before);
+
+	# settled by hand with the id: the retry, and one when the key is forgotten
+	$lose->($key = "$name-settled");
+	settle($key, q{'completed', } . literal(payment_of($key)));
+	$before = arrivals($key);
+	$stripe->fault('503', match => { method => 'GET' }, times => 0);
+	is(checkout($path, $key)->{status}, 503, "$name: settled by its id, while Stripe doesn't answer");
+	$stripe->clear_faults;
+	is_paid_once(checkout($path, $key), $key, "$name: settled by its id");
+	forget_key($key);
+	is_paid_once(checkout($path, $key), $key, "$name: settled by its id, and the key forgotten");
+	is(arrivals($key), $before, "$name: nothing is sent again");
+
+	# with the object
+	$lose->($key = "$name-settled-whole");
+	settle($key, q{'completed', response => (SELECT response FROM idempotency.stripe_get('/v1/payment_intents/} . payment_of($key) . q{'))});
+	is_paid_once(checkout($path, $key), $key, "$name: settled with its object");
+
+	# with neither, or with an id that isn't a payment's
+	foreach my $what ('NULL', "'pi_nowhere'", "'ch_else'")
+	{
+		$lose->($key = "$name-settled-$what");
+		settle($key, "'completed', $what");
+		$answer = checkout($path, $key);
+		is("$answer->{status} $answer->{body}{state}", '201 completed', "$name: settled with id $what") or diag($log);
+		is(charges($key), 1, "$name: charged once");
+	}
+	deliver_events();
+
+	# as failed, without an error
+	$lose->($key = "$name-settled-failed", 'close_before');
+	settle($key, "'failed'");
+	is(checkout($path, $key)->{status}, 402, "$name: settled as failed");
+	is(state_of($key), 'declined', "$name: the order says so");
+	is(charges($key), 0, "$name: nothing charged");
+
+	# long ago
+	foreach my $card (qw(pm_card_visa pm_card_chargeDeclined))
+	{
+		my $paid = $card eq 'pm_card_visa';
+
+		$key = "$name-old-$card";
+		checkout($path, $key, card => $card);
+		$before = arrivals($key);
+		sql($node, 'SET idempotency.stripe_body_retention = 0; SELECT FROM idempotency.expire(100000)');
+		is(sql($node, q{SELECT response IS NULL AND request IS NULL AND error IS NULL FROM idempotency.stripe_lookup('payment', }
+				  . literal(order_id($key)) . ')'), 't', "$name: its bodies are gone");
+		forget_key($key);
+		$answer = checkout($path, $key, card => $card);
+		is($answer->{status}, $paid ? 201 : 402, "$name: $card, long ago") or diag($json->encode($answer), "\n$log");
+		is(state_of($key), $paid ? 'paid' : 'declined', "$name: the order says so");
+		is(arrivals($key), $before, "$name: nothing is sent again");
+	}
+
+	# reopened
+	$key = "$name-old-pm_card_chargeDeclined";
+	sql($node, q{SELECT idempotency.stripe_reopen('payment', } . literal(order_id($key)) . ')');
+	forget_key($key);
+	$answer = checkout($path, $key, card => 'pm_card_chargeDeclined');
+	is("$answer->{status} $answer->{body}{reason}", '402 card_declined', "$name: reopened") or diag($json->encode($answer), "\n$log");
+	is(arrivals($key), 1, "$name: it is sent with the new key");
+
+	# an orphan: paid in a transaction that was rolled back
+	$key = "$name-orphan";
+	my $params = { amount => 1990, currency => 'eur', confirm => JSON::PP::true, payment_method => 'pm_card_visa',
+		automatic_payment_methods => { enabled => JSON::PP::true, allow_redirects => 'never' }, metadata => { order_id => order_id($key) } };
+	sql($node, q{BEGIN; SELECT FROM idempotency.stripe_call('payment', } . literal(order_id($key)) . q{, 'POST', '/v1/payment_intents', }
+		  . literal($json->encode($params)) . '); ROLLBACK');
+	is_paid_once(checkout($path, $key), $key, "$name: an orphan is adopted");
+	return;
+}
+
 # Take all events that Stripe has for the application there, each of them twice;
 # those that weren't accepted.
 sub deliver_events
@@ -491,7 +609,12 @@ sub test_checkouts
 
 	test_refusals();
 	test_checkout('/checkout', 'database');
-	test_checkout('/checkout-by-sdk', 'sdk') if $params{sdk} // 1;
+	test_recovered('/checkout', 'database');
+	if ($params{sdk} // 1)
+	{
+		test_checkout('/checkout-by-sdk', 'sdk');
+		test_recovered('/checkout-by-sdk', 'sdk');
+	}
 
 	# the server restarts under it
 	$node->restart;
