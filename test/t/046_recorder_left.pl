@@ -88,8 +88,9 @@ sub leave_answer
 
 	hold($id, %params);
 	($rc, $stdout, $stderr) = $node->psql($params{db} // 'postgres',
-		"SET idempotency.stripe_record_timeout = '300ms'; SELECT test_stripe_call('call', '$id')");
-	like("$stdout\n$stderr", qr/^claimed completed .*WARNING:  outcome "completed" of Stripe operation "call:$id" is not recorded yet/s,
+		"SELECT count(idempotency.stripe_claim('call', '$id, first'));
+		SET idempotency.stripe_record_timeout = '1500ms'; SELECT test_stripe_call('call', '$id')");
+	like("$stdout\n$stderr", qr/^1\nclaimed completed .*WARNING:  outcome "completed" of Stripe operation "call:$id" is not recorded yet/s,
 		"$id: an answer is left behind");
 	return;
 }
