@@ -272,7 +272,8 @@ CREATE TABLE idempotency.namespace (
 	database oid NOT NULL,
 	created_at timestamptz NOT NULL,
 	retired_at timestamptz,
-	in_force boolean NOT NULL DEFAULT true
+	in_force boolean NOT NULL DEFAULT true,
+	carried boolean NOT NULL DEFAULT false
 ) WITH (vacuum_truncate = off);
 -- rows have no key by which their changes could be replicated
 ALTER TABLE idempotency.namespace REPLICA IDENTITY FULL;
@@ -981,6 +982,8 @@ COMMENT ON COLUMN idempotency.namespace.retired_at IS
 COMMENT ON COLUMN idempotency.namespace.in_force IS
 	'Are keys derived from it? Decided when the row comes, by CREATE EXTENSION, a restore or replication: '
 	'one that was in force where it comes from takes the place of one that was made here';
+COMMENT ON COLUMN idempotency.namespace.carried IS
+	'Did it come from another database, by a restore or replication?';
 
 COMMENT ON VIEW idempotency.open_claims IS
 	'Claims neither recorded nor released, lapsed ones first, without any bodies';
