@@ -276,7 +276,8 @@ CREATE TABLE idempotency.namespace (
 	database oid NOT NULL,
 	created_at timestamptz NOT NULL,
 	retired_at timestamptz,
-	in_force boolean NOT NULL DEFAULT true
+	in_force boolean NOT NULL DEFAULT true,
+	carried boolean NOT NULL DEFAULT false
 ) WITH (vacuum_truncate = off);
 -- rows have no key by which their changes could be replicated
 ALTER TABLE idempotency.namespace REPLICA IDENTITY FULL;
@@ -1031,6 +1032,8 @@ COMMENT ON COLUMN idempotency.namespace.retired_at IS
 COMMENT ON COLUMN idempotency.namespace.in_force IS
 	'Are keys derived from it? Decided when the row comes, by CREATE EXTENSION, a restore or replication: '
 	'one that was in force where it comes from takes the place of one that was made here';
+COMMENT ON COLUMN idempotency.namespace.carried IS
+	'Did it come from another database, by a restore or replication?';
 
 COMMENT ON TABLE idempotency.pending_notices IS
 	'What prepared transactions have to NOTIFY when they are committed; empty otherwise';

@@ -29,9 +29,10 @@
  * (namespace_write_down()).
  *
  * Where are we?  A row was made here if it names this database and this
- * system.  pg_upgrade keeps database OIDs but gives the cluster a new system
- * identifier and runs no script; so where no row at all is of this system, the
- * newest that names this database's OID counts as made here.
+ * system, and didn't come from elsewhere (the trigger writes that down, too, in
+ * the column carried).  pg_upgrade keeps database OIDs but gives the cluster a
+ * new system identifier and runs no script; so where no such row at all is of
+ * this system, the newest that names this database's OID counts as made here.
  *
  * A database that was copied with CREATE DATABASE ... TEMPLATE (or that lost
  * its rows) has no row that was made here.  Until stripe_namespace() has said
@@ -78,7 +79,8 @@ PG_FUNCTION_INFO_V1(idempotency_namespace_comes);
 
 enum
 {
-	NS_VALUE, NS_SYSTEM, NS_DATABASE, NS_CREATED, NS_RETIRED, NS_IN_FORCE, NS_NCOLUMNS
+	NS_VALUE, NS_SYSTEM, NS_DATABASE, NS_CREATED, NS_RETIRED, NS_IN_FORCE, NS_CARRIED,
+	NS_NCOLUMNS
 };
 
 typedef struct NamespaceRow
@@ -89,6 +91,7 @@ typedef struct NamespaceRow
 	TimestampTz created;
 	bool		retired;
 	bool		marked;			/* in force, and not retired */
+	bool		carried;		/* it came from elsewhere */
 	bool		here;
 	ItemPointerData tid;
 } NamespaceRow;
@@ -179,6 +182,7 @@ read_namespaces(Relation rel, int *nrows)
 		row->created = DatumGetTimestampTz(slot->tts_values[NS_CREATED]);
 		row->retired = !slot->tts_isnull[NS_RETIRED];
 		row->marked = !row->retired && DatumGetBool(slot->tts_values[NS_IN_FORCE]);
+		row->carried = DatumGetBool(slot->tts_values[NS_CARRIED]);
 		row->here = false;
 		row->tid = slot->tts_tid;
 	}
@@ -202,6 +206,9 @@ find_rows_made_here(NamespaceRow *rows, int nrows)
 
 	for (i = 0; i < nrows; i++)
 	{
+		rows[i].here = false;
+		if (rows[i].carried)
+			continue;
 		if (rows[i].system == system)
 			upgraded = false;
 		rows[i].here = rows[i].system == system && rows[i].database == MyDatabaseId;
@@ -214,7 +221,7 @@ find_rows_made_here(NamespaceRow *rows, int nrows)
 	if (upgraded && newest != NULL)
 	{
 		for (i = 0; i < nrows; i++)
-			rows[i].here = rows[i].system == newest->system &&
+			rows[i].here = !rows[i].carried && rows[i].system == newest->system &&
 				rows[i].database == MyDatabaseId;
 	}
 }
@@ -432,43 +439,42 @@ comes_from_here(NamespaceRow *rows, int nrows, uint64 system, Oid database)
  * where the same comes twice, or an older one of our own.
  */
 static bool
-takes_effect(Relation rel, bytea *value, uint64 system, Oid database)
+takes_effect(Relation rel, NamespaceRow *rows, int nrows, bytea *value, bool carried)
 {
-	NamespaceRow *rows;
 	NamespaceRow *chosen;
 	bool		written;
 	bool		takes;
-	int			nrows;
 
-	/* one decision at a time */
-	LockRelation(rel, ShareRowExclusiveLock);
-	rows = read_latest_namespaces(rel, &nrows);
 	(void) choose_namespace(rows, nrows, &chosen, &written);
-
 	takes = chosen == NULL ||
-		(chosen->here && !comes_from_here(rows, nrows, system, database) &&
+		(chosen->here && carried &&
 		 (VARSIZE_ANY_EXHDR(value) != NAMESPACE_LEN ||
 		  memcmp(VARDATA_ANY(value), chosen->ns.value, NAMESPACE_LEN) != 0));
 	if (takes && chosen != NULL)
 		mark(rel, NULL);
 	else if (!takes && !written)
 		mark(rel, chosen);
-	pfree(rows);
 	return takes;
 }
 
 /*
  * namespace_comes(): before a row is inserted, by us, a restore or replication.
+ * Writes down in it whether it was made elsewhere, and whether it is in force.
  */
 Datum
 idempotency_namespace_comes(PG_FUNCTION_ARGS)
 {
+	static int columns[] = {NS_IN_FORCE + 1, NS_CARRIED + 1};
 	TriggerData *trigger = (TriggerData *) fcinfo->context;
 	Datum		values[NS_NCOLUMNS];
 	bool		isnull[NS_NCOLUMNS];
-	HeapTuple	tuple;
-	TupleDesc	desc;
-	bool		takes;
+	Datum		decided[lengthof(columns)];
+	bool		not_null[lengthof(columns)] = {false, false};
+	Relation	rel;
+	NamespaceRow *rows;
+	bool		in_force;
+	bool		carried;
+	int			nrows;
 	int			i;
 
 	if (!CALLED_AS_TRIGGER(fcinfo) || !TRIGGER_FIRED_BEFORE(trigger->tg_event) ||
@@ -480,29 +486,29 @@ idempotency_namespace_comes(PG_FUNCTION_ARGS)
 				 errmsg("function \"%s\" is the trigger of table \"idempotency.namespace\"",
 						"idempotency.namespace_comes")));
 
-	tuple = trigger->tg_trigtuple;
-	desc = RelationGetDescr(trigger->tg_relation);
+	rel = trigger->tg_relation;
 	for (i = 0; i < NS_NCOLUMNS; i++)
-		values[i] = heap_getattr(tuple, i + 1, desc, &isnull[i]);
+		values[i] = heap_getattr(trigger->tg_trigtuple, i + 1, RelationGetDescr(rel), &isnull[i]);
 
-	/* what mustn't be null is refused by the table */
-	if (isnull[NS_VALUE] || isnull[NS_SYSTEM] || isnull[NS_DATABASE] || isnull[NS_IN_FORCE] ||
-		!DatumGetBool(values[NS_IN_FORCE]))
-		return PointerGetDatum(tuple);
+	/* the table refuses it */
+	if (isnull[NS_VALUE] || isnull[NS_SYSTEM] || isnull[NS_DATABASE] || isnull[NS_IN_FORCE])
+		return PointerGetDatum(trigger->tg_trigtuple);
 
-	takes = isnull[NS_RETIRED] &&
-		takes_effect(trigger->tg_relation, DatumGetByteaPP(values[NS_VALUE]),
-					 (uint64) DatumGetInt64(values[NS_SYSTEM]),
-					 DatumGetObjectId(values[NS_DATABASE]));
-	if (!takes)
-	{
-		int			column = NS_IN_FORCE + 1;
-		Datum		no = BoolGetDatum(false);
-		bool		not_null = false;
+	/* one decision at a time */
+	LockRelation(rel, ShareRowExclusiveLock);
+	rows = read_latest_namespaces(rel, &nrows);
+	find_rows_made_here(rows, nrows);
+	carried = !comes_from_here(rows, nrows, (uint64) DatumGetInt64(values[NS_SYSTEM]),
+							   DatumGetObjectId(values[NS_DATABASE]));
+	in_force = DatumGetBool(values[NS_IN_FORCE]) && isnull[NS_RETIRED] &&
+		takes_effect(rel, rows, nrows, DatumGetByteaPP(values[NS_VALUE]), carried);
+	pfree(rows);
 
-		tuple = heap_modify_tuple_by_cols(tuple, desc, 1, &column, &no, &not_null);
-	}
-	return PointerGetDatum(tuple);
+	decided[0] = BoolGetDatum(in_force);
+	decided[1] = BoolGetDatum(carried);
+	return PointerGetDatum(heap_modify_tuple_by_cols(trigger->tg_trigtuple, RelationGetDescr(rel),
+													 lengthof(columns), columns,
+													 decided, not_null));
 }
 
 /*
