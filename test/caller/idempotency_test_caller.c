@@ -7,6 +7,9 @@
  * arrives is a line with its idempotency key.  Stripe would execute each key
  * once.
  *
+ * And a way to take the server's places for background processes, so that there
+ * is none for ours.
+ *
  * test/caller/idempotency_test_caller.c
  *
  *-------------------------------------------------------------------------
@@ -14,8 +17,16 @@
 #include "postgres.h"
 
 #include "fmgr.h"
+#include "miscadmin.h"
+#include "pgstat.h"
+#include "postmaster/bgworker.h"
+#include "storage/ipc.h"
+#include "storage/latch.h"
+#include "tcop/tcopprot.h"
 #include "utils/builtins.h"
 #include "utils/jsonb.h"
+#include "utils/timestamp.h"
+#include "utils/wait_event.h"
 
 #include "compat.h"
 #include "debug_point.h"
@@ -26,9 +37,14 @@ PG_MODULE_MAGIC;
 
 PGDLLEXPORT Datum test_stripe_call(PG_FUNCTION_ARGS);
 PGDLLEXPORT Datum test_note_fates(PG_FUNCTION_ARGS);
+PGDLLEXPORT Datum test_take_workers(PG_FUNCTION_ARGS);
+PGDLLEXPORT void test_sleeper_main(Datum arg);
 
 PG_FUNCTION_INFO_V1(test_stripe_call);
 PG_FUNCTION_INFO_V1(test_note_fates);
+PG_FUNCTION_INFO_V1(test_take_workers);
+
+#define MAX_SLEEP_MS 60000
 
 static void
 send_request(const StripeCallClaim *claim)
@@ -143,4 +159,58 @@ test_note_fates(PG_FUNCTION_ARGS)
 		total += n;
 	} while (position != 0 || (n == max_rows && total < 1000));
 	PG_RETURN_INT32(total);
+}
+
+/*
+ * A background process that is in the way, for so many milliseconds, and shows
+ * in pg_stat_activity.
+ */
+void
+test_sleeper_main(Datum arg)
+{
+	TimestampTz end = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
+												  Min(DatumGetInt32(arg), MAX_SLEEP_MS));
+
+	pqsignal(SIGTERM, die);
+	BackgroundWorkerUnblockSignals();
+	BackgroundWorkerInitializeConnection(NULL, NULL, 0);
+
+	while (GetCurrentTimestamp() < end)
+	{
+		CHECK_FOR_INTERRUPTS();
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+						 10, WAIT_EVENT_PG_SLEEP);
+		ResetLatch(MyLatch);
+	}
+	proc_exit(0);
+}
+
+/*
+ * test_take_workers(n, ms): register so many processes that sleep, or as many
+ * as there is place for.  Returns how many there are.
+ */
+Datum
+test_take_workers(PG_FUNCTION_ARGS)
+{
+	int			n = PG_GETARG_INT32(0);
+	BackgroundWorker worker;
+	int			taken;
+
+	memset(&worker, 0, sizeof(worker));
+	worker.bgw_flags = BGWORKER_SHMEM_ACCESS | BGWORKER_BACKEND_DATABASE_CONNECTION;
+	worker.bgw_start_time = BgWorkerStart_ConsistentState;
+	worker.bgw_restart_time = BGW_NEVER_RESTART;
+	worker.bgw_main_arg = Int32GetDatum(PG_GETARG_INT32(1));
+	strlcpy(worker.bgw_library_name, "idempotency_test_caller", sizeof(worker.bgw_library_name));
+	strlcpy(worker.bgw_function_name, "test_sleeper_main", sizeof(worker.bgw_function_name));
+	strlcpy(worker.bgw_name, "test sleeper", sizeof(worker.bgw_name));
+	strlcpy(worker.bgw_type, "test sleeper", sizeof(worker.bgw_type));
+
+	for (taken = 0; taken < n; taken++)
+	{
+		CHECK_FOR_INTERRUPTS();
+		if (!RegisterDynamicBackgroundWorker(&worker, NULL))
+			break;
+	}
+	PG_RETURN_INT32(taken);
 }
