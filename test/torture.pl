@@ -76,7 +76,6 @@ my (@points, @gentle, @unreplayed);
 append_to_file("$directory/$_", '') foreach qw(succeeded lulls);
 sql($node, PAYING_APPLICATION);
 sql($node, 'CREATE TABLE handled (event text, session text)');
-sql($node, q{CREATE FUNCTION test_take_workers(n int, ms int) RETURNS int AS 'idempotency_test_caller' LANGUAGE C});
 sql($node, 'CREATE DATABASE small TEMPLATE template0');
 sql($node, 'CREATE EXTENSION idempotency; CREATE VIEW depends AS SELECT key FROM idempotency.idempotency_keys', db => 'small');
 
@@ -138,6 +137,7 @@ sub fail_over
 	# a crash would make visible what the standby hasn't; without replay there
 	# would be no new connection to it, either
 	disarm($old, $_) foreach @points;
+	free_places(1);
 	$standby->safe_psql('postgres', 'SELECT pg_wal_replay_pause()') if $lags;
 	my $until = time + ($lags ? 2 + rand(4) : 0);
 	while (time < $until)
@@ -318,12 +318,26 @@ sub reset_settings
 	return;
 }
 
-# All places for background processes are taken for a while.
+# All places for background processes are taken for a while: until free_places() is called after that.
+my $free_at;
 sub take_places
 {
 	my ($least, $most) = @_;
+	my $until = time + $least + rand($most - $least);
 
-	try_sql('SELECT test_take_workers(100, ' . int($least + rand($most - $least)) . ')');
+	arm($node, 'occupied', 'all');
+	try_sql('SELECT test_occupy_workers()');
+	$free_at = $until unless defined $free_at && $free_at > $until;
+	return;
+}
+
+sub free_places
+{
+	my ($at_once) = @_;
+
+	return unless defined $free_at && ($at_once || time >= $free_at);
+	disarm($node, 'occupied');
+	undef $free_at;
 	return;
 }
 
@@ -405,10 +419,12 @@ sub kill_postmaster
 	my $name = $node->name;
 	my @others = grep { title($_) =~ /^postgres: \Q$name\E: / } map { m{^/proc/(\d+)$} } glob('/proc/[0-9]*');
 
+	my $postmaster = $node->{_pid};
+
 	$node->kill9;
 	foreach (1 .. 600)
 	{
-		last unless grep { title($_) =~ /^postgres: \Q$name\E: / } @others;
+		last unless kill(0, $postmaster) || grep { title($_) =~ /^postgres: \Q$name\E: / } @others;
 		pause(0.1);
 	}
 	$node->start;
@@ -424,7 +440,7 @@ my @strikes = (
 	[ terminate_worker => 5, sub { signal('pg_terminate_backend', one_of(q{backend_type = 'idempotency worker'})) } ],
 	[ terminate_launcher => 2, sub { signal('pg_terminate_backend', one_of(q{backend_type = 'idempotency launcher'})) } ],
 	[ setting => 20, \&set ],
-	[ take_places => 6, sub { take_places(100, 3000) } ],
+	[ take_places => 6, sub { take_places(0.1, 3) } ],
 	[ ddl => 8, sub { choose(@ddl)->() } ],
 	[ kill_recorder => 2, sub { kill_process(recorder_pid()) } ],
 	[ error_at_point => 15, sub { arm($node, choose(@points), 'error') } ],
@@ -495,7 +511,8 @@ sub lull
 	my ($seconds) = @_;
 
 	reap(1);
-	eventually(q{SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE backend_type = 'test sleeper')});
+	free_places(1);
+	pause(0.2);
 	my $start = time;
 	pause($seconds);
 	append_to_file("$directory/lulls", JSON::PP->new->encode({ start => $start, end => time, life => server_life() }) . "\n");
@@ -511,15 +528,18 @@ my %hushes = (
 		while (time < $until)
 		{
 			pause(rand(0.6));
-			take_places(100, 1500);
+			free_places();
+			pause(0.1);
+			take_places(0.1, 1.5);
 			signal('pg_terminate_backend', recorder_pid()) if rand() < 0.4;
 		}
-		take_places(1500, 3500);
+		free_places(1);
+		pause(1);
 		append_to_file("$directory/hold", '');
-		pause(0.3);
+		take_places(10, 11);
 		signal('pg_terminate_backend', recorder_pid());
-		take_places(1500, 3500);
-		pause(2.5);
+		take_places(10, 11);
+		pause(3.5);
 		lull($lull);
 	},
 	# the database is about to be dropped, and then isn't, since others are there
@@ -566,6 +586,7 @@ sub hush
 
 	return unless defined try_sql('SELECT true');
 	disarm($node, $_) foreach @points;
+	free_places(1);
 	$stripe->clear_faults;
 	hold('STOP');
 	# what they have begun comes to its end, as far as it does
@@ -594,6 +615,7 @@ while (time < $deadline)
 		$struck{'hush ' . (hush($hushed++) // 'none')}++;
 		$next_hush = time + 15 + rand(20);
 	}
+	free_places();
 	my $strike = choose(@by_weight);
 	my $began = time;
 

@@ -7,25 +7,21 @@
  * arrives is a line with its idempotency key.  Stripe would execute each key
  * once.
  *
- * And a way to take the server's places for background processes, so that there
- * is none for ours.
- *
  * test/caller/idempotency_test_caller.c
  *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
+#include <unistd.h>
+
 #include "fmgr.h"
 #include "miscadmin.h"
-#include "pgstat.h"
 #include "postmaster/bgworker.h"
-#include "storage/ipc.h"
 #include "storage/latch.h"
 #include "tcop/tcopprot.h"
 #include "utils/builtins.h"
 #include "utils/jsonb.h"
-#include "utils/timestamp.h"
 #include "utils/wait_event.h"
 
 #include "compat.h"
@@ -37,14 +33,14 @@ PG_MODULE_MAGIC;
 
 PGDLLEXPORT Datum test_stripe_call(PG_FUNCTION_ARGS);
 PGDLLEXPORT Datum test_note_fates(PG_FUNCTION_ARGS);
-PGDLLEXPORT Datum test_take_workers(PG_FUNCTION_ARGS);
-PGDLLEXPORT void test_sleeper_main(Datum arg);
+PGDLLEXPORT Datum test_occupy_workers(PG_FUNCTION_ARGS);
+PGDLLEXPORT void test_occupier_main(Datum arg);
 
 PG_FUNCTION_INFO_V1(test_stripe_call);
 PG_FUNCTION_INFO_V1(test_note_fates);
-PG_FUNCTION_INFO_V1(test_take_workers);
+PG_FUNCTION_INFO_V1(test_occupy_workers);
 
-#define MAX_SLEEP_MS 60000
+#define OCCUPIED "debug_points/occupied"
 
 static void
 send_request(const StripeCallClaim *claim)
@@ -162,55 +158,41 @@ test_note_fates(PG_FUNCTION_ARGS)
 }
 
 /*
- * A background process that is in the way, for so many milliseconds, and shows
- * in pg_stat_activity.
+ * A background process that does nothing as long as that file is there.
  */
 void
-test_sleeper_main(Datum arg)
+test_occupier_main(Datum arg)
 {
-	TimestampTz end = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
-												  Min(DatumGetInt32(arg), MAX_SLEEP_MS));
-
 	pqsignal(SIGTERM, die);
 	BackgroundWorkerUnblockSignals();
-	BackgroundWorkerInitializeConnection(NULL, NULL, 0);
-
-	while (GetCurrentTimestamp() < end)
+	while (access(OCCUPIED, F_OK) == 0)
 	{
 		CHECK_FOR_INTERRUPTS();
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
-						 10, WAIT_EVENT_PG_SLEEP);
+						 20, WAIT_EVENT_PG_SLEEP);
 		ResetLatch(MyLatch);
 	}
-	proc_exit(0);
 }
 
 /*
- * test_take_workers(n, ms): register so many processes that sleep, or as many
- * as there is place for.  Returns how many there are.
+ * test_occupy_workers(): take all slots for background processes that are free.
+ * How many there were.
  */
 Datum
-test_take_workers(PG_FUNCTION_ARGS)
+test_occupy_workers(PG_FUNCTION_ARGS)
 {
-	int			n = PG_GETARG_INT32(0);
 	BackgroundWorker worker;
-	int			taken;
+	int			n = 0;
 
 	memset(&worker, 0, sizeof(worker));
-	worker.bgw_flags = BGWORKER_SHMEM_ACCESS | BGWORKER_BACKEND_DATABASE_CONNECTION;
-	worker.bgw_start_time = BgWorkerStart_ConsistentState;
+	worker.bgw_flags = BGWORKER_SHMEM_ACCESS;
+	worker.bgw_start_time = BgWorkerStart_RecoveryFinished;
 	worker.bgw_restart_time = BGW_NEVER_RESTART;
-	worker.bgw_main_arg = Int32GetDatum(PG_GETARG_INT32(1));
 	strlcpy(worker.bgw_library_name, "idempotency_test_caller", sizeof(worker.bgw_library_name));
-	strlcpy(worker.bgw_function_name, "test_sleeper_main", sizeof(worker.bgw_function_name));
-	strlcpy(worker.bgw_name, "test sleeper", sizeof(worker.bgw_name));
-	strlcpy(worker.bgw_type, "test sleeper", sizeof(worker.bgw_type));
-
-	for (taken = 0; taken < n; taken++)
-	{
-		CHECK_FOR_INTERRUPTS();
-		if (!RegisterDynamicBackgroundWorker(&worker, NULL))
-			break;
-	}
-	PG_RETURN_INT32(taken);
+	strlcpy(worker.bgw_function_name, "test_occupier_main", sizeof(worker.bgw_function_name));
+	strlcpy(worker.bgw_name, "occupier", sizeof(worker.bgw_name));
+	strlcpy(worker.bgw_type, "occupier", sizeof(worker.bgw_type));
+	while (RegisterDynamicBackgroundWorker(&worker, NULL))
+		n++;
+	PG_RETURN_INT32(n);
 }

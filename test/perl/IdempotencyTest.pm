@@ -30,6 +30,7 @@ our @EXPORT = qw(
   literal new_node sql run_fails claim claim_text call_text stripe_claim
   lapse_lease lapse_stripe_lease wait_for_lock extension_functions
   create_test_caller needs_debug_points arm disarm wait_for_point
+  occupy_workers free_workers wait_for_no_recorder
   receive_events expired_rows wait_until wait_until_expired wait_until_up
 );
 
@@ -95,6 +96,8 @@ sub create_test_caller
 			resend boolean DEFAULT false, answer int DEFAULT 0)
 		RETURNS text AS 'idempotency_test_caller' LANGUAGE C;
 		CREATE FUNCTION test_note_fates(max_rows int) RETURNS int
+		AS 'idempotency_test_caller' LANGUAGE C;
+		CREATE FUNCTION test_occupy_workers() RETURNS int
 		AS 'idempotency_test_caller' LANGUAGE C});
 	return;
 }
@@ -153,6 +156,44 @@ sub wait_for_point
 		Time::HiRes::usleep(100_000);
 	}
 	die "nobody has come to $point";
+}
+
+=pod
+
+=item occupy_workers($node), free_workers($node)
+
+Take all slots for background processes that are free, and keep them; give them
+back.
+
+=item wait_for_no_recorder($node)
+
+Return once every recorder has gone.
+
+=cut
+
+sub occupy_workers
+{
+	my ($node) = @_;
+
+	arm($node, 'occupied', 'all');
+	return $node->safe_psql('postgres', 'SELECT test_occupy_workers()');
+}
+
+sub free_workers
+{
+	my ($node) = @_;
+
+	disarm($node, 'occupied');
+	return;
+}
+
+sub wait_for_no_recorder
+{
+	my ($node) = @_;
+
+	return $node->poll_query_until('postgres',
+		q{SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE backend_type = 'idempotency recorder')})
+	  || die 'the recorder stays';
 }
 
 =pod
