@@ -627,6 +627,7 @@ while (time < $deadline)
 disarm($node, $_) foreach @points;
 $stripe->clear_faults;
 wait_until_up($node);
+free_places(1);
 reset_settings();
 reap(1);
 diag(join(', ', map { "$_ $struck{$_}" } sort keys %struck));
