@@ -564,7 +564,11 @@ my %hushes = (
 	},
 	# what isn't flushed is lost
 	crash => sub {
-		change(choose('SYSTEM', 'SYSTEM', 'DATABASE postgres'), 'synchronous_commit', choose(qw(off off local remote_write)));
+		change('DATABASE postgres', 'synchronous_commit', undef);
+		change('SYSTEM', 'synchronous_commit', 'on');
+		signal('pg_terminate_backend', recorder_pid());
+		pause(0.7 + rand(0.5));
+		change('SYSTEM', 'synchronous_commit', choose(qw(off off local remote_write)));
 		$stripe->fault('hang_after', ms => 250, times => 0, match => { path => '/v1/customers' });
 		pause(1.5 + rand(1.5));
 		if (rand() < 0.5)

@@ -163,7 +163,8 @@ def check_detached(calls, ledger, lulls, violations):
                      if lull["start"] < call["t0"] < lull["end"]), default=0)
         if quiet >= LEFT_BEHIND:
             violations.looked("I7")
-            if call["args"]["outcome"] != "completed":
+            if call["args"]["outcome"] != "completed" and not known.get("said"):
+                known["said"] = True
                 violations.add("I7", f"detached:{call['args']['operation']}: was told completed at {known['t1']:.3f}, and at"
                                f" {call['t0']:.3f}, after {quiet:.1f} s of quiet, it is {call['args']['outcome']}")
     for start, of_lull in refused.items():
@@ -173,7 +174,7 @@ def check_detached(calls, ledger, lulls, violations):
         row = ledger.get(("detached", operation))
         if row is None:
             violations.add("I7", f"detached:{operation}: was told completed, and is gone")
-        elif lulls and call["args"]["life"] == lulls[-1]["life"] and row["outcome"] != "completed":
+        elif lulls and call["args"]["life"] == lulls[-1]["life"] and row["outcome"] != "completed" and not call.get("said"):
             violations.add("I7", f"detached:{operation}: was told completed at {call['t1']:.3f}, and in the end it is"
                            f" {row['outcome']}")
 
