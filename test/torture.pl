@@ -129,14 +129,12 @@ sub set_synchronous
 # standby to be had.
 sub fail_over
 {
-	my $old = $node;
-	my $name = $old->name;
 	my $lags = rand() < 0.6;
 	my $lag;
 
 	# a crash would make visible what the standby hasn't; without replay there
 	# would be no new connection to it, either
-	disarm($old, $_) foreach @points;
+	disarm($node, $_) foreach @points;
 	free_places(1);
 	$standby->safe_psql('postgres', 'SELECT pg_wal_replay_pause()') if $lags;
 	my $until = time + ($lags ? 2 + rand(4) : 0);
@@ -146,19 +144,45 @@ sub fail_over
 		pause(0.02 + rand(0.1));
 	}
 
-	# what a crash made visible before the standby had it, it has now
-	my $visible = try_sql('SELECT pg_current_wal_flush_lsn()');
-	if (!defined $visible || !eventually(qq{SELECT EXISTS (SELECT FROM pg_stat_replication
-		WHERE sync_state = 'sync' AND flush_lsn >= '$visible')}))
+	if (!is_up_to_date())
 	{
 		$standby->safe_psql('postgres', 'SELECT pg_wal_replay_resume()') if $lags;
 		return;
 	}
-	my $connected = try_sql(q{SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend'}) // '';
-	$old->stop(choose('immediate', 'fast'));
-	is(join(' ', grep { title($_) =~ /^postgres: \Q$name\E: / } split /\n/, $connected), '', "nobody is left at $name");
+	leave(choose('immediate', 'fast'));
 	$lag = $standby->safe_psql('postgres', 'SELECT pg_wal_lsn_diff(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn())')
 	  if $lags;
+	succeed();
+	push @unreplayed, $lag if $lag;
+	return 1;
+}
+
+# What a crash made visible before the standby had it, it has now.
+sub is_up_to_date
+{
+	my $visible = try_sql('SELECT pg_current_wal_flush_lsn()');
+
+	return defined $visible && eventually(qq{SELECT EXISTS (SELECT FROM pg_stat_replication
+		WHERE sync_state = 'sync' AND flush_lsn >= '$visible')});
+}
+
+# The node stops, and with it everybody there.
+sub leave
+{
+	my ($mode) = @_;
+	my $name = $node->name;
+	my $connected = try_sql(q{SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend'}) // '';
+
+	$node->stop($mode);
+	is(join(' ', grep { title($_) =~ /^postgres: \Q$name\E: / } split /\n/, $connected), '', "nobody is left at $name");
+	return;
+}
+
+# The standby takes its place.
+sub succeed
+{
+	my $old = $node;
+
 	$standby->append_conf('postgresql.conf', "synchronous_standby_names = ''");
 	$standby->promote;
 	append_to_file("$directory/succeeded", $old->port . ' ' . time . "\n");
@@ -166,8 +190,7 @@ sub fail_over
 	publish();
 	$old->clean_node;
 	add_standby();
-	push @unreplayed, $lag if $lag;
-	return 1;
+	return;
 }
 
 # The title of a process, or nothing where it is gone.
@@ -519,6 +542,17 @@ sub lull
 	return;
 }
 
+# A recorder has begun when it was to wait for disk and standby, and now it isn't any more.
+sub less_durable
+{
+	change('DATABASE postgres', 'synchronous_commit', undef);
+	change('SYSTEM', 'synchronous_commit', 'on');
+	signal('pg_terminate_backend', recorder_pid());
+	pause(0.7 + rand(0.5));
+	change('SYSTEM', 'synchronous_commit', choose(@_));
+	return;
+}
+
 my %hushes = (
 	# a call's answer comes when there is no recorder, and no place for one
 	places => sub {
@@ -564,11 +598,7 @@ my %hushes = (
 	},
 	# what isn't flushed is lost
 	crash => sub {
-		change('DATABASE postgres', 'synchronous_commit', undef);
-		change('SYSTEM', 'synchronous_commit', 'on');
-		signal('pg_terminate_backend', recorder_pid());
-		pause(0.7 + rand(0.5));
-		change('SYSTEM', 'synchronous_commit', choose(qw(off off local remote_write)));
+		less_durable(qw(off off local remote_write));
 		$stripe->fault('hang_after', ms => 250, times => 0, match => { path => '/v1/customers' });
 		pause(1.5 + rand(1.5));
 		if (rand() < 0.5)
@@ -580,8 +610,25 @@ my %hushes = (
 		{
 			kill_postmaster();
 		}
+	},
+	# what the standby hasn't got is lost
+	behind => sub {
+		my $name = $standby->name;
+
+		return unless is_up_to_date();
+		my @receiver = grep { title($_) =~ /^postgres: \Q$name\E: walreceiver/ } map { m{^/proc/(\d+)$} } glob('/proc/[0-9]*');
+		kill 'STOP', @receiver;
+		less_durable(qw(off local)) if rand() < 0.6;
+		$stripe->fault('hang_after', ms => 250, times => 0, match => { path => '/v1/customers' });
+		pause(0.7 + rand(0.7));
+		# one that waits for the standby
+		signal('pg_terminate_backend', recorder_pid()) if rand() < 0.5;
+		pause(0.7 + rand(0.7));
+		leave('immediate');
+		kill 'CONT', @receiver;
+		succeed();
 	});
-my @hushes = (qw(crash places refused crash dropped places));
+my @hushes = (qw(crash places refused behind dropped crash places));
 
 # All but the recorder's callers are held, and something is done to it.
 sub hush
