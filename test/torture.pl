@@ -553,6 +553,19 @@ sub less_durable
 	return;
 }
 
+# So many calls arrive, or none for a while.
+sub some_calls
+{
+	my ($n) = @_;
+	my $arrived = sub { return $stripe->control('GET', 'counts')->{arrivals} };
+	my $since = $arrived->();
+	my $until = time + 1.5 + $n;
+
+	pause(0.1) while time < $until && $arrived->() < $since + $n;
+	pause(rand(0.3));
+	return;
+}
+
 my %hushes = (
 	# a call's answer comes when there is no recorder, and no place for one
 	places => sub {
@@ -600,7 +613,7 @@ my %hushes = (
 	crash => sub {
 		less_durable(qw(off off local remote_write));
 		$stripe->fault('hang_after', ms => 250, times => 0, match => { path => '/v1/customers' });
-		pause(1.5 + rand(1.5));
+		some_calls(3 + rand(4));
 		if (rand() < 0.5)
 		{
 			$node->stop('immediate');
@@ -620,10 +633,10 @@ my %hushes = (
 		kill 'STOP', @receiver;
 		less_durable(qw(off local)) if rand() < 0.6;
 		$stripe->fault('hang_after', ms => 250, times => 0, match => { path => '/v1/customers' });
-		pause(0.7 + rand(0.7));
+		some_calls(3);
 		# one that waits for the standby
 		signal('pg_terminate_backend', recorder_pid()) if rand() < 0.5;
-		pause(0.7 + rand(0.7));
+		some_calls(3);
 		leave('immediate');
 		kill 'CONT', @receiver;
 		succeed();
