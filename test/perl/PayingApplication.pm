@@ -57,10 +57,20 @@ CREATE FUNCTION conclude(key text, token bigint, op uuid, r idempotency.stripe_c
 RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
 	how text := CASE WHEN NOT r.replayed THEN 'executes' WHEN r.attempts = 0 THEN 'knows' ELSE 'fetches' END;
+	state text := r.response->>'status';
 BEGIN
+	-- a person has settled it, or its body isn't kept
+	IF r.outcome = 'completed' AND state IS NULL THEN
+		SELECT response->>'status' INTO state FROM idempotency.stripe_get('/v1/payment_intents/' || r.resource_id);
+		IF state IS NULL THEN
+			PERFORM idempotency.release(key, 'user 1', token);
+			RETURN '503 asking';
+		END IF;
+	END IF;
+
 	CASE r.outcome
 		WHEN 'completed' THEN
-			UPDATE orders SET status = r.response->>'status', payment = r.resource_id WHERE operation = op;
+			UPDATE orders SET status = state, payment = r.resource_id WHERE operation = op;
 			PERFORM idempotency.record(key, 'user 1', token, response_status => 201,
 				response => jsonb_build_object('payment', r.resource_id));
 			RETURN '201 ' || how;

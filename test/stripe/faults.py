@@ -18,6 +18,7 @@ import itertools
 import json
 
 import errors
+from wire import REASONS
 
 
 class FaultError(Exception):
@@ -43,6 +44,7 @@ WHATS = {
     "close_idle": (ANSWER, {"ms": int}),
     "reset_idle": (ANSWER, {"ms": int}),
     "redirect": (GATE, {"status": int, "location": str, "effect": bool}),
+    "gateway": (GATE, {"status": int, "type": str, "body": str, "effect": bool}),
     "401": (GATE, {}),
     "403": (GATE, {}),
     "409_in_use": (GATE, {}),
@@ -92,6 +94,8 @@ class Fault:
         self.given = given
         if self.nth < 1 or self.times < 0 or given.get("ms", 0) < 0:
             raise FaultError("nth starts at 1; times and ms can't be negative")
+        if what == "gateway" and not 200 <= given.get("status", 403) <= 599:
+            raise FaultError("status of gateway is 200 to 599")
         if not 0 <= given.get("bytes", 1) <= MAX_HUGE:
             raise FaultError(f"bytes is at most {MAX_HUGE}")
         for name, allowed in (("on_leave", ("drop", "continue", "hold")), ("how", ("fin", "rst")),
@@ -179,6 +183,9 @@ class Faults:
             self.remove(fault)
 
 
+# Answers of something between the client and the API
+INTERMEDIARY = ("502", "503", "504", "redirect", "not_json", "gateway")
+
 # The answers that a fault gives in the API's stead: (status, type, body or text, headers)
 
 HTML = ("<html>\r\n<head><title>{0}</title></head>\r\n<body>\r\n<center><h1>{0}</h1></center>\r\n"
@@ -231,6 +238,11 @@ def plain_answer(fault):
     if fault.what == "not_json":
         return (fault.get("status", 200), "text/html",
                 fault.get("body", "<html><body>Welcome to the hotel's network</body></html>"), [])
+    if fault.what == "gateway":
+        status = fault.get("status", 403)
+        title = f"{status} {REASONS.get(status, 'Unknown')}"
+        body = "" if status in (204, 304) else fault.get("body", HTML.format(title))
+        return status, fault.get("type", "text/html"), body, []
     if fault.get("json"):
         error = {"error": errors.error_body("api_error", "Something went wrong on Stripe's end.")}
         return int(fault.what), "application/json", json.dumps(error), []

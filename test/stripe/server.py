@@ -176,9 +176,13 @@ class StripeServer:
             else:
                 return self.gate_answer(request, request_id, fault), {
                     "by": "gate", "fault": fault.number, "request_id": request_id,
-                    "replayed": False}
+                    "replayed": False, **self.intermediary(fault)}
         return self.api.answer(request, entry, request_id,
                                lambda held: self.hang(connection, held), known)
+
+    @staticmethod
+    def intermediary(fault):
+        return {"intermediary": fault.what} if fault.what in faults.INTERMEDIARY else {}
 
     def gate_answer(self, request, request_id, fault):
         """The answer of a fault, where nothing has been done."""
@@ -257,7 +261,8 @@ class StripeServer:
             notes["fault"] = fault.number
             more += api_module.extra_headers(fault)
         what = fault.what if fault is not None else None
-        if what in ("502", "503", "504", "redirect", "not_json"):
+        if what in faults.INTERMEDIARY:
+            notes.update(self.intermediary(fault))
             status, kind, text, headers = faults.plain_answer(fault)
             answer = api_module.Answer(status, text.encode("utf-8"), headers, kind)
         with world.lock:

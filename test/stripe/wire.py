@@ -23,8 +23,9 @@ REASONS = {
     100: "Continue", 200: "OK", 204: "No Content", 301: "Moved Permanently", 302: "Found",
     303: "See Other", 307: "Temporary Redirect", 308: "Permanent Redirect", 400: "Bad Request",
     401: "Unauthorized", 402: "Payment Required", 403: "Forbidden", 404: "Not Found",
-    405: "Method Not Allowed", 409: "Conflict", 410: "Gone", 413: "Payload Too Large",
-    424: "Failed Dependency", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
+    405: "Method Not Allowed", 407: "Proxy Authentication Required", 409: "Conflict", 410: "Gone",
+    413: "Payload Too Large", 421: "Misdirected Request", 424: "Failed Dependency", 429: "Too Many Requests",
+    431: "Request Header Fields Too Large", 451: "Unavailable For Legal Reasons",
     500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable",
     504: "Gateway Timeout",
 }

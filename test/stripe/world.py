@@ -12,8 +12,8 @@ from idempotency import Keys
 from store import Store
 from webhooks import Webhooks
 
-MAX_ARRIVALS = 20000
-MAX_ARRIVAL_BYTES = 64 << 20
+MAX_ARRIVALS = 50000
+MAX_ARRIVAL_BYTES = 128 << 20
 MAX_EFFECTS = 200000
 MAX_OBJECTS = 10000                     # of one type, in one account and mode
 MAX_KEYS = 50000

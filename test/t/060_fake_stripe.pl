@@ -635,6 +635,12 @@ my @faults = (
 	[ '504', { effect => $true }, '504', 1, '200 replayed', 1 ],
 	[ 'redirect', {}, '307', 0, '200', 1 ],
 	[ 'redirect', { effect => $true, status => 302 }, '302', 1, '200 replayed', 1 ],
+	[ 'gateway', {}, '403', 0, '200', 1 ],
+	[ 'gateway', { effect => $true, status => 404 }, '404', 1, '200 replayed', 1 ],
+	[ 'gateway', { effect => $true, status => 451, type => 'application/json', body => '{"message": "no"}' },
+		'451', 1, '200 replayed', 1 ],
+	[ 'gateway', { status => 204 }, '204', 0, '200', 1 ],
+	[ 'gateway', { effect => $true, status => 201, body => '' }, '201', 1, '200 replayed', 1 ],
 	[ 'not_json', {}, '200', 1, '200 replayed', 1 ],
 	[ 'not_json', { effect => $false }, '200', 0, '200', 1 ],
 	[ 'not_json', { body => '', status => 204 }, '204', 1, '200 replayed', 1 ],
@@ -672,6 +678,9 @@ foreach my $case (@faults)
 	cmp_ok(length($answer->{body}), '>', $given->{bytes}, "$name: its size")
 	  if $what eq 'huge' && $given->{chunked};
 	is($answer->{headers}{location}, 'http://127.0.0.1:9/elsewhere', "$name: where to") if $what eq 'redirect';
+	is(($stripe->arrivals(key => $name))[0]{answer}{intermediary}, $what =~ /^(gateway|redirect|not_json|50[234])$/ ? $what : undef,
+		"$name: whose answer it was")
+	  if $what !~ /connection/;
 	is($answer->{headers}{'stripe-rate-limited-reason'}, $what eq '429' ? 'global-rate' : undef,
 		"$name: the reason") if $what =~ /^429/;
 }

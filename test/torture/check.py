@@ -17,6 +17,7 @@ import sys
 import psycopg
 from psycopg.rows import dict_row
 
+import check_dumps
 import check_events
 import check_keys
 import check_reconcile
@@ -151,11 +152,15 @@ def main(directory, conninfo, control, *secrets):
     arrivals = ask(control, "arrivals")["arrivals"]
     effects = ask(control, "effects?type=charge&action=create&status=succeeded")["effects"]
     declined = ask(control, "effects?type=charge&action=create&status=failed")["effects"]
+    customers = ask(control, "effects?type=customer&action=create")["effects"]
+    with open(f"{directory}/lulls", encoding="utf-8") as lines:
+        lulls = [json.loads(line) for line in lines]
     with psycopg.connect(conninfo, autocommit=True, row_factory=dict_row) as connection:
         look_for_secrets(connection, violations, directory, secrets)
         check_keys.check(calls, connection, violations)
-        check_stripe.check(calls, arrivals, effects, connection, violations)
-        check_reconcile.check(calls, arrivals, effects, declined, connection, violations)
+        check_stripe.check(calls, arrivals, effects + customers, lulls, connection, violations)
+        check_reconcile.check(calls, arrivals, effects + customers, declined, connection, violations)
+        check_dumps.check(calls, arrivals, violations)
         check_events.check(calls, connection, violations)
     for call in calls:
         if call["op"] in ("surprise", "gave up"):
@@ -171,6 +176,9 @@ def main(directory, conninfo, control, *secrets):
     crossed = sum(call["crossed"] for call in calls if call["op"] == "concluded")
     print(f"# prepared: {prepared['commit']} committed, {prepared['rollback']} rolled back, {crossed} of them after a crash,"
           f" a restart or a fail-over; savepoints rolled back: {sum(call['op'] == 'undo' for call in calls)}")
+    print(f"# by something on the way: {sum(bool((a['answer'] or {}).get('intermediary')) for a in arrivals)} answers,"
+          f" {sum(bool((a['answer'] or {}).get('intermediary')) and a['answer'].get('by') != 'gate' for a in arrivals)}"
+          f" of them to what Stripe has executed; lulls: {len(lulls)}")
     print(f"# {len(calls)} calls, {len(arrivals)} requests at Stripe, {len(effects)} charges")
     print("# cases: " + ", ".join(f"I{n} {violations.cases[f'I{n}']}" for n in range(1, 13)))
     sys.exit(1 if violations.report() else 0)

@@ -7,7 +7,7 @@ is sent any more.
 import collections
 import datetime
 
-from check_stripe import callers_of, operation_of, sent_again
+from check_stripe import callers_of, is_probe, operation_of, sent_again
 from payments import SendingSession
 
 FINAL = ("completed", "failed")
@@ -35,7 +35,7 @@ def check(calls, arrivals, effects, declined, connection, violations):
     when = {}
     for arrival in arrivals:
         when[arrival["arrival"]] = arrival["at"]
-        if arrival.get("key"):
+        if arrival.get("key") and not is_probe(arrival):
             sent[operation_of(arrival["key"])].append(arrival["at"])
     charges, refusals = collections.defaultdict(list), collections.defaultdict(list)
     for found, of in ((effects, charges), (declined, refusals)):
@@ -77,7 +77,7 @@ def check(calls, arrivals, effects, declined, connection, violations):
 
 def check_fake(said, charges, refusals, when, violations):
     """Executed, declined or not executed: so it is."""
-    made = {charge["payment_intent"] or charge["id"] for charge in charges}
+    made = {charge.get("payment_intent") or charge["id"] for charge in charges}
     if said.outcome == "completed":
         violations.looked("I2")
         if said.resource not in made:

@@ -8,6 +8,19 @@ from payments import LateSession, SendingSession
 
 # how long a request may be under way that nobody waits for any more
 HELD_UP = 5
+# how long it may take, with nothing in the way, until an answer that was left behind is recorded
+LEFT_BEHIND = 6
+# from when on a recorder that is asked for has to come, where others have taken its place
+PLACE = 2.5
+
+
+def header(arrival, name):
+    return next((value for key, value in arrival["headers"] if key.lower() == name.lower()), "")
+
+
+def is_probe(arrival):
+    """Made on purpose where a dump was restored."""
+    return (arrival.get("key") or "").startswith("probe:")
 
 
 def sent_again(sent, known, callers):
@@ -30,6 +43,11 @@ def callers_of(calls):
             found[("late", call["args"]["operation"])].append(call)
         elif call["op"] in ("stripe_claim", "stripe_record"):
             found[("transfer", call["args"]["operation"])].append(call)
+        elif call["op"] == "detached":
+            found[("detached", call["args"]["operation"])].append(call)
+        elif call["op"] == "bulk":
+            for i in range(1, call["args"]["n"] + 1):
+                found[("bulk", f"{call['args']['batch']}-{i}")].append(call)
     return found
 
 
@@ -39,12 +57,12 @@ def operation_of(key):
     return operation_type, rest.rsplit(":", 1)[0]
 
 
-def check(calls, arrivals, effects, connection, violations):
+def check(calls, arrivals, effects, lulls, connection, violations):
     ledger = {(row["operation_type"], row["operation_id"]): row for row in connection.execute(
         "SELECT * FROM idempotency.stripe_idempotency_keys")}
     sent = collections.defaultdict(list)
     for arrival in arrivals:
-        if arrival.get("key"):
+        if arrival.get("key") and not is_probe(arrival):
             sent[operation_of(arrival["key"])].append(arrival)
     charges = collections.defaultdict(list)
     for effect in effects:
@@ -55,6 +73,8 @@ def check(calls, arrivals, effects, connection, violations):
     check_late(calls, ledger, sent, violations)
     for operation, row in ledger.items():
         check_row(operation, row, charges[operation], connection, violations)
+        check_word(operation, row, sent[operation], violations)
+    check_detached(calls, ledger, lulls, violations)
     check_answers(calls, ledger, sent, violations)
     check_claims(calls, ledger, violations)
     check_payments(calls, ledger, charges, connection, violations)
@@ -76,6 +96,9 @@ def check_sent(operation, requests, row, violations):
         violations.add("I3", f"{name}: sent with different bytes")
     if row["body"] is not None and bytes(row["body"]).decode() != requests[0]["body"]:
         violations.add("I7", f"{name}: sent is not what is recorded")
+    if row["method"] is not None and {header(arrival, "Stripe-Version") for arrival in requests} != {row["api_version"]}:
+        violations.add("I3", f"{name}: sent with versions {sorted({header(a, 'Stripe-Version') for a in requests})},"
+                       f" recorded is {row['api_version']}")
     first = min(arrival["at"] for arrival in requests)
     if row["first_sent_at"] is None or row["first_sent_at"].timestamp() > first:
         violations.add("I7", f"{name}: first sent at {row['first_sent_at']}, arrived at {first:.3f}")
@@ -101,11 +124,59 @@ def check_row(operation, row, charges, connection, violations):
         violations.add("I3", f"{name}: generation {row['generation']}, which nobody reopened")
     if len(charges) > 1:
         violations.add("I3", f"{name}: charged {len(charges)} times")
-    made = {charge["payment_intent"] or charge["id"] for charge in charges}
+    made = {charge.get("payment_intent") or charge["id"] for charge in charges}
     if row["outcome"] == "completed" and row["resource_id"] not in made:
         violations.add("I2", f"{name}: completed with {row['resource_id']}, and Stripe has charged for {sorted(made)}")
     if row["outcome"] in ("failed", "not_executed") and charges:
         violations.add("I2", f"{name}: {row['outcome']}, and Stripe has charged")
+
+
+def check_word(operation, row, requests, violations):
+    """What something on the way to Stripe has said counts for nothing: refused is what Stripe has refused."""
+    if any((arrival["answer"] or {}).get("intermediary") for arrival in requests):
+        violations.looked("I2")
+    if row["outcome"] != "failed" or row["settled"] is not None:
+        return
+    said = [arrival["answer"] or {} for arrival in requests]
+    if not any("intermediary" not in answer and 400 <= (answer.get("status") or 0) < 500 for answer in said):
+        violations.add("I2", f"{':'.join(operation)}: failed, on the word of "
+                       + ", ".join(f"{answer.get('intermediary')} {answer.get('status')}" for answer in said))
+
+
+def check_detached(calls, ledger, lulls, violations):
+    """Who was told what Stripe has answered needn't wait until it is recorded.  But then it is: as soon as nothing is
+    in the way, unless the server has crashed."""
+    told = {}
+    refused = collections.defaultdict(list)
+    for call in calls:
+        if call["op"] == "detached" and (call.get("res") or {}).get("outcome") == "completed":
+            told[call["args"]["operation"]] = call
+        elif call["op"] == "detached" and call.get("error") == "IK008":
+            for lull in lulls:
+                if lull["start"] + PLACE <= call["t0"] and call["t1"] < lull["end"]:
+                    refused[lull["start"]].append(call)
+    for call in calls:
+        known = call["op"] == "watched" and told.get(call["args"]["operation"])
+        if not known or call["args"]["life"] != call["args"]["now"]:
+            continue
+        quiet = max((call["t0"] - max(lull["start"], known["t1"]) for lull in lulls
+                     if lull["start"] < call["t0"] < lull["end"]), default=0)
+        if quiet >= LEFT_BEHIND:
+            violations.looked("I7")
+            if call["args"]["outcome"] != "completed" and not known.get("said"):
+                known["said"] = True
+                violations.add("I7", f"detached:{call['args']['operation']}: was told completed at {known['t1']:.3f}, and at"
+                               f" {call['t0']:.3f}, after {quiet:.1f} s of quiet, it is {call['args']['outcome']}")
+    for start, of_lull in refused.items():
+        violations.add("I7", f"{len(of_lull)} calls are refused for want of a recorder, up to"
+                       f" {of_lull[-1]['t0'] - start:.1f} s after nothing was in the way any more")
+    for operation, call in told.items():
+        row = ledger.get(("detached", operation))
+        if row is None:
+            violations.add("I7", f"detached:{operation}: was told completed, and is gone")
+        elif lulls and call["args"]["life"] == lulls[-1]["life"] and row["outcome"] != "completed" and not call.get("said"):
+            violations.add("I7", f"detached:{operation}: was told completed at {call['t1']:.3f}, and in the end it is"
+                           f" {row['outcome']}")
 
 
 def check_answers(calls, ledger, sent, violations):
@@ -214,3 +285,10 @@ def check_payments(calls, ledger, charges, connection, violations):
         UNION ALL SELECT 'open claim ' || key FROM idempotency.open_claims WHERE scope = 'user 1'""").fetchall()
     for row in left:
         violations.add("I7", f"left over: {row['text']}")
+    settled = {call["args"]["batch"] for call in calls if call["op"] == "bulk" and call["committed"]}
+    for row in connection.execute("SELECT operation_id FROM idempotency.stripe_orphans WHERE operation_type = 'bulk'"):
+        if row["operation_id"].rsplit("-", 1)[0] in settled:
+            violations.add("I7", f"left over: orphan bulk:{row['operation_id']}, whose caller has committed")
+    for row in connection.execute("SELECT scope, key, expires_at FROM idempotency.idempotency_keys"
+                                  " WHERE expires_at < pg_catalog.clock_timestamp() - interval '30 s' LIMIT 10"):
+        violations.add("I11", f"left over: {row['scope']} {row['key']}, expired at {row['expires_at']}")

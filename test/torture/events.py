@@ -7,6 +7,7 @@ records it: there must be one, and one only.
 import base64
 import http.client
 import json
+import time
 
 from session import Refused, Session
 
@@ -30,6 +31,9 @@ class EventsSession(Session):
         return {"payload": base64.b64decode(delivery["body_base64"]), "signature": delivery["headers"]["Stripe-Signature"]}
 
     def step(self):
+        if self.prepared is not None:
+            self.conclude()
+            return
         if self.again and self.chance(0.3):
             delivery = self.random.choice(self.again)
         else:
@@ -40,11 +44,18 @@ class EventsSession(Session):
         if self.chance(0.5):
             self.at_once(delivery)
         else:
+            two_phases = self.chance(0.1)
+            if two_phases:
+                self.begin()
             self.execute("SELECT r.* FROM idempotency.stripe_webhook_receive(%(payload)s, %(signature)s) r", delivery,
                          op="receive")
+            if two_phases:
+                self.end_in_two_phases("commit", 0.2)
             self.later()
 
     def finish(self):
+        while self.prepared is not None and time.time() < self.deadline + self.PATIENCE:
+            self.conclude()
         while True:
             delivery = self.next_delivery()
             if delivery is None:
@@ -82,4 +93,7 @@ class EventsSession(Session):
             if calm or not self.chance(0.05):
                 self.call("stripe_webhook_record", values, op="event_record", event=event,
                           success="error_message" not in values)
-        self.end(end)
+        if not calm and self.chance(0.05):
+            self.end_in_two_phases(end, 0.3)
+        else:
+            self.end(end)

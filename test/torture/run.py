@@ -2,9 +2,11 @@
 
 import sys
 
+from dumps import DumpingSession
 from events import EventsSession
 from keys import KeysSession
-from payments import LateSession, PayingSession, ReconcilingSession, SendingSession
+from payments import BulkSession, DetachedSession, LateSession, PayingSession, PersonSession, ReconcilingSession, \
+    SendingSession
 
 
 def main(directory, kind, number, seed, deadline, port, control, endpoint="0"):
@@ -19,6 +21,14 @@ def main(directory, kind, number, seed, deadline, port, control, endpoint="0"):
         session = LateSession(*common, control=control)
     elif kind == "reconciling":
         session = ReconcilingSession(*common)
+    elif kind == "person":
+        session = PersonSession(*common, control=control)
+    elif kind == "bulk":
+        session = BulkSession(*common)
+    elif kind == "detached":
+        session = DetachedSession(*common)
+    elif kind == "dumping":
+        session = DumpingSession(*common)
     elif kind == "events":
         session = EventsSession(*common, control=control, endpoint=int(endpoint))
     else:

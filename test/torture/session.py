@@ -15,6 +15,7 @@ The clock is the machine's, which is the database's as well.
 """
 
 import datetime
+import http.client
 import json
 import os
 import random
@@ -60,6 +61,8 @@ class Session:
         self.tx = None
         # a transaction of which PREPARE was sent, and whose end isn't known
         self.prepared = None
+        # how the last one has ended
+        self.concluded = None
 
     # ---- what a kind of session says
 
@@ -73,11 +76,16 @@ class Session:
     # what may be refused besides what may happen to anybody
     refusals = ()
 
+    # whatever the server's settings become: answers are durable, and psycopg can read them
+    OWN = "SET synchronous_commit = on; SET default_transaction_read_only = off; SET DateStyle = ISO; SET IntervalStyle = postgres"
+
     # ---- life
 
     def run(self):
         parent = os.getppid()
         for work, end in ((self.step, self.deadline), (self.finish, None)):
+            if end is None:
+                self.disconnect()
             while (end is None or time.time() < end) and os.getppid() == parent:
                 try:
                     work()
@@ -120,13 +128,19 @@ class Session:
                     self.connection = psycopg.connect(where.read(), autocommit=True, row_factory=dict_row,
                                                       connect_timeout=10)
                 self.server = self.connection.info.port
-                self.connection.execute(f"SET synchronous_commit = on; {self.settings}")
+                self.connection.execute(f"{self.OWN}; {self.settings}")
             except (psycopg.Error, OSError):
                 self.connection = None
                 if time.time() > self.deadline + self.PATIENCE:
                     raise Lost from None
                 time.sleep(0.05)
         self.tx = None
+
+    def disconnect(self):
+        """The next connection begins with the settings that there are then."""
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
 
     def execute(self, statement, values=(), op=None, rows=False, **args):
         """The row, or all of them; raises Lost or Refused.  Written down where op is given."""
@@ -197,6 +211,7 @@ class Session:
     def prepare(self, how):
         """PREPARE TRANSACTION; conclude() will COMMIT or ROLLBACK it."""
         life = self.server_life()
+        self.concluded = None
         self.prepared = {"tx": self.tx, "how": how, "life": life, "seen": False, "tried": False, "since": None}
         try:
             self.execute(f"PREPARE TRANSACTION '{self.tx}'", op="prepare")
@@ -234,11 +249,37 @@ class Session:
                 return
         self.note(what["how"], tx=what["tx"], t0=what["since"], res={"status": what["how"].upper()})
         self.prepared = None
+        self.concluded = what["how"]
         self.note("concluded", how=what["how"], crossed=self.server_life() != what["life"])
+
+    def end_in_two_phases(self, how, seconds):
+        """PREPARE, and the end by whatever connection there is a while later."""
+        self.prepare(how)
+        if self.prepared is None:
+            return False
+        time.sleep(self.random.uniform(0, seconds))
+        while self.prepared is not None and time.time() < self.deadline + self.PATIENCE:
+            try:
+                self.conclude()
+            except Lost:
+                pass
+            except Refused:
+                self.pause(0.05)
+        return self.concluded == "commit"
+
+    def ask(self, control, method, what, body=""):
+        """The fake Stripe's control API."""
+        connection = http.client.HTTPConnection(control, timeout=60)
+        try:
+            connection.request(method, f"/_control/{what}", body)
+            return json.loads(connection.getresponse().read())
+        finally:
+            connection.close()
 
     def server_life(self):
         """Something else after each start, promotion and recovery."""
-        row = self.execute("SELECT backend_start::text AS start FROM pg_stat_activity WHERE backend_type = 'checkpointer'")
+        row = self.execute("SELECT extract(epoch FROM backend_start)::text AS start FROM pg_catalog.pg_stat_activity"
+                           " WHERE backend_type = 'checkpointer'")
         return row and (self.server, row["start"])
 
     def reconcile(self, operation_type=None, operation_id=None, requests=20):
