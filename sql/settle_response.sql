@@ -24,6 +24,10 @@ RETURN jsonb_build_object('id', id, 'object', 'payment_intent', 'status', status
 CREATE FUNCTION declined(id text) RETURNS jsonb LANGUAGE sql
 RETURN jsonb_build_object('error', jsonb_build_object('type', 'card_error', 'code', 'card_declined',
 	'payment_intent', intent(id, 'requires_payment_method')));
+-- Stripe failed in the middle, and says what there is
+CREATE FUNCTION broken(id text) RETURNS jsonb LANGUAGE sql
+RETURN jsonb_build_object('error', jsonb_build_object('type', 'api_error',
+	'payment_intent', intent(id, 'processing')));
 -- what a caller is told, and whether both functions say the same
 CREATE FUNCTION told(id text) RETURNS text LANGUAGE sql
 RETURN (SELECT format('%s %s: %s %s %s livemode %s, http %s, response %s, error %s%s', c.verdict, c.outcome, c.resource_id, c.resource_type,
@@ -64,7 +68,7 @@ SELECT idempotency.stripe_settle('s', 'failed', 'failed');
 SELECT told('failed');
 
 -- what contradicts is refused, and changes nothing
-CALL call('doubt', intent('pi_1', 'processing'), 500);
+CALL call('doubt', broken('pi_1'), 500);
 SELECT told('doubt');
 CREATE TABLE before AS SELECT * FROM idempotency.stripe_idempotency_keys;
 SELECT idempotency.stripe_settle('s', 'doubt', 'completed', response => declined('pi_1'));
@@ -88,10 +92,10 @@ WHERE k IS DISTINCT FROM b;
 -- what was known in doubt stays where it is about the object, and not where it is about another
 SELECT idempotency.stripe_settle('s', 'doubt', 'completed', 'pi_1');
 SELECT told('doubt');
-CALL call('another', intent('pi_1', 'processing'), 500);
+CALL call('another', broken('pi_1'), 500);
 SELECT idempotency.stripe_settle('s', 'another', 'completed', 'pi_2');
 SELECT told('another');
-CALL call('undone', intent('pi_1', 'processing'), 500);
+CALL call('undone', broken('pi_1'), 500);
 SELECT idempotency.stripe_settle('s', 'undone', 'not_executed');
 SELECT outcome, resource_id, resource_type, resource_status, livemode, response IS NULL AS no_response
 FROM idempotency.stripe_lookup('s', 'undone');
@@ -117,7 +121,7 @@ SELECT operation_id, length(resource_status) FROM idempotency.stripe_idempotency
 WHERE operation_type = 's' AND operation_id IN ('long', 'too long', 'number', 'object') ORDER BY 1;
 -- a second answer about the same object is the newer one, and one that doesn't say leaves it
 SELECT token FROM idempotency.stripe_claim('s', 'twice', '{"path": "/v1/payment_intents"}') \gset
-SELECT idempotency.stripe_record('s', 'twice', :token, response => intent('pi_1', 'processing'), http_status => 500);
+SELECT idempotency.stripe_record('s', 'twice', :token, response => broken('pi_1'), http_status => 500);
 SELECT idempotency.stripe_record('s', 'twice', :token, resource_id => 'pi_1');
 SELECT told('twice');
 
