@@ -553,16 +553,13 @@ sub less_durable
 	return;
 }
 
-# So many calls arrive, or none for a while.
-sub some_calls
+# Calls of both detached sessions are at Stripe, and nothing else happens; or they don't come.
+sub calls_are_out
 {
-	my ($n) = @_;
-	my $arrived = sub { return $stripe->control('GET', 'counts')->{arrivals} };
-	my $since = $arrived->();
-	my $until = time + 1.5 + $n;
+	my $fault = $stripe->fault('hang_after', ms => 4000, times => 0, match => { body => 'detached' });
+	my $until = time + 3;
 
-	pause(0.1) while time < $until && $arrived->() < $since + $n;
-	pause(rand(0.3));
+	pause(0.02) while time < $until && $stripe->control('GET', "faults/$fault")->{holding} < 2;
 	return;
 }
 
@@ -612,8 +609,8 @@ my %hushes = (
 	# what isn't flushed is lost
 	crash => sub {
 		less_durable(qw(off off local remote_write));
-		$stripe->fault('hang_after', ms => 250, times => 0, match => { path => '/v1/customers' });
-		some_calls(3 + rand(4));
+		pause(rand(1));
+		calls_are_out();
 		if (rand() < 0.5)
 		{
 			$node->stop('immediate');
@@ -632,11 +629,10 @@ my %hushes = (
 		my @receiver = grep { title($_) =~ /^postgres: \Q$name\E: walreceiver/ } map { m{^/proc/(\d+)$} } glob('/proc/[0-9]*');
 		kill 'STOP', @receiver;
 		less_durable(qw(off local)) if rand() < 0.6;
-		$stripe->fault('hang_after', ms => 250, times => 0, match => { path => '/v1/customers' });
-		some_calls(3);
-		# one that waits for the standby
+		# one that waits for the standby, as its caller does for a second
+		pause(0.3 + rand(0.6));
 		signal('pg_terminate_backend', recorder_pid()) if rand() < 0.5;
-		some_calls(3);
+		calls_are_out();
 		leave('immediate');
 		kill 'CONT', @receiver;
 		succeed();
