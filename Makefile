@@ -18,6 +18,7 @@ OBJS = \
 	src/json_member.o \
 	src/launcher.o \
 	src/ledger.o \
+	src/ledger_search.o \
 	src/lock_limit.o \
 	src/mac.o \
 	src/namespace.o \
@@ -49,6 +50,7 @@ OBJS = \
 	src/stripe_keys.o \
 	src/stripe_ledger.o \
 	src/stripe_outcome.o \
+	src/subtransaction.o \
 	src/webhook_event.o \
 	src/webhook_secret.o \
 	src/webhook_signature.o \

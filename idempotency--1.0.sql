@@ -271,8 +271,12 @@ CREATE TABLE idempotency.namespace (
 	system_identifier bigint NOT NULL,
 	database oid NOT NULL,
 	created_at timestamptz NOT NULL,
-	retired_at timestamptz
+	retired_at timestamptz,
+	in_force boolean NOT NULL DEFAULT true,
+	carried boolean NOT NULL DEFAULT false
 ) WITH (vacuum_truncate = off);
+-- rows have no key by which their changes could be replicated
+ALTER TABLE idempotency.namespace REPLICA IDENTITY FULL;
 
 SELECT pg_catalog.pg_extension_config_dump('idempotency.idempotency_keys', '');
 SELECT pg_catalog.pg_extension_config_dump('idempotency.stripe_idempotency_keys', '');
@@ -629,6 +633,16 @@ WHERE (o.fate OPERATOR(pg_catalog.=) 'rolled back' OR o.fate OPERATOR(pg_catalog
 		OR o.outcome OPERATOR(pg_catalog.=) 'unknown'::idempotency.outcome)
 ORDER BY o.claimed_at;
 
+-- which namespace is in force is decided when its row comes, however it comes
+CREATE FUNCTION idempotency.namespace_comes()
+RETURNS trigger
+AS 'MODULE_PATHNAME', 'idempotency_namespace_comes'
+LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
+
+CREATE TRIGGER namespace_comes BEFORE INSERT ON idempotency.namespace
+	FOR EACH ROW EXECUTE FUNCTION idempotency.namespace_comes();
+ALTER TABLE idempotency.namespace ENABLE ALWAYS TRIGGER namespace_comes;
+
 -- the first namespace of this database
 SELECT idempotency.stripe_namespace('new');
 
@@ -958,14 +972,18 @@ COMMENT ON COLUMN idempotency.stripe_webhook_events.payload IS
 	'The body''s bytes as they were signed; see idempotency.webhook_payload';
 
 COMMENT ON TABLE idempotency.namespace IS
-	'Secrets that keys, operation UUIDs and fingerprints are derived from; '
-	'in force is, of those not retired, one made elsewhere before one made here, then the oldest';
+	'Secrets that keys, operation UUIDs and fingerprints are derived from; in_force says which of them is';
 COMMENT ON COLUMN idempotency.namespace.value IS '32 random bytes; whoever reads them can derive every key';
 COMMENT ON COLUMN idempotency.namespace.system_identifier IS 'Database system that it was made in';
 COMMENT ON COLUMN idempotency.namespace.database IS 'OID of the database that it was made in';
 COMMENT ON COLUMN idempotency.namespace.created_at IS 'When it was made';
 COMMENT ON COLUMN idempotency.namespace.retired_at IS
 	'When stripe_namespace(''new'') replaced it, or NULL; its fingerprints are compared all the same';
+COMMENT ON COLUMN idempotency.namespace.in_force IS
+	'Are keys derived from it? Decided when the row comes, by CREATE EXTENSION, a restore or replication: '
+	'one that was in force where it comes from takes the place of one that was made here';
+COMMENT ON COLUMN idempotency.namespace.carried IS
+	'Did it come from another database, by a restore or replication?';
 
 COMMENT ON VIEW idempotency.open_claims IS
 	'Claims neither recorded nor released, lapsed ones first, without any bodies';
@@ -1182,6 +1200,10 @@ COMMENT ON FUNCTION idempotency.stripe_callers_fate(xid8[], bigint) IS
 COMMENT ON FUNCTION idempotency.stripe_namespace(text) IS
 	'Decides once in a copied database. choice: keep, where the copy replaces its original, '
 	'or new, where both live on. Raises IK003, IK009 where it is decided already';
+COMMENT ON FUNCTION idempotency.namespace_comes() IS
+	'Trigger of the table namespace: decides whether a row that comes is in force, and writes it down in in_force';
+COMMENT ON TRIGGER namespace_comes ON idempotency.namespace IS
+	'Decides whether a row that comes is in force; also while rows are restored or replicated';
 
 COMMENT ON FUNCTION idempotency.stripe_webhook_verify(bytea, text, text[], interval) IS
 	'Says what is wrong with the signature of a webhook, for diagnosis: valid, no_signature, '

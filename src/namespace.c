@@ -12,13 +12,27 @@
  * The table has no unique key.  A restore runs CREATE EXTENSION, which makes a
  * row, and then loads the dumped one beside it; a unique key would refuse the
  * dumped row and silently change every key.  Each row says where it was made:
- * system identifier, database OID, time.  In force is, among the rows that
- * aren't retired, one made elsewhere before one made here, then the oldest.
+ * system identifier, database OID, time.
+ *
+ * Which row is in force is decided once, when it comes, and written down: the
+ * column in_force is true in that row alone, and a dump carries it along.
+ * CREATE EXTENSION's row is in force, until a row comes that is in force where
+ * it comes from: then that one is, for good (a trigger sees to it, also for
+ * replicated rows, namespace_comes()).  It isn't computed anew from where and
+ * when rows were made: after the next restore, or pg_upgrade, that says
+ * something else.
+ *
+ * Where triggers were disabled while rows came, more than one row may be
+ * marked, or none.  Then readers decide, among those, or among all that aren't
+ * retired: one made elsewhere before one made here, then the oldest.  Whoever
+ * claims an operation next, or a worker, writes that down
+ * (namespace_write_down()).
  *
  * Where are we?  A row was made here if it names this database and this
- * system.  pg_upgrade keeps database OIDs but gives the cluster a new system
- * identifier and runs no script; so where no row at all is of this system, the
- * newest that names this database's OID counts as made here.
+ * system, and didn't come from elsewhere (the trigger writes that down, too, in
+ * the column carried).  pg_upgrade keeps database OIDs but gives the cluster a
+ * new system identifier and runs no script; so where no such row at all is of
+ * this system, the newest that names this database's OID counts as made here.
  *
  * A database that was copied with CREATE DATABASE ... TEMPLATE (or that lost
  * its rows) has no row that was made here.  Until stripe_namespace() has said
@@ -43,9 +57,11 @@
 #include "access/xlog.h"
 #include "catalog/namespace.h"
 #include "catalog/pg_type_d.h"
+#include "commands/trigger.h"
 #include "executor/tuptable.h"
 #include "fmgr.h"
 #include "miscadmin.h"
+#include "storage/lmgr.h"
 #include "utils/builtins.h"
 #include "utils/lsyscache.h"
 #include "utils/rel.h"
@@ -56,12 +72,15 @@
 #include "errors.h"
 #include "namespace.h"
 #include "owner_spi.h"
+#include "subtransaction.h"
 
 PG_FUNCTION_INFO_V1(idempotency_stripe_namespace);
+PG_FUNCTION_INFO_V1(idempotency_namespace_comes);
 
 enum
 {
-	NS_VALUE, NS_SYSTEM, NS_DATABASE, NS_CREATED, NS_RETIRED, NS_NCOLUMNS
+	NS_VALUE, NS_SYSTEM, NS_DATABASE, NS_CREATED, NS_RETIRED, NS_IN_FORCE, NS_CARRIED,
+	NS_NCOLUMNS
 };
 
 typedef struct NamespaceRow
@@ -71,7 +90,10 @@ typedef struct NamespaceRow
 	Oid			database;
 	TimestampTz created;
 	bool		retired;
+	bool		marked;			/* in force, and not retired */
+	bool		carried;		/* it came from elsewhere */
 	bool		here;
+	ItemPointerData tid;
 } NamespaceRow;
 
 typedef enum NamespaceState
@@ -82,15 +104,28 @@ typedef enum NamespaceState
 } NamespaceState;
 
 static OwnerStatement insert_namespace = {
-	"INSERT INTO idempotency.namespace (value, system_identifier, database, created_at) "
-	"VALUES ($1, $2, $3, $4)",
-	4, {BYTEAOID, INT8OID, OIDOID, TIMESTAMPTZOID}
+	"INSERT INTO idempotency.namespace"
+	" (value, system_identifier, database, created_at, in_force)"
+	" VALUES ($1, $2, $3, $4, $5)",
+	5, {BYTEAOID, INT8OID, OIDOID, TIMESTAMPTZOID, BOOLOID}
 };
 
 static OwnerStatement retire_namespaces = {
-	"UPDATE idempotency.namespace SET retired_at = $1 WHERE retired_at IS NULL",
+	"UPDATE idempotency.namespace SET retired_at = COALESCE(retired_at, $1), in_force = false"
+	" WHERE retired_at IS NULL OR in_force",
 	1, {TIMESTAMPTZOID}
 };
+
+/* $1: the row in force, or NULL; the lock keeps it where it is */
+static OwnerStatement mark_namespace = {
+	"UPDATE idempotency.namespace"
+	" SET in_force = COALESCE(ctid OPERATOR(pg_catalog.=) $1, false)"
+	" WHERE in_force OPERATOR(pg_catalog.<>) COALESCE(ctid OPERATOR(pg_catalog.=) $1, false)",
+	1, {TIDOID}
+};
+
+/* Has this process met a decision that isn't written down? */
+static bool met_undecided = false;
 
 static Relation
 open_namespace_table(LOCKMODE lockmode)
@@ -146,7 +181,10 @@ read_namespaces(Relation rel, int *nrows)
 		row->database = DatumGetObjectId(slot->tts_values[NS_DATABASE]);
 		row->created = DatumGetTimestampTz(slot->tts_values[NS_CREATED]);
 		row->retired = !slot->tts_isnull[NS_RETIRED];
+		row->marked = !row->retired && DatumGetBool(slot->tts_values[NS_IN_FORCE]);
+		row->carried = DatumGetBool(slot->tts_values[NS_CARRIED]);
 		row->here = false;
+		row->tid = slot->tts_tid;
 	}
 	table_endscan(scan);
 	ExecDropSingleTupleTableSlot(slot);
@@ -168,6 +206,9 @@ find_rows_made_here(NamespaceRow *rows, int nrows)
 
 	for (i = 0; i < nrows; i++)
 	{
+		rows[i].here = false;
+		if (rows[i].carried)
+			continue;
 		if (rows[i].system == system)
 			upgraded = false;
 		rows[i].here = rows[i].system == system && rows[i].database == MyDatabaseId;
@@ -180,28 +221,32 @@ find_rows_made_here(NamespaceRow *rows, int nrows)
 	if (upgraded && newest != NULL)
 	{
 		for (i = 0; i < nrows; i++)
-			rows[i].here = rows[i].system == newest->system &&
+			rows[i].here = !rows[i].carried && rows[i].system == newest->system &&
 				rows[i].database == MyDatabaseId;
 	}
 }
 
 /*
- * Which row is in force?  *chosen is set unless there is none.
+ * Which row is in force?  *chosen is set unless there is none.  *written tells
+ * whether that is what the rows say, or has to be computed.
  */
 static NamespaceState
-choose_namespace(NamespaceRow *rows, int nrows, NamespaceRow **chosen)
+choose_namespace(NamespaceRow *rows, int nrows, NamespaceRow **chosen, bool *written)
 {
 	NamespaceRow *best = NULL;
 	bool		any_here = false;
+	int			nmarked = 0;
 	int			i;
 
 	find_rows_made_here(rows, nrows);
+	for (i = 0; i < nrows; i++)
+		nmarked += rows[i].marked;
 	for (i = 0; i < nrows; i++)
 	{
 		NamespaceRow *row = &rows[i];
 
 		any_here = any_here || row->here;
-		if (row->retired)
+		if (row->retired || (nmarked > 0 && !row->marked))
 			continue;
 		if (best == NULL ||
 			(best->here && !row->here) ||
@@ -210,6 +255,7 @@ choose_namespace(NamespaceRow *rows, int nrows, NamespaceRow **chosen)
 	}
 
 	*chosen = best;
+	*written = best == NULL || nmarked == 1;
 	if (best == NULL)
 		return NAMESPACE_NONE;
 	return any_here ? NAMESPACE_DECIDED : NAMESPACE_COPIED;
@@ -222,10 +268,12 @@ find_namespace(Namespace *ns)
 	NamespaceRow *rows;
 	NamespaceRow *chosen;
 	NamespaceState state;
+	bool		written;
 	int			nrows;
 
 	rows = read_namespaces(rel, &nrows);
-	state = choose_namespace(rows, nrows, &chosen);
+	state = choose_namespace(rows, nrows, &chosen, &written);
+	met_undecided = met_undecided || !written;
 	if (state != NAMESPACE_NONE)
 		*ns = chosen->ns;
 	pfree(rows);
@@ -295,6 +343,174 @@ namespace_by_id(const uint8 *id, Namespace *ns)
 	return found;
 }
 
+/* ---------- writing ---------- */
+
+/*
+ * The same as read_namespaces(), as it is now whatever this transaction's
+ * snapshot.  The caller has locked out other writers.
+ */
+static NamespaceRow *
+read_latest_namespaces(Relation rel, int *nrows)
+{
+	NamespaceRow *rows;
+
+	CommandCounterIncrement();
+	PushActiveSnapshot(GetLatestSnapshot());
+	rows = read_namespaces(rel, nrows);
+	PopActiveSnapshot();
+	return rows;
+}
+
+/* Mark this row, or none, and no other. */
+static void
+mark(Relation rel, NamespaceRow *row)
+{
+	Datum		value = row == NULL ? (Datum) 0 : PointerGetDatum(&row->tid);
+	const char *nulls = row == NULL ? "n" : " ";
+
+	owner_execute_latest(&mark_namespace, rel->rd_rel->relowner, &value, nulls, NULL, NULL, 0);
+}
+
+static void
+write_down(void *arg)
+{
+	Relation	rel = arg;
+	NamespaceRow *chosen;
+	bool		written;
+	int			nrows;
+	NamespaceRow *rows = read_latest_namespaces(rel, &nrows);
+
+	(void) choose_namespace(rows, nrows, &chosen, &written);
+	if (!written)
+		mark(rel, chosen);
+	pfree(rows);
+}
+
+/*
+ * Write down which row is in force, if somebody in this process has had to
+ * compute it.  Waits for nobody: who has the table locked decides, too.  That
+ * it can't be written is no reason not to go on.
+ */
+void
+namespace_write_down(void)
+{
+	Relation	rel;
+
+	if (!met_undecided || XactReadOnly || RecoveryInProgress())
+		return;
+	met_undecided = false;
+
+	rel = open_namespace_table(AccessShareLock);
+	if (ConditionalLockRelation(rel, ShareRowExclusiveLock))
+	{
+		ErrorData  *error = try_in_subtransaction(write_down, rel);
+
+		if (error != NULL)
+			ereport(LOG,
+					(errcode(error->sqlerrcode),
+					 errmsg("could not write down which idempotency namespace is in force: %s",
+							error->message)));
+	}
+	table_close(rel, NoLock);
+}
+
+/*
+ * Was a row that comes made where one of these was that was made here?
+ */
+static bool
+comes_from_here(NamespaceRow *rows, int nrows, uint64 system, Oid database)
+{
+	int			i;
+
+	if (system == GetSystemIdentifier() && database == MyDatabaseId)
+		return true;
+	for (i = 0; i < nrows; i++)
+	{
+		if (rows[i].here && rows[i].system == system && rows[i].database == database)
+			return true;
+	}
+	return false;
+}
+
+/*
+ * A row comes that was in force where it comes from: is it here, too?  It is
+ * where nothing else is, and it takes the place of a row that was made here.
+ * Of two that were made elsewhere the one that was here first stays, as it does
+ * where the same comes twice, or an older one of our own.
+ */
+static bool
+takes_effect(Relation rel, NamespaceRow *rows, int nrows, bytea *value, bool carried)
+{
+	NamespaceRow *chosen;
+	bool		written;
+	bool		takes;
+
+	(void) choose_namespace(rows, nrows, &chosen, &written);
+	takes = chosen == NULL ||
+		(chosen->here && carried &&
+		 (VARSIZE_ANY_EXHDR(value) != NAMESPACE_LEN ||
+		  memcmp(VARDATA_ANY(value), chosen->ns.value, NAMESPACE_LEN) != 0));
+	if (takes && chosen != NULL)
+		mark(rel, NULL);
+	else if (!takes && !written)
+		mark(rel, chosen);
+	return takes;
+}
+
+/*
+ * namespace_comes(): before a row is inserted, by us, a restore or replication.
+ * Writes down in it whether it was made elsewhere, and whether it is in force.
+ */
+Datum
+idempotency_namespace_comes(PG_FUNCTION_ARGS)
+{
+	static int columns[] = {NS_IN_FORCE + 1, NS_CARRIED + 1};
+	TriggerData *trigger = (TriggerData *) fcinfo->context;
+	Datum		values[NS_NCOLUMNS];
+	bool		isnull[NS_NCOLUMNS];
+	Datum		decided[lengthof(columns)];
+	bool		not_null[lengthof(columns)] = {false, false};
+	Relation	rel;
+	NamespaceRow *rows;
+	bool		in_force;
+	bool		carried;
+	int			nrows;
+	int			i;
+
+	if (!CALLED_AS_TRIGGER(fcinfo) || !TRIGGER_FIRED_BEFORE(trigger->tg_event) ||
+		!TRIGGER_FIRED_FOR_ROW(trigger->tg_event) || !TRIGGER_FIRED_BY_INSERT(trigger->tg_event) ||
+		strcmp(RelationGetRelationName(trigger->tg_relation), "namespace") != 0 ||
+		RelationGetNamespace(trigger->tg_relation) != get_namespace_oid("idempotency", true))
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("function \"%s\" is the trigger of table \"idempotency.namespace\"",
+						"idempotency.namespace_comes")));
+
+	rel = trigger->tg_relation;
+	for (i = 0; i < NS_NCOLUMNS; i++)
+		values[i] = heap_getattr(trigger->tg_trigtuple, i + 1, RelationGetDescr(rel), &isnull[i]);
+
+	/* the table refuses it */
+	if (isnull[NS_VALUE] || isnull[NS_SYSTEM] || isnull[NS_DATABASE] || isnull[NS_IN_FORCE])
+		return PointerGetDatum(trigger->tg_trigtuple);
+
+	/* one decision at a time */
+	LockRelation(rel, ShareRowExclusiveLock);
+	rows = read_latest_namespaces(rel, &nrows);
+	find_rows_made_here(rows, nrows);
+	carried = !comes_from_here(rows, nrows, (uint64) DatumGetInt64(values[NS_SYSTEM]),
+							   DatumGetObjectId(values[NS_DATABASE]));
+	in_force = DatumGetBool(values[NS_IN_FORCE]) && isnull[NS_RETIRED] &&
+		takes_effect(rel, rows, nrows, DatumGetByteaPP(values[NS_VALUE]), carried);
+	pfree(rows);
+
+	decided[0] = BoolGetDatum(in_force);
+	decided[1] = BoolGetDatum(carried);
+	return PointerGetDatum(heap_modify_tuple_by_cols(trigger->tg_trigtuple, RelationGetDescr(rel),
+													 lengthof(columns), columns,
+													 decided, not_null));
+}
+
 /*
  * stripe_namespace(choice): decide once, after a copy by TEMPLATE.  'keep'
  * goes on with the original's namespace, 'new' makes one.  CREATE EXTENSION
@@ -311,9 +527,10 @@ idempotency_stripe_namespace(PG_FUNCTION_ARGS)
 	NamespaceRow *chosen;
 	NamespaceState state;
 	Namespace	ns;
+	bool		written;
 	int			nrows;
 	bytea	   *value;
-	Datum		values[4];
+	Datum		values[5];
 	TimestampTz now;
 
 	PreventCommandDuringRecovery("idempotency.stripe_namespace()");
@@ -328,10 +545,8 @@ idempotency_stripe_namespace(PG_FUNCTION_ARGS)
 	/* one decision at a time, on what the last one left */
 	rel = open_namespace_table(ShareRowExclusiveLock);
 	owner = rel->rd_rel->relowner;
-	PushActiveSnapshot(GetLatestSnapshot());
-	rows = read_namespaces(rel, &nrows);
-	PopActiveSnapshot();
-	state = choose_namespace(rows, nrows, &chosen);
+	rows = read_latest_namespaces(rel, &nrows);
+	state = choose_namespace(rows, nrows, &chosen, &written);
 
 	if (state == NAMESPACE_DECIDED)
 		ereport(ERROR,
@@ -345,7 +560,12 @@ idempotency_stripe_namespace(PG_FUNCTION_ARGS)
 
 	now = GetCurrentTimestamp();
 	if (keep)
+	{
+		/* the original's row stays in force; ours says that it was decided */
 		ns = chosen->ns;
+		if (!written)
+			mark(rel, chosen);
+	}
 	else
 	{
 		if (!pg_strong_random(ns.value, NAMESPACE_LEN))
@@ -363,6 +583,7 @@ idempotency_stripe_namespace(PG_FUNCTION_ARGS)
 	values[1] = Int64GetDatum((int64) GetSystemIdentifier());
 	values[2] = ObjectIdGetDatum(MyDatabaseId);
 	values[3] = TimestampTzGetDatum(now);
+	values[4] = BoolGetDatum(!keep);
 	owner_execute(&insert_namespace, owner, values, NULL, false, NULL, NULL, 0);
 
 	table_close(rel, NoLock);

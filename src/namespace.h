@@ -21,6 +21,7 @@ typedef struct Namespace
 
 extern void namespace_in_force(Namespace *ns);
 extern void namespace_for_stripe(Namespace *ns);
+extern void namespace_write_down(void);
 extern bool namespace_by_id(const uint8 *id, Namespace *ns);
 
 #endif							/* IDEMPOTENCY_NAMESPACE_H */

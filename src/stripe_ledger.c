@@ -596,6 +596,9 @@ insert(LedgerClaim *base, Relation rel, TimestampTz now)
 	if (claim->resend)
 		refuse_unclaimed(claim->op);
 
+	/* the key that is derived here is kept for ever */
+	namespace_write_down();
+
 	claim_parameters(claim, now, values, nulls);
 	set_string(values, nulls, 7,
 			   derive_stripe_key(claim->op->ns.value, NAMESPACE_LEN,

@@ -1,0 +1,60 @@
+/*-------------------------------------------------------------------------
+ *
+ * ledger_search.h
+ *	  Going through a ledger piece by piece, and where one has got to.
+ *
+ * src/ledger_search.h
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef IDEMPOTENCY_LEDGER_SEARCH_H
+#define IDEMPOTENCY_LEDGER_SEARCH_H
+
+#include "executor/tuptable.h"
+#include "storage/itemptr.h"
+
+#include "ledger.h"
+
+/* How much of a table is read at a time: 8 MB. */
+#define SEARCH_WINDOW_BLOCKS 1024
+
+/* Where it goes on in another process. */
+typedef struct LedgerPlace
+{
+	ItemPointerData tid;		/* the last row seen, or invalid */
+	int64		left;			/* where the table isn't read directly: rows
+								 * seen that are still there */
+} LedgerPlace;
+
+typedef struct LedgerCursor
+{
+	LedgerPlace place;
+	bool		resumed;		/* it comes from another process */
+	Datum		key[LEDGER_MAX_KEYS];	/* the last row seen, by key, or 0 */
+} LedgerCursor;
+
+/* A row that the search has found. */
+typedef struct LedgerHit
+{
+	Datum		key[LEDGER_MAX_KEYS];
+	Datum		token;
+	ItemPointerData tid;
+} LedgerHit;
+
+/* What to do with a row; false: no more rows. */
+typedef bool (*LedgerRowCallback) (TupleTableSlot *slot, void *arg);
+
+extern void ledger_cursor_reset(LedgerCursor *cursor);
+extern void ledger_cursor_resume(LedgerCursor *cursor, const LedgerPlace *place);
+extern bool ledger_cursor_at_start(const LedgerCursor *cursor);
+extern void ledger_cursor_move(LedgerCursor *cursor, Ledger *ledger, const LedgerHit *hit);
+extern void ledger_place_step_over(LedgerPlace *place);
+
+extern void ledger_hit_set(LedgerHit *hit, Ledger *ledger, TupleTableSlot *slot);
+extern char *ledger_describe_key(Ledger *ledger, const Datum *key);
+extern bool ledger_search_window(Relation rel, LedgerCursor *cursor, LedgerRowCallback row,
+								 void *arg);
+extern int	ledger_search_keys(const LedgerCursor *cursor, Ledger *ledger, Datum *values);
+extern int64 ledger_search_offset(const LedgerCursor *cursor);
+
+#endif							/* IDEMPOTENCY_LEDGER_SEARCH_H */
