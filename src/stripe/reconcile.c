@@ -30,6 +30,11 @@
  * it was, or that somebody has locked, is left alone.  So a rollback loses
  * nothing but what can be read again.
  *
+ * An operation whose row can't be written, because a trigger of somebody's
+ * refuses it, is passed over with a WARNING: it would be the first again, and
+ * those behind it would never have their turn.  So is one that an open
+ * transaction is changing.
+ *
  * An answer that says that we ask too much, or may not ask at all, and no answer,
  * end the function; what went wrong is evidence, not an error.
  *
@@ -66,6 +71,7 @@
 #include "stripe/stripe_call.h"
 #include "stripe_effect.h"
 #include "stripe_ledger.h"
+#include "subtransaction.h"
 
 PG_FUNCTION_INFO_V1(idempotency_stripe_reconcile);
 
@@ -139,6 +145,7 @@ typedef struct Doubt
 	const char *skipped;		/* why nothing can be asked */
 	bool		asked;			/* is there anything to be kept? */
 	bool		told;			/* does an event that was kept say it? */
+	bool		kept;			/* was it written down? */
 	bool		candidate;		/* is there a finding, */
 	bool		known;			/* and does it count? */
 	FoundBy		found_by;
@@ -1043,17 +1050,55 @@ put_recorded(ReturnSetInfo *rsinfo, Operation *op, LedgerRow *row, Jsonb *eviden
 	put_row(rsinfo, op, outcome, stripe_row_string(row, S_RESOURCE_ID), evidence);
 }
 
+/* In a subtransaction */
+static void
+write_doubt(void *arg)
+{
+	Doubt	   *doubt = arg;
+
+	if (doubt->told)
+		(void) settle_by_kept_events(doubt->op.key, 0, false);
+	else
+		doubt->kept = settle_by_finding(doubt->op.key, doubt->token, &doubt->finding);
+}
+
+/*
+ * Write down what came of asking about an operation.  With "one" what keeps it
+ * from being written is an error.
+ */
+static void
+keep_doubt(Doubt *doubt, bool one)
+{
+	ErrorData  *error;
+
+	doubt->kept = false;
+	if (one)
+	{
+		write_doubt(doubt);
+		return;
+	}
+	error = try_in_subtransaction(write_doubt, doubt);
+	if (error != NULL)
+	{
+		doubt->kept = false;
+		ereport(WARNING,
+				(errcode(error->sqlerrcode),
+				 errmsg("what was found out about Stripe operation %s could not be written down: %s",
+						describe_operation(&doubt->op), error->message)));
+	}
+}
+
 /*
  * Write down what came of asking about an operation, and tell it.
  */
 static void
-finish_doubt(Reconcile *r, Doubt *doubt, Relation rel, ReturnSetInfo *rsinfo)
+finish_doubt(Reconcile *r, Doubt *doubt, Relation rel, bool one, ReturnSetInfo *rsinfo)
 {
 	Jsonb	   *json = NULL;
 	LedgerRow	row;
 
 	if (doubt->told)
-		(void) settle_by_kept_events(doubt->op.key, 0, false);
+		keep_doubt(doubt, one);
 	else
 	{
 		bool		kept = false;
@@ -1064,7 +1109,10 @@ finish_doubt(Reconcile *r, Doubt *doubt, Relation rel, ReturnSetInfo *rsinfo)
 		doubt->finding.by = "stripe_reconcile";
 		doubt->finding.evidence = json;
 		if (doubt->asked)
-			kept = settle_by_finding(doubt->op.key, doubt->token, &doubt->finding);
+		{
+			keep_doubt(doubt, one);
+			kept = doubt->kept;
+		}
 		if (kept && doubt->known)
 		{
 			put_row(rsinfo, &doubt->op, doubt->finding.outcome, doubt->finding.object_id, json);
@@ -1149,7 +1197,7 @@ reconcile(Reconcile *r, Relation rel, List *names, const char *account, bool one
 
 	DEBUG_POINT("reconcile-asked");
 	foreach(lc, doubts)
-		finish_doubt(r, lfirst(lc), rel, rsinfo);
+		finish_doubt(r, lfirst(lc), rel, one, rsinfo);
 }
 
 /* A text argument that may be left out. */
