@@ -228,6 +228,38 @@ databases_note_use(void)
 	mark(false);
 }
 
+/*
+ * Where this database goes on with events that wait for their call.  Both leave
+ * alone what they are given where there is no entry.
+ */
+void
+databases_read_kept_place(KeptPlace *place)
+{
+	Database   *db;
+
+	if (databases == NULL)
+		return;
+	databases_lock(LW_SHARED);
+	db = databases_find(MyDatabaseId);
+	if (db != NULL)
+		*place = db->kept;
+	databases_unlock();
+}
+
+void
+databases_write_kept_place(const KeptPlace *place)
+{
+	Database   *db;
+
+	if (databases == NULL)
+		return;
+	databases_lock(LW_EXCLUSIVE);
+	db = databases_find(MyDatabaseId);
+	if (db != NULL)
+		db->kept = *place;
+	databases_unlock();
+}
+
 /* ---------- across a restart ---------- */
 
 /*

@@ -11,13 +11,18 @@
 #define IDEMPOTENCY_DATABASES_H
 
 #include "datatype/timestamp.h"
-#include "storage/itemptr.h"
 #include "storage/lwlock.h"
+
+#include "ledger_search.h"
+#include "settle_event.h"
 
 /* Entries; where there are more databases, those without the extension go. */
 #define MAX_DATABASES 4096
 
 #define DATABASE_ERROR_LEN 256
+
+/* Parts of a worker's pass; see worker.c. */
+#define DATABASE_PARTS 6
 
 typedef enum DatabaseKnown
 {
@@ -55,18 +60,24 @@ typedef struct Database
 	int			failures;		/* in a row */
 
 	/* the pass through the ledgers, which may take several runs */
-	int			sweep;			/* which of them */
-	ItemPointerData cursor;		/* where in its table */
+	int			part;			/* which one it is at */
+	LedgerPlace places[DATABASE_PARTS]; /* where each goes on */
 	TimestampTz pass_started;	/* 0: the next run begins one */
+	bool		pass_failed;	/* one of its parts has */
 	int64		pass_searched;	/* microseconds of searching in vain */
 	int64		pass_refused;
+	int64		pass_unsettled; /* of them */
 	TimestampTz pass_left;		/* oldest row left, or 0 */
+
+	/* where to look next for events that wait for their call */
+	KeptPlace	kept;
 
 	/* for the view */
 	RunOutcome	outcome;
 	TimestampTz last_run;		/* when a run ended last, or 0 */
 	int64		removed;		/* in this server life */
 	int64		refused;		/* in the last pass */
+	int64		unsettled;		/* of them: not by what removes rows */
 	TimestampTz oldest;			/* oldest row past its time and still there */
 	TimestampTz error_at;
 	char		error[DATABASE_ERROR_LEN];
@@ -97,5 +108,8 @@ extern void databases_wake_launcher(void);
 
 extern void databases_mark_at_commit(void);
 extern void databases_note_use(void);
+
+extern void databases_read_kept_place(KeptPlace *place);
+extern void databases_write_kept_place(const KeptPlace *place);
 
 #endif							/* IDEMPOTENCY_DATABASES_H */

@@ -7,13 +7,10 @@
  * background worker (worker.c) or of the caller of expire().  A batch searches
  * the rows that are due and then removes them.
  *
- * The search.  On a plain local heap it reads the table itself, window by
- * window, and remembers where it got to.  (LIMIT n over a scan from the start
- * would step over all that was removed before, and an index on expires_at
- * would have to be paid for by every claim and would keep record() from being
- * a HOT update.)  A large table is read through a ring of buffers, so that it
- * doesn't push others out of the cache.  For any other table (ledger_check()
- * tells) it is a SELECT, in the order of the primary key.
+ * The search reads the table itself, window by window, and remembers where it
+ * got to (ledger_search.c).  (LIMIT n over a scan from the start would step over
+ * all that was removed before, and an index on expires_at would have to be paid
+ * for by every claim and would keep record() from being a HOT update.)
  *
  * What the search finds are hints.  The removal is a statement of its own for
  * each row, by the whole key, that repeats the token and the condition: a row
@@ -53,17 +50,14 @@
 #include "access/heapam.h"
 #include "access/htup_details.h"
 #include "access/multixact.h"
-#include "access/tableam.h"
 #include "access/xact.h"
 #include "fmgr.h"
 #include "funcapi.h"
 #include "miscadmin.h"
 #include "portability/instr_time.h"
-#include "storage/bufmgr.h"
 #include "storage/proc.h"
 #include "storage/procarray.h"
 #include "utils/builtins.h"
-#include "utils/datum.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
@@ -73,13 +67,12 @@
 #include "compat.h"
 #include "errors.h"
 #include "expiry.h"
+#include "ledger_search.h"
 #include "lock_limit.h"
 #include "settings.h"
+#include "subtransaction.h"
 
 PG_FUNCTION_INFO_V1(idempotency_expire);
-
-/* How much of a table one batch searches: 8 MB. */
-#define WINDOW_BLOCKS 1024
 
 /* After that a worker's batch removes no more. */
 #define BATCH_MS 5
@@ -105,10 +98,8 @@ const int	nexpiries = lengthof(expiries);
 /* A row that the search has found. */
 typedef struct Candidate
 {
-	Datum		key[LEDGER_MAX_KEYS];
-	Datum		token;
+	LedgerHit	hit;
 	TimestampTz since;
-	ItemPointerData tid;
 } Candidate;
 
 typedef struct Work
@@ -118,6 +109,7 @@ typedef struct Work
 	TimestampTz cutoffs[EXPIRY_CUTOFFS];
 	Candidate  *candidates;
 	int			ncandidates;
+	MemoryContext context;		/* theirs */
 	instr_time	started;		/* removing */
 } Work;
 
@@ -129,38 +121,6 @@ note_oldest(TimestampTz *oldest, TimestampTz since)
 }
 
 /* ---------- search ---------- */
-
-void
-expiry_reset_cursor(ExpiryCursor *cursor)
-{
-	int			i;
-
-	ItemPointerSetInvalid(&cursor->tid);
-	for (i = 0; i < LEDGER_MAX_KEYS; i++)
-	{
-		if (cursor->key[i] != (Datum) 0)
-			pfree(DatumGetPointer(cursor->key[i]));
-		cursor->key[i] = (Datum) 0;
-	}
-}
-
-/* The cursor stands behind this row. */
-static void
-move_cursor(ExpiryCursor *cursor, Ledger *ledger, Candidate *candidate)
-{
-	MemoryContext context = MemoryContextSwitchTo(TopMemoryContext);
-	int			i;
-
-	expiry_reset_cursor(cursor);
-	cursor->tid = candidate->tid;
-	if (!ledger->direct)
-	{
-		/* the row may be gone before the next batch, with its TOAST */
-		for (i = 0; i < ledger->nkeys; i++)
-			cursor->key[i] = PointerGetDatum(PG_DETOAST_DATUM_COPY(candidate->key[i]));
-	}
-	MemoryContextSwitchTo(context);
-}
 
 /* Does another transaction have the row locked, or is changing it? */
 static bool
@@ -175,89 +135,29 @@ is_locked(HeapTupleHeader header)
 	return !TransactionIdIsCurrentTransactionId(xmax) && TransactionIdIsInProgress(xmax);
 }
 
-/*
- * Search one window of the table, from the cursor on, which is moved to the
- * window's end, or to the last row found where there is no room for more.
- */
-static void
-search_window(Work *work)
+/* Is this row to be removed? */
+static bool
+consider_row(TupleTableSlot *slot, void *arg)
 {
+	Work	   *work = arg;
 	ExpiryBatch *batch = work->batch;
-	Expiry	   *expiry = batch->expiry;
-	Ledger	   *ledger = expiry->ledger;
-	ExpiryCursor *cursor = batch->cursor;
-	Relation	rel = work->rel;
-	BlockNumber nblocks = RelationGetNumberOfBlocks(rel);
-	BlockNumber start = 0;
-	BlockNumber end;
-	MemoryContext row_context;
-	TableScanDesc scan;
-	TupleTableSlot *slot;
+	Candidate  *candidate = &work->candidates[work->ncandidates];
+	MemoryContext context;
 
-	if (ItemPointerIsValid(&cursor->tid))
-		start = ItemPointerGetBlockNumber(&cursor->tid);
-	if (start >= nblocks)
+	if (!batch->expiry->due(slot, work->cutoffs, &candidate->since))
+		return true;
+
+	note_oldest(&batch->oldest, candidate->since);
+	if (is_locked(ExecFetchSlotHeapTuple(slot, false, NULL)->t_data))
 	{
-		batch->finished = true;
-		return;
-	}
-	end = start + Min(nblocks - start, WINDOW_BLOCKS);
-
-	row_context = AllocSetContextCreate(CurrentMemoryContext, "idempotency expiry row",
-										ALLOCSET_SMALL_SIZES);
-	slot = MakeSingleTupleTableSlot(RelationGetDescr(rel), &TTSOpsBufferHeapTuple);
-	PushActiveSnapshot(GetTransactionSnapshot());
-	scan = heap_beginscan(rel, GetActiveSnapshot(), 0, NULL, NULL,
-						  SO_TYPE_SEQSCAN | SO_ALLOW_STRAT | SO_ALLOW_PAGEMODE);
-	heap_setscanlimits(scan, start, end - start);
-
-	while (work->ncandidates < batch->max_rows &&
-		   heap_getnextslot(scan, ForwardScanDirection, slot))
-	{
-		Candidate  *candidate = &work->candidates[work->ncandidates];
-		MemoryContext context;
-		bool		due;
-		bool		isnull;
-		int			i;
-
-		if (ItemPointerIsValid(&cursor->tid) &&
-			ItemPointerCompare(&slot->tts_tid, &cursor->tid) <= 0)
-			continue;
-
-		MemoryContextReset(row_context);
-		context = MemoryContextSwitchTo(row_context);
-		due = expiry->due(slot, work->cutoffs, &candidate->since);
-		MemoryContextSwitchTo(context);
-		if (!due)
-			continue;
-
-		note_oldest(&batch->oldest, candidate->since);
-		if (is_locked(ExecFetchSlotHeapTuple(slot, false, NULL)->t_data))
-		{
-			note_oldest(&batch->left, candidate->since);
-			continue;
-		}
-
-		for (i = 0; i < ledger->nkeys; i++)
-			candidate->key[i] = datumCopy(slot_getattr(slot, ledger->keys[i], &isnull),
-										  false, -1);
-		candidate->token = slot_getattr(slot, 1, &isnull);
-		candidate->tid = slot->tts_tid;
-		work->ncandidates++;
+		note_oldest(&batch->left, candidate->since);
+		return true;
 	}
 
-	if (work->ncandidates == batch->max_rows)
-		move_cursor(cursor, ledger, &work->candidates[work->ncandidates - 1]);
-	else
-	{
-		batch->finished = end == nblocks;
-		ItemPointerSet(&cursor->tid, end - 1, MaxOffsetNumber);
-	}
-
-	heap_endscan(scan);
-	PopActiveSnapshot();
-	ExecDropSingleTupleTableSlot(slot);
-	MemoryContextDelete(row_context);
+	context = MemoryContextSwitchTo(work->context);
+	ledger_hit_set(&candidate->hit, batch->expiry->ledger, slot);
+	MemoryContextSwitchTo(context);
+	return ++work->ncandidates < batch->max_rows;
 }
 
 static void
@@ -271,11 +171,11 @@ add_candidate(HeapTuple tuple, TupleDesc desc, void *arg)
 
 	/* out of the statement's memory */
 	for (i = 0; i < nkeys; i++)
-		candidate->key[i] = SPI_datumTransfer(SPI_getbinval(tuple, desc, i + 1, &isnull),
+		candidate->hit.key[i] = SPI_datumTransfer(SPI_getbinval(tuple, desc, i + 1, &isnull),
 											  false, -1);
-	candidate->token = SPI_getbinval(tuple, desc, nkeys + 1, &isnull);
+	candidate->hit.token = SPI_getbinval(tuple, desc, nkeys + 1, &isnull);
 	candidate->since = DatumGetTimestampTz(SPI_getbinval(tuple, desc, nkeys + 2, &isnull));
-	ItemPointerSetInvalid(&candidate->tid);
+	ItemPointerSetInvalid(&candidate->hit.tid);
 	note_oldest(&work->batch->oldest, candidate->since);
 }
 
@@ -285,78 +185,25 @@ search_by_select(Work *work)
 {
 	ExpiryBatch *batch = work->batch;
 	Ledger	   *ledger = batch->expiry->ledger;
-	ExpiryCursor *cursor = batch->cursor;
-	Datum		values[LEDGER_MAX_KEYS + EXPIRY_CUTOFFS + 1];
-	int			n = 0;
+	LedgerCursor *cursor = &batch->cursor->at;
+	Datum		values[LEDGER_MAX_KEYS + EXPIRY_CUTOFFS + 2];
+	int			n = ledger_search_keys(cursor, ledger, values);
 	int			i;
 
-	/* all keys are greater than empty ones */
-	for (i = 0; i < ledger->nkeys; i++)
-		values[n++] = cursor->key[i] != (Datum) 0 ? cursor->key[i] : CStringGetTextDatum("");
 	for (i = 0; i < EXPIRY_CUTOFFS; i++)
 		values[n++] = TimestampTzGetDatum(work->cutoffs[i]);
 	values[n++] = Int64GetDatum(batch->max_rows);
+	values[n++] = Int64GetDatum(ledger_search_offset(cursor));
 
 	owner_select(&batch->expiry->find, work->rel->rd_rel->relowner, values,
 				 add_candidate, work);
 
 	batch->finished = work->ncandidates < batch->max_rows;
 	if (work->ncandidates > 0)
-		move_cursor(cursor, ledger, &work->candidates[work->ncandidates - 1]);
+		ledger_cursor_move(cursor, ledger, &work->candidates[work->ncandidates - 1].hit);
 }
 
 /* ---------- removal ---------- */
-
-/* Which row, for a message */
-static char *
-describe_row(Ledger *ledger, Candidate *candidate)
-{
-	StringInfoData buf;
-	int			i;
-
-	initStringInfo(&buf);
-	appendStringInfoChar(&buf, '(');
-	for (i = 0; i < ledger->nkeys; i++)
-		appendStringInfo(&buf, "%s%s", i > 0 ? ", " : "",
-						 ledger->columns[ledger->keys[i] - 1]);
-	appendStringInfoString(&buf, ")=(");
-	for (i = 0; i < ledger->nkeys; i++)
-		appendStringInfo(&buf, "%s%s", i > 0 ? ", " : "",
-						 TextDatumGetCString(candidate->key[i]));
-	appendStringInfoChar(&buf, ')');
-	return buf.data;
-}
-
-/*
- * Does an error concern one row, so that the next may do better?  Not one of
- * the machine, of the whole table, or meant for the transaction.
- */
-static bool
-is_about_one_row(int sqlerrcode)
-{
-	switch (ERRCODE_TO_CATEGORY(sqlerrcode))
-	{
-		case ERRCODE_INSUFFICIENT_RESOURCES:
-		case ERRCODE_OPERATOR_INTERVENTION:
-		case ERRCODE_SYSTEM_ERROR:
-		case ERRCODE_CONFIG_FILE_ERROR:
-		case ERRCODE_INVALID_TRANSACTION_STATE:
-			return false;
-		case ERRCODE_TRANSACTION_ROLLBACK:
-			return !IsolationUsesXactSnapshot();
-		default:
-			return sqlerrcode != ERRCODE_DATA_CORRUPTED &&
-				sqlerrcode != ERRCODE_INDEX_CORRUPTED;
-	}
-}
-
-/* A row that is locked after all, rather than refused. */
-static bool
-is_about_locks(int sqlerrcode)
-{
-	return sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE ||
-		ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_TRANSACTION_ROLLBACK;
-}
 
 /*
  * Remove the candidates from lo to before hi, but for those that a worker has
@@ -409,8 +256,8 @@ try_remove(Work *work, int lo, int hi, ErrorData **error)
 				break;
 
 			for (i = 0; i < ledger->nkeys; i++)
-				values[n++] = candidate->key[i];
-			values[n++] = candidate->token;
+				values[n++] = candidate->hit.key[i];
+			values[n++] = candidate->hit.token;
 			for (i = 0; i < EXPIRY_CUTOFFS; i++)
 				values[n++] = TimestampTzGetDatum(work->cutoffs[i]);
 
@@ -439,7 +286,7 @@ try_remove(Work *work, int lo, int hi, ErrorData **error)
 		MemoryContextSwitchTo(context);
 		CurrentResourceOwner = owner;
 
-		if (!is_about_one_row((*error)->sqlerrcode))
+		if (!error_is_about_one_row(*error))
 			ReThrowError(*error);
 	}
 	PG_END_TRY();
@@ -460,12 +307,13 @@ static void
 refuse(ExpiryBatch *batch, Candidate *candidate, ErrorData *error)
 {
 	note_oldest(&batch->left, candidate->since);
-	if (is_about_locks(error->sqlerrcode))
+	if (error_is_about_locks(error))
 		return;
 
 	batch->refused++;
 	if (batch->refusal == NULL)
-		batch->refusal = psprintf("%s: %s", describe_row(batch->expiry->ledger, candidate),
+		batch->refusal = psprintf("%s: %s",
+								  ledger_describe_key(batch->expiry->ledger, candidate->hit.key),
 								  error->message);
 	if (++batch->cursor->refusals >= MAX_REFUSALS)
 	{
@@ -546,12 +394,13 @@ expiry_batch(ExpiryBatch *batch)
 	context = AllocSetContextCreate(CurrentMemoryContext, "idempotency expiry",
 									ALLOCSET_DEFAULT_SIZES);
 	old_context = MemoryContextSwitchTo(context);
+	work.context = context;
 	work.candidates = MemoryContextAllocHuge(context, batch->max_rows * sizeof(Candidate));
 	work.rel = ledger_open(ledger, RowExclusiveLock, batch->background);
 
 	INSTR_TIME_SET_CURRENT(started);
 	if (ledger->direct)
-		search_window(&work);
+		batch->finished = ledger_search_window(work.rel, &batch->cursor->at, consider_row, &work);
 	else
 		search_by_select(&work);
 
@@ -564,9 +413,11 @@ expiry_batch(ExpiryBatch *batch)
 		reached = remove_candidates(&work);
 		if (reached < work.ncandidates)
 		{
-			move_cursor(batch->cursor, ledger, &work.candidates[reached - 1]);
+			ledger_cursor_move(&batch->cursor->at, ledger, &work.candidates[reached - 1].hit);
 			batch->finished = false;
 		}
+		if (!ledger->direct)
+			batch->cursor->at.place.left += reached - batch->removed;
 	}
 
 	ledger_close(work.rel);
@@ -585,7 +436,7 @@ expiry_batch(ExpiryBatch *batch)
 static int64
 expire_by_hand(Expiry *expiry, ExpiryCursor *cursor, int max_rows)
 {
-	bool		from_start = !ItemPointerIsValid(&cursor->tid) && cursor->key[0] == (Datum) 0;
+	bool		from_start = ledger_cursor_at_start(&cursor->at);
 	ExpiryBatch batch;
 	int64		removed = 0;
 	int64		refused = 0;
@@ -606,7 +457,7 @@ expire_by_hand(Expiry *expiry, ExpiryCursor *cursor, int max_rows)
 			refusal = batch.refusal;
 
 		if (batch.finished)
-			expiry_reset_cursor(cursor);
+			ledger_cursor_reset(&cursor->at);
 		if (removed >= max_rows || batch.gave_up || (batch.finished && from_start))
 			break;
 		if (batch.finished)

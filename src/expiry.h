@@ -11,9 +11,9 @@
 #define IDEMPOTENCY_EXPIRY_H
 
 #include "executor/tuptable.h"
-#include "storage/itemptr.h"
 
 #include "ledger.h"
+#include "ledger_search.h"
 #include "owner_spi.h"
 
 #define EXPIRY_CUTOFFS 2
@@ -24,8 +24,8 @@
  * SQL, for the statement that decides.
  *
  * cutoffs[] are the moments up to which rows are due.  In "find" they come
- * after the key after which to search and before the limit; in "remove" they
- * come after the whole key and the token.
+ * after the key after which to search and before limit and offset; in "remove"
+ * they come after the whole key and the token.
  */
 typedef struct Expiry
 {
@@ -54,8 +54,7 @@ extern Expiry webhook_expiry;
 /* Where the search stands. */
 typedef struct ExpiryCursor
 {
-	ItemPointerData tid;		/* the last row seen, or invalid */
-	Datum		key[LEDGER_MAX_KEYS];	/* the same by key, or 0 */
+	LedgerCursor at;
 	int			refusals;		/* in a row */
 } ExpiryCursor;
 
@@ -78,7 +77,6 @@ typedef struct ExpiryBatch
 	bool		gave_up;		/* too many refused, one after the other */
 } ExpiryBatch;
 
-extern void expiry_reset_cursor(ExpiryCursor *cursor);
 extern void expiry_batch(ExpiryBatch *batch);
 
 #endif							/* IDEMPOTENCY_EXPIRY_H */

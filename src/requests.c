@@ -278,8 +278,8 @@ Expiry		request_expiry = {
 		" OPERATOR(pg_catalog.+) ($3 OPERATOR(pg_catalog.-) $4))"
 		" FROM idempotency.idempotency_keys"
 		" WHERE ROW(scope, key) OPERATOR(pg_catalog.>) ROW($1, $2) AND " IS_DUE("$3", "$4")
-		" ORDER BY scope, key LIMIT $5",
-		5, {TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT8OID}
+		" ORDER BY scope, key LIMIT $5 OFFSET $6",
+		6, {TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT8OID, INT8OID}
 	},
 	{
 		"DELETE FROM idempotency.idempotency_keys"

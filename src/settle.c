@@ -13,6 +13,8 @@
  * transactions all of which rolled back.  Acknowledging it says that somebody
  * has seen to it.
  *
+ * A worker goes through the ledger from time to time (settle_calls).
+ *
  * src/settle.c
  *
  *-------------------------------------------------------------------------
@@ -20,11 +22,10 @@
 #include "postgres.h"
 
 #include "access/xact.h"
+#include "access/xlog.h"
 #include "catalog/pg_type_d.h"
 #include "fmgr.h"
 #include "miscadmin.h"
-#include "storage/bufmgr.h"
-#include "storage/itemptr.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
 
@@ -32,14 +33,18 @@
 #include "caller.h"
 #include "compat.h"
 #include "errors.h"
+#include "ledger_search.h"
+#include "lock_limit.h"
 #include "result.h"
 #include "settle.h"
+#include "settle_event.h"
+#include "subtransaction.h"
 
 PG_FUNCTION_INFO_V1(idempotency_stripe_settle);
 PG_FUNCTION_INFO_V1(idempotency_stripe_acknowledge);
 
-/* How much of the table settle_note_fates() looks at in one go. */
-#define NOTE_BLOCKS 1024
+/* How long a row's lock is waited for, in milliseconds. */
+#define LOCK_TIMEOUT_MS 10
 
 /*
  * $4, $5: token and outcome that were seen.  The answer that left it unknown isn't
@@ -70,14 +75,23 @@ static OwnerStatement acknowledge = {
 	6, {TEXTOID, TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TEXTOID}
 };
 
-/* rows in a stretch of the table whose transactions' fate isn't written down */
-static OwnerStatement find_callers = {
-	"SELECT pg_catalog.array_agg(r.account), pg_catalog.array_agg(r.operation_type),"
-	" pg_catalog.array_agg(r.operation_id) FROM (SELECT account, operation_type, operation_id"
+/*
+ * $1 to $3: the key behind which to search, $4: this database system, $5: the
+ * clock
+ */
+static OwnerStatement find_calls = {
+	"SELECT account, operation_type, operation_id, callers, callers_system,"
+	" (" OUTCOME_IS("unknown") " OR (" OUTCOME_IS("in_progress")
+	" AND CASE WHEN caller_life IS NOT NULL"
+	" THEN idempotency.stripe_caller_is_gone(caller_life, caller_vxid)"
+	" ELSE lease_expires_at IS NULL OR lease_expires_at OPERATOR(pg_catalog.<=) $5 END))"
 	" FROM idempotency.stripe_idempotency_keys"
-	" WHERE ctid OPERATOR(pg_catalog.>=) $1 AND ctid OPERATOR(pg_catalog.<) $2"
-	" AND pg_catalog.cardinality(callers) OPERATOR(pg_catalog.>) 0 LIMIT $3) r",
-	3, {TIDOID, TIDOID, INT8OID}
+	" WHERE ROW(account, operation_type, operation_id) OPERATOR(pg_catalog.>) ROW($1, $2, $3)"
+	" AND ((pg_catalog.cardinality(callers) OPERATOR(pg_catalog.>) 0"
+	" AND callers_system OPERATOR(pg_catalog.=) $4)"
+	" OR " OUTCOME_IS("unknown") " OR " OUTCOME_IS("in_progress") ")"
+	" ORDER BY account, operation_type, operation_id LIMIT $6 OFFSET $7",
+	7, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, INT8OID, INT8OID}
 };
 
 /*
@@ -299,59 +313,234 @@ idempotency_stripe_acknowledge(PG_FUNCTION_ARGS)
 	PG_RETURN_VOID();
 }
 
-/*
- * Write down what became of callers' transactions, while it is known: for rows
- * that the recorder didn't get to because it, or the server, stopped.
- *
- * Looks at a stretch of the table from block *position, at most max_rows rows
- * of it, and moves *position on, back to 0 at the end.  Returns the number of
- * rows looked at.  To be called in a transaction with an active snapshot, by
- * a worker, again and again; it doesn't wait for row locks.
- */
-int
-settle_note_fates(int max_rows, BlockNumber *position)
+/* ---------- what nobody else comes to do ---------- */
+
+/* A call with which something may be done. */
+typedef struct Candidate
+{
+	LedgerHit	hit;
+	bool		fate;			/* of its callers is known, and not written down */
+	bool		open;			/* an event may tell what came of it */
+} Candidate;
+
+typedef struct Work
+{
+	SettleBatch *batch;
+	Relation	rel;
+	MemoryContext context;
+	TimestampTz now;
+	Oid			unknown;		/* labels of the outcome */
+	Oid			in_progress;
+	Candidate  *candidates;
+	int			ncandidates;
+	int			nrows;			/* of a SELECT */
+} Work;
+
+/* One of them, and whether anything came of it. */
+typedef struct Step
 {
 	Relation	rel;
-	BlockNumber nblocks;
-	ItemPointerData first;
-	ItemPointerData last;
-	Datum		values[3];
-	Datum		columns[3];
-	bool		isnull[3];
-	Datum	   *keys[3];
-	int			n = 0;
+	Candidate  *candidate;
+	bool		done;
+} Step;
+
+/*
+ * Is there anything to be written down about these transactions?  Not of those
+ * of another database system: that they aren't known is final.
+ */
+static bool
+fate_is_news(ArrayType *callers, uint64 system)
+{
+	CallersFate fate;
+
+	if (ArrayGetNItems(ARR_NDIM(callers), ARR_DIMS(callers)) == 0 ||
+		system != GetSystemIdentifier())
+		return false;
+	fate = callers_fate(callers, system, NULL);
+	return fate == CALLERS_COMMITTED || fate == CALLERS_ROLLED_BACK;
+}
+
+static Candidate *
+new_candidate(Work *work, bool fate, bool open)
+{
+	Candidate  *candidate;
+
+	if (!fate && !open)
+		return NULL;
+	candidate = &work->candidates[work->ncandidates++];
+	candidate->fate = fate;
+	candidate->open = open;
+	return candidate;
+}
+
+/* Is nobody at a call whose outcome isn't known? */
+static bool
+is_open(TupleTableSlot *slot, Work *work)
+{
+	bool		isnull;
+	Oid			outcome = DatumGetObjectId(slot_getattr(slot, S_OUTCOME + 1, &isnull));
+	LedgerRow	row;
+
+	if (outcome == work->unknown)
+		return true;
+	if (outcome != work->in_progress)
+		return false;
+
+	slot_getallattrs(slot);
+	memcpy(row.values, slot->tts_values, S_NCOLUMNS * sizeof(Datum));
+	memcpy(row.isnull, slot->tts_isnull, S_NCOLUMNS * sizeof(bool));
+	return !stripe_row_is_held(&row, work->now);
+}
+
+static bool
+consider_row(TupleTableSlot *slot, void *arg)
+{
+	Work	   *work = arg;
+	bool		callers_isnull;
+	bool		system_isnull;
+	Datum		callers = slot_getattr(slot, S_CALLERS + 1, &callers_isnull);
+	Datum		system = slot_getattr(slot, S_CALLERS_SYSTEM + 1, &system_isnull);
+	Candidate  *candidate;
+
+	candidate = new_candidate(work, !callers_isnull && !system_isnull &&
+							  fate_is_news(DatumGetArrayTypeP(callers),
+										   (uint64) DatumGetInt64(system)),
+							  is_open(slot, work));
+	if (candidate != NULL)
+	{
+		MemoryContext context = MemoryContextSwitchTo(work->context);
+
+		ledger_hit_set(&candidate->hit, &stripe_calls, slot);
+		MemoryContextSwitchTo(context);
+	}
+	return work->ncandidates < work->batch->max_rows;
+}
+
+static void
+consider_tuple(HeapTuple tuple, TupleDesc desc, void *arg)
+{
+	Work	   *work = arg;
+	bool		isnull[6];
+	Datum		values[6];
+	Candidate  *candidate;
+	LedgerHit	hit;
 	int			i;
 
-	rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
-	nblocks = RelationGetNumberOfBlocks(rel);
-	if (*position >= nblocks)
-		*position = 0;
+	for (i = 0; i < lengthof(values); i++)
+		values[i] = SPI_getbinval(tuple, desc, i + 1, &isnull[i]);
+	for (i = 0; i < 3; i++)
+		hit.key[i] = SPI_datumTransfer(values[i], false, -1);
+	ItemPointerSetInvalid(&hit.tid);
 
-	ItemPointerSet(&first, *position, FirstOffsetNumber);
-	ItemPointerSet(&last, *position + NOTE_BLOCKS, FirstOffsetNumber);
-	values[0] = PointerGetDatum(&first);
-	values[1] = PointerGetDatum(&last);
-	values[2] = Int64GetDatum(max_rows);
-	if (ledger_execute(rel, &find_callers, values, NULL, columns, isnull, 3) > 0 && !isnull[0])
+	candidate = new_candidate(work, !isnull[3] && !isnull[4] &&
+							  fate_is_news(DatumGetArrayTypeP(values[3]),
+										   (uint64) DatumGetInt64(values[4])),
+							  !isnull[5] && DatumGetBool(values[5]));
+	if (candidate != NULL)
+		candidate->hit = hit;
+
+	/* the last one is where the search goes on */
+	work->nrows++;
+	ledger_cursor_move(work->batch->cursor, &stripe_calls, &hit);
+}
+
+static void
+search_by_select(Work *work)
+{
+	SettleBatch *batch = work->batch;
+	LedgerCursor *cursor = batch->cursor;
+	Datum		values[7];
+	int			n = ledger_search_keys(cursor, &stripe_calls, values);
+
+	values[n++] = Int64GetDatum((int64) GetSystemIdentifier());
+	values[n++] = TimestampTzGetDatum(work->now);
+	values[n++] = Int64GetDatum(batch->max_rows);
+	values[n++] = Int64GetDatum(ledger_search_offset(cursor));
+	owner_select(&find_calls, work->rel->rd_rel->relowner, values, consider_tuple, work);
+	batch->finished = work->nrows < batch->max_rows;
+}
+
+/* In a subtransaction */
+static void
+settle_call(void *arg)
+{
+	Step	   *step = arg;
+	Datum	   *key = step->candidate->hit.key;
+	int			nestlevel = lock_limit_begin(LOCK_TIMEOUT_MS);
+	Operation	op;
+
+	op.account = TextDatumGetCString(key[0]);
+	op.type = TextDatumGetCString(key[1]);
+	op.id = TextDatumGetCString(key[2]);
+	memcpy(op.key, key, sizeof(op.key));
+
+	step->done = false;
+	if (step->candidate->fate)
+		step->done = stripe_note_fate_run(step->rel, &op);
+	if (step->candidate->open && settle_open_call(key))
+		step->done = true;
+	lock_limit_end(nestlevel);
+}
+
+/*
+ * Do what can be done about some calls: write down what became of their
+ * callers' transactions, while it is known (for rows that the recorder didn't
+ * get to because it, or the server, stopped), and settle those that an event
+ * tells of.
+ *
+ * To be called in a transaction with an active snapshot, by a worker, again and
+ * again until it is finished.  Each row is looked at once: what can't be done
+ * now, or raises an error, is for the next time around.  It waits for nobody.
+ */
+void
+settle_calls(SettleBatch *batch)
+{
+	Work		work;
+	int			i;
+
+	memset(&work, 0, sizeof(work));
+	work.batch = batch;
+	work.context = CurrentMemoryContext;
+	work.now = GetCurrentTimestamp();
+	work.candidates = palloc(batch->max_rows * sizeof(Candidate));
+	work.rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
+
+	batch->seen = 0;
+	batch->settled = 0;
+	batch->refused = 0;
+	batch->refusal = NULL;
+	if (stripe_calls.direct)
 	{
-		for (i = 0; i < 3; i++)
-			deconstruct_array(DatumGetArrayTypeP(columns[i]), TEXTOID, -1, false, TYPALIGN_INT,
-							  &keys[i], NULL, &n);
-		for (i = 0; i < n; i++)
-		{
-			Operation	op;
+		Oid			type = TupleDescAttr(RelationGetDescr(work.rel), S_OUTCOME)->atttypid;
 
-			CHECK_FOR_INTERRUPTS();
-			operation_init(&op, TextDatumGetCString(keys[1][i]),
-						   TextDatumGetCString(keys[2][i]), TextDatumGetCString(keys[0][i]));
-			(void) stripe_note_fate_run(rel, &op);
+		work.unknown = DatumGetObjectId(enum_datum(type, "unknown"));
+		work.in_progress = DatumGetObjectId(enum_datum(type, "in_progress"));
+		batch->finished = ledger_search_window(work.rel, batch->cursor, consider_row, &work);
+	}
+	else
+		search_by_select(&work);
+
+	for (i = 0; i < work.ncandidates; i++)
+	{
+		Step		step = {work.rel, &work.candidates[i], false};
+		ErrorData  *error;
+
+		CHECK_FOR_INTERRUPTS();
+		error = try_in_subtransaction(settle_call, &step);
+		batch->seen++;
+		if (error == NULL)
+			batch->settled += step.done;
+		else if (!error_is_about_locks(error))
+		{
+			batch->refused++;
+			if (batch->refusal == NULL)
+				batch->refusal = psprintf("%s: %s",
+										  ledger_describe_key(&stripe_calls, step.candidate->hit.key),
+										  error->message);
 		}
 	}
 
-	/* a stretch with more rows than that is gone over again */
-	if (n < max_rows)
-		*position = *position + NOTE_BLOCKS < nblocks ? *position + NOTE_BLOCKS : 0;
-	ledger_close(rel);
-
-	return n;
+	if (!stripe_calls.direct)
+		batch->cursor->place.left += work.nrows - batch->settled;
+	ledger_close(work.rel);
 }

@@ -24,9 +24,17 @@
  * somebody else holds: not the intake of events, which Stripe wants to be
  * quick, and not a transaction that has an event row locked.  An event that
  * finds its row held, live, or not there (the caller hasn't committed yet, or
- * has rolled back) keeps the key in pending_key, and is looked at again when the
- * operation is claimed (settle_by_kept_events), and by workers that have
- * nothing else to do (settle_kept_events).
+ * has rolled back) keeps the key in pending_key.  It is found by that when the
+ * operation is claimed (settle_by_kept_events), and when a worker comes past the
+ * call while it is open (settle_open_call).  So events of keys that aren't ours,
+ * of another shop or a staging system with the same account of Stripe's, hold up
+ * nobody, however many they are.
+ *
+ * Whether events have to wait any longer is looked at bit by bit
+ * (settle_kept_events), in the order of pending_key, from the place where
+ * somebody has stopped; with shared memory that is everybody's.  One that raises
+ * an error is stepped over.  An event of a key that isn't known waits for as long
+ * as it is kept: the namespace that the key was derived from may be restored.
  *
  * The row of a call is found from its key alone, without an index on it:
  * "type:id:UUID" is the primary key, up to where the type ends.
@@ -47,11 +55,14 @@
 #include "arguments.h"
 #include "caller.h"
 #include "compat.h"
+#include "databases.h"
 #include "json_member.h"
 #include "ledger.h"
+#include "ledger_search.h"
 #include "settle_event.h"
 #include "stripe_effect.h"
 #include "stripe_ledger.h"
+#include "subtransaction.h"
 #include "webhooks.h"
 
 /*
@@ -152,21 +163,36 @@ static OwnerStatement find_kept_events = {
 	4, {TEXTOID, TEXTOID, TEXTOID, INT8OID}
 };
 
-/* $1: the pending key before it */
-static OwnerStatement next_kept_event = {
+/*
+ * $1 and $2: the first pending key and the last, $3: how many of the first to
+ * skip.  Failures come last, as above.
+ */
+static OwnerStatement next_kept_events = {
 	"SELECT account, stripe_event_id, consumer, pending_key, payload_snapshot"
 	" FROM idempotency.stripe_webhook_events"
-	" WHERE pending_key OPERATOR(pg_catalog.>) $1"
-	" ORDER BY pending_key LIMIT 1 FOR UPDATE SKIP LOCKED",
-	1, {TEXTOID}
+	" WHERE pending_key OPERATOR(pg_catalog.>=) $1 AND pending_key OPERATOR(pg_catalog.<=) $2"
+	" ORDER BY pending_key, event_type OPERATOR(pg_catalog.~~) '%failed', created,"
+	" account, stripe_event_id, consumer LIMIT $4 OFFSET $3",
+	4, {TEXTOID, TEXTOID, INT8OID, INT8OID}
 };
 
-static OwnerStatement forget_pending_key = {
-	"UPDATE idempotency.stripe_webhook_events SET pending_key = NULL"
+/* $4: the pending key that was seen */
+static OwnerStatement lock_kept_event = {
+	"SELECT true FROM idempotency.stripe_webhook_events"
+	" WHERE account OPERATOR(pg_catalog.=) $1"
+	" AND stripe_event_id OPERATOR(pg_catalog.=) $2"
+	" AND consumer OPERATOR(pg_catalog.=) $3"
+	" AND pending_key OPERATOR(pg_catalog.=) $4 FOR UPDATE SKIP LOCKED",
+	4, {TEXTOID, TEXTOID, TEXTOID, TEXTOID}
+};
+
+/* $4: what it waits for now, or NULL */
+static OwnerStatement set_pending_key = {
+	"UPDATE idempotency.stripe_webhook_events SET pending_key = $4"
 	" WHERE account OPERATOR(pg_catalog.=) $1"
 	" AND stripe_event_id OPERATOR(pg_catalog.=) $2"
 	" AND consumer OPERATOR(pg_catalog.=) $3",
-	3, {TEXTOID, TEXTOID, TEXTOID}
+	4, {TEXTOID, TEXTOID, TEXTOID, TEXTOID}
 };
 
 /* ---------- settling ---------- */
@@ -607,39 +633,210 @@ settle_or_claim(StripeClaim *claim, Relation rel)
 		stripe_claim_run(claim, rel);
 }
 
-/*
- * Look at up to max_events events that wait to settle a call: their calls may
- * have become visible, or lapsed.  Goes on where the last call of this process
- * has stopped, and returns how many were looked at: fewer than max_events when
- * it has come to the end.
- */
-int
-settle_kept_events(int max_events)
-{
-	static char last_key[STRIPE_KEY_MAX + 1] = "";
-	Relation	events_rel = webhook_events_open(RowExclusiveLock);
-	int			n;
+/* ---------- events that wait ---------- */
 
-	for (n = 0; n < max_events; n++)
+/* More than any pending key, which is printable ASCII */
+#define LAST_KEY "\x7f"
+
+/* Events that a settled call has had. */
+#define MAX_FORGOTTEN 100
+
+enum
+{
+	KEPT_ACCOUNT, KEPT_ID, KEPT_CONSUMER, KEPT_KEY, KEPT_PAYLOAD, KEPT_NCOLUMNS
+};
+
+typedef struct KeptEvent
+{
+	Datum		values[KEPT_NCOLUMNS];
+	bool		isnull[KEPT_NCOLUMNS];
+} KeptEvent;
+
+typedef struct KeptEvents
+{
+	KeptEvent  *events;
+	int			n;
+} KeptEvents;
+
+typedef struct KeptStep
+{
+	Relation	rel;
+	KeptEvent  *event;
+	bool		forgotten;		/* it doesn't wait for this key any more */
+} KeptStep;
+
+static void
+add_kept_event(HeapTuple tuple, TupleDesc desc, void *arg)
+{
+	KeptEvents *kept = arg;
+	KeptEvent  *event = &kept->events[kept->n++];
+	int			i;
+
+	/* out of the statement's memory */
+	for (i = 0; i < KEPT_NCOLUMNS; i++)
 	{
-		Datum		start = CStringGetTextDatum(last_key);
-		Datum		values[5];
-		bool		isnull[5];
-		WebhookEvent event;
+		event->values[i] = SPI_getbinval(tuple, desc, i + 1, &event->isnull[i]);
+		if (!event->isnull[i])
+			event->values[i] = SPI_datumTransfer(event->values[i], false, -1);
+	}
+}
+
+/* Settle what an event can settle, in a subtransaction. */
+static void
+look_at_kept_event(void *arg)
+{
+	KeptStep   *step = arg;
+	KeptEvent  *kept = step->event;
+	WebhookEvent event;
+	char	   *pending = NULL;
+	Datum		values[4];
+	char		nulls[] = "    ";
+
+	step->forgotten = false;
+	if (!kept->isnull[KEPT_PAYLOAD] &&
+		webhook_event_read(DatumGetJsonbP(kept->values[KEPT_PAYLOAD]), &event))
+		pending = settle_by_event(&event);
+	if (pending != NULL && strcmp(pending, TextDatumGetCString(kept->values[KEPT_KEY])) == 0)
+		return;
+
+	/* who has the event locked is left alone */
+	memcpy(values, kept->values, sizeof(values));
+	if (ledger_execute(step->rel, &lock_kept_event, values, NULL, NULL, NULL, 0) == 0)
+		return;
+	set_text(values, nulls, 3, pending);
+	(void) ledger_execute(step->rel, &set_pending_key, values, nulls, NULL, NULL, 0);
+	step->forgotten = true;
+}
+
+/* The place is behind this event. */
+static void
+move_place(KeptPlace *place, KeptEvent *event, bool forgotten)
+{
+	char	   *key = TextDatumGetCString(event->values[KEPT_KEY]);
+
+	if (strcmp(place->key, key) != 0)
+	{
+		strlcpy(place->key, key, sizeof(place->key));
+		place->left = 0;
+	}
+	if (!forgotten)
+		place->left++;
+}
+
+/* Look at events from the place on, up to those with the key "last". */
+static void
+look_at_kept_events(KeptBatch *batch, const char *last)
+{
+	Relation	rel = webhook_events_open(RowExclusiveLock);
+	KeptPlace  *place = batch->place;
+	KeptEvents	kept;
+	Datum		values[4];
+	int			i;
+
+	batch->forgotten = 0;
+	batch->refused = 0;
+	batch->refusal = NULL;
+	kept.events = palloc(batch->max_events * sizeof(KeptEvent));
+	kept.n = 0;
+	values[0] = CStringGetTextDatum(place->key);
+	values[1] = CStringGetTextDatum(last);
+	values[2] = Int64GetDatum(place->left);
+	values[3] = Int64GetDatum(batch->max_events);
+	owner_select(&next_kept_events, rel->rd_rel->relowner, values, add_kept_event, &kept);
+
+	for (i = 0; i < kept.n; i++)
+	{
+		KeptStep	step = {rel, &kept.events[i], false};
+		ErrorData  *error;
 
 		CHECK_FOR_INTERRUPTS();
-
-		if (ledger_execute(events_rel, &next_kept_event, &start, NULL, values, isnull, 5) == 0)
+		error = try_in_subtransaction(look_at_kept_event, &step);
+		if (error != NULL)
 		{
-			last_key[0] = '\0';
-			break;
+			step.forgotten = false;
+			if (!error_is_about_locks(error))
+			{
+				batch->refused++;
+				if (batch->refusal == NULL)
+					batch->refusal = psprintf("%s: %s",
+											  ledger_describe_key(&webhook_events, kept.events[i].values),
+											  error->message);
+			}
 		}
-		strlcpy(last_key, TextDatumGetCString(values[3]), sizeof(last_key));
-		if (isnull[4] || !webhook_event_read(DatumGetJsonbP(values[4]), &event) ||
-			settle_by_event(&event) == NULL)
-			(void) ledger_execute(events_rel, &forget_pending_key, values, NULL, NULL, NULL, 0);
+		batch->forgotten += step.forgotten;
+		move_place(place, &kept.events[i], step.forgotten);
 	}
+	ledger_close(rel);
 
-	ledger_close(events_rel);
-	return n;
+	batch->seen = kept.n;
+	batch->finished = kept.n < batch->max_events;
+	if (batch->finished)
+		memset(place, 0, sizeof(KeptPlace));
+}
+
+/*
+ * Look at some events that wait to settle a call: their calls may have become
+ * visible, or lapsed, or be settled.
+ */
+void
+settle_kept_events(KeptBatch *batch)
+{
+	look_at_kept_events(batch, LAST_KEY);
+}
+
+/*
+ * The same for a session that has nothing else to do.  Nobody reads there which
+ * event was refused, so the log says it, once.
+ */
+void
+settle_kept_events_idly(int max_events)
+{
+	static KeptPlace own = {"", 0};
+	static bool logged = false;
+	KeptPlace	place = own;
+	KeptBatch	batch;
+
+	databases_read_kept_place(&place);
+	batch.max_events = max_events;
+	batch.place = &place;
+	settle_kept_events(&batch);
+	own = place;
+	databases_write_kept_place(&place);
+
+	if (batch.refused > 0 && !logged)
+	{
+		logged = true;
+		ereport(LOG,
+				(errmsg("event of Stripe's could not settle its call"),
+				 errdetail("Row %s.", batch.refusal)));
+	}
+}
+
+/*
+ * Settle a call that is open by events that came in before it could be, in a
+ * subtransaction.  Returns true if it is settled now; then they wait no longer.
+ */
+bool
+settle_open_call(const Datum *key)
+{
+	Relation	rel;
+	Call		call;
+	KeptPlace	place;
+	KeptBatch	batch;
+
+	if (!settle_by_kept_events(key, 0, false))
+		return false;
+
+	rel = ledger_open(&stripe_calls, AccessShareLock, false);
+	if (ledger_execute(rel, &find_call, (Datum *) key, NULL, call.values, call.isnull,
+					   CALL_NCOLUMNS) > 0)
+	{
+		strlcpy(place.key, TextDatumGetCString(call.values[CALL_KEY]), sizeof(place.key));
+		place.left = 0;
+		batch.max_events = MAX_FORGOTTEN;
+		batch.place = &place;
+		look_at_kept_events(&batch, TextDatumGetCString(call.values[CALL_KEY]));
+	}
+	ledger_close(rel);
+	return true;
 }

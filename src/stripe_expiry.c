@@ -42,7 +42,7 @@
 	" FROM idempotency.stripe_idempotency_keys" \
 	" WHERE ROW(account, operation_type, operation_id)" \
 	" OPERATOR(pg_catalog.>) ROW($1, $2, $3) AND " condition \
-	" ORDER BY account, operation_type, operation_id LIMIT $6"
+	" ORDER BY account, operation_type, operation_id LIMIT $6 OFFSET $7"
 
 static bool
 retention_cutoffs(int retention, TimestampTz now, TimestampTz *cutoffs)
@@ -103,7 +103,7 @@ Expiry		stripe_body_expiry = {
 	"stripe_body", &stripe_calls, body_cutoffs, is_body_due,
 	{
 		FIND_DUE(IS_SETTLED("$4") " AND " HAS_BODY),
-		6, {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT8OID}
+		7, {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT8OID, INT8OID}
 	},
 	{
 		"UPDATE idempotency.stripe_idempotency_keys"
@@ -121,7 +121,7 @@ Expiry		stripe_expiry = {
 	"stripe", &stripe_calls, row_cutoffs, is_row_due,
 	{
 		FIND_DUE(IS_SETTLED("$4")),
-		6, {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT8OID}
+		7, {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT8OID, INT8OID}
 	},
 	{
 		"DELETE FROM idempotency.stripe_idempotency_keys"

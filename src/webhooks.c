@@ -124,7 +124,7 @@ enum
 	" AND stripe_event_id OPERATOR(pg_catalog.=) $2" \
 	" AND consumer OPERATOR(pg_catalog.=) $3"
 
-static Ledger webhook_events = {
+Ledger		webhook_events = {
 	"stripe_webhook_events", event_columns, E_NCOLUMNS,
 	3, {E_ACCOUNT + 1, E_STRIPE_EVENT_ID + 1, E_CONSUMER + 1},
 	{EVENT_COLUMNS WHERE_KEY, 3, {TEXTOID, TEXTOID, TEXTOID}}
@@ -166,8 +166,8 @@ Expiry		webhook_expiry = {
 		" FROM idempotency.stripe_webhook_events"
 		" WHERE ROW(account, stripe_event_id, consumer) OPERATOR(pg_catalog.>) ROW($1, $2, $3)"
 		" AND " WEBHOOK_EVENT_IS_EXPIRED("$4")
-		" ORDER BY account, stripe_event_id, consumer LIMIT $6",
-		6, {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT8OID}
+		" ORDER BY account, stripe_event_id, consumer LIMIT $6 OFFSET $7",
+		7, {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT8OID, INT8OID}
 	},
 	{
 		"DELETE FROM idempotency.stripe_webhook_events" WHERE_KEY
@@ -924,7 +924,7 @@ idempotency_stripe_webhook_next(PG_FUNCTION_ARGS)
 	if (!claim.claimed)
 	{
 		/* a worker with nothing to do is as good as one in the background */
-		(void) settle_kept_events(IDLE_KEPT_EVENTS);
+		settle_kept_events_idly(IDLE_KEPT_EVENTS);
 		ReleaseTupleDesc(claim.result.desc);
 		SRF_RETURN_DONE(context);
 	}

@@ -12,7 +12,7 @@
 
 #include "postgres.h"
 
-#include "utils/rel.h"
+#include "ledger.h"
 
 /*
  * Which events may be removed, as a condition on stripe_webhook_events; "moment"
@@ -25,6 +25,8 @@
  */
 #define WEBHOOK_EVENT_IS_EXPIRED(moment) \
 	"success AND received_at OPERATOR(pg_catalog.<=) " moment
+
+extern Ledger webhook_events;
 
 extern Relation webhook_events_open(LOCKMODE lockmode);
 

@@ -4,21 +4,30 @@
  *	  The worker of one database, and the view of all.
  *
  * A pass goes through the ledgers and removes what has expired; at its end it
- * settles what can be settled meanwhile: it writes down how transactions that
- * called Stripe have ended, and looks again at events that wait for their call.
+ * settles what can be settled meanwhile (PART_CALLS): it writes down how
+ * transactions that called Stripe have ended, and settles calls that an event
+ * tells of.  And it looks at some of the events that wait for a call, whether
+ * they still have to (PART_EVENTS).
+ *
+ * A pass always comes to its end.  Each part has its place in its table, which
+ * moves on whatever comes of the rows there: what can't be done now is for the
+ * next time around.  A part that fails, or gives up, is over for this pass, and
+ * goes on in the next one behind where that was.  So does one that the worker
+ * didn't survive.
  *
  * A worker goes on with the pass where the last one has stopped, and stops
- * itself after SLICE_MS, so that a database can be renamed or copied.  What it has to know and to tell is in the database's entry of
- * the table (databases.c); it says when the next is due:
+ * itself after SLICE_MS, so that a database can be renamed or copied.  What it
+ * has to know and to tell is in the database's entry of the table
+ * (databases.c); it says when the next is due:
  *
  *		after a slice				SLICE_GAP, in which others find the database
  *									without a worker
  *		after a pass				idempotency.expiry_interval after its beginning,
  *									but not before the search for nothing has
  *									taken no more than 1 / SEARCH_SHARE of the time
- *		after an error				a delay that doubles, from MIN_BACKOFF to
- *									MAX_BACKOFF; also where it was terminated, or
- *									couldn't connect
+ *		after a pass with an error	a delay that doubles, from MIN_BACKOFF to
+ *									MAX_BACKOFF; also where the worker was
+ *									terminated, or couldn't connect
  *
  * Between batches it pauses for PAUSE_SHARE of the time that the last one took,
  * so that those who claim find processor, disk and WAL free.
@@ -79,11 +88,14 @@
 #include "compat.h"
 #include "databases.h"
 #include "expiry.h"
+#include "ledger_search.h"
 #include "lock_limit.h"
+#include "namespace.h"
 #include "settings.h"
 #include "settle.h"
 #include "settle_event.h"
 #include "shmem.h"
+#include "subtransaction.h"
 
 /* Longest stay in a database. */
 #define SLICE_MS 3000
@@ -107,8 +119,13 @@
 /* Rows and events that are settled in one transaction. */
 #define SETTLE_BATCH 100
 
-/* The parts of a pass: one a kind of rows, and the settling. */
-#define NPARTS (nexpiries + 1)
+/* Events that are looked at in one pass. */
+#define EVENTS_A_PASS 1000
+
+/* The parts of a pass: one a kind of rows that expires, and these. */
+#define PART_CALLS nexpiries
+#define PART_EVENTS (nexpiries + 1)
+#define NPARTS (nexpiries + 2)
 
 PGDLLEXPORT void idempotency_worker_main(Datum arg);
 
@@ -174,6 +191,14 @@ leave(int code, Datum arg)
 		db->pid = 0;
 		if (!wrote_result)
 		{
+			/* what it was at may be why: that is over for this pass */
+			if (db->pass_started != 0 && db->part < NPARTS)
+			{
+				if (db->part == PART_EVENTS)
+					db->kept.left += SETTLE_BATCH;
+				db->part++;
+				db->pass_failed = true;
+			}
 			db->outcome = RUN_FAILED;
 			db->failures++;
 			plan_next_run(db, backoff(db->failures));
@@ -215,12 +240,15 @@ enter(Oid dbid)
 typedef struct Run
 {
 	ExpiryCursor cursor;
-	int			sweep;			/* index of expiries */
+	int			part;			/* that it is at */
+	LedgerPlace places[DATABASE_PARTS]; /* of the others */
+	KeptPlace	kept;
 	instr_time	started;
 	int64		removed;
 	int64		refused;
 	TimestampTz oldest;			/* seen in this run */
 	RunOutcome	outcome;
+	bool		failed;			/* one of the parts has */
 	bool		without;		/* no extension here */
 	uint32		marks;			/* when we came */
 	char		error[DATABASE_ERROR_LEN];
@@ -255,6 +283,39 @@ lock_extension(void)
 	return get_extension_oid("idempotency", true) == extension;
 }
 
+/* A part begins, or goes on. */
+static void
+begin_part(Run *run)
+{
+	if (run->part < NPARTS)
+		ledger_cursor_resume(&run->cursor.at, &run->places[run->part]);
+	run->cursor.refusals = 0;
+}
+
+/*
+ * A part is over for this pass.  The next begins with the start of its table
+ * where this one has come to the end.
+ */
+static void
+end_part(Run *run, bool at_end)
+{
+	if (at_end)
+		ledger_cursor_reset(&run->cursor.at);
+	run->places[run->part] = run->cursor.at.place;
+	run->part++;
+	begin_part(run);
+}
+
+/* The place of the part that the run is at, and which one that is.  The lock is held. */
+static void
+note_place(Run *run, Database *db)
+{
+	db->part = run->part;
+	memcpy(db->places, run->places, sizeof(run->places));
+	if (run->part < NPARTS)
+		db->places[run->part] = run->cursor.at.place;
+}
+
 /* A pass begins, or goes on. */
 static void
 begin_run(Run *run)
@@ -271,14 +332,32 @@ begin_run(Run *run)
 	if (db->pass_started == 0)
 	{
 		db->pass_started = GetCurrentTimestamp();
-		db->sweep = 0;
-		ItemPointerSetInvalid(&db->cursor);
+		db->part = 0;
+		db->pass_failed = false;
 		db->pass_searched = 0;
 		db->pass_refused = 0;
+		db->pass_unsettled = 0;
 		db->pass_left = 0;
 	}
-	run->sweep = db->sweep;
-	run->cursor.tid = db->cursor;
+	run->part = db->part;
+	memcpy(run->places, db->places, sizeof(run->places));
+	databases_unlock();
+	begin_part(run);
+}
+
+/*
+ * A batch is going to be done.  If this process doesn't come back from it, the
+ * next one goes on behind what it will look at.
+ */
+static void
+step_over(Run *run)
+{
+	Database   *db;
+
+	databases_lock(LW_EXCLUSIVE);
+	db = own_entry();
+	db->places[run->part] = run->cursor.at.place;
+	ledger_place_step_over(&db->places[run->part]);
 	databases_unlock();
 }
 
@@ -294,11 +373,10 @@ note_batch(Run *run, ExpiryBatch *batch)
 		run->oldest = batch->oldest;
 	if (batch->refusal != NULL && run->error[0] == '\0')
 		keep_error(run, batch->refusal);
-	if (batch->finished)
-	{
-		run->sweep++;
-		expiry_reset_cursor(&run->cursor);
-	}
+	if (batch->gave_up)
+		run->failed = true;
+	if (batch->finished || batch->gave_up)
+		end_part(run, batch->finished);
 
 	databases_lock(LW_EXCLUSIVE);
 	db = own_entry();
@@ -307,8 +385,7 @@ note_batch(Run *run, ExpiryBatch *batch)
 	db->pass_searched += batch->searched;
 	if (batch->left != 0 && (db->pass_left == 0 || batch->left < db->pass_left))
 		db->pass_left = batch->left;
-	db->sweep = run->sweep;
-	db->cursor = run->cursor.tid;
+	note_place(run, db);
 	databases_unlock();
 }
 
@@ -404,6 +481,7 @@ run_expiry(Run *run, Expiry *todo, MemoryContext context)
 		batch.cursor = &run->cursor;
 		if (!begin_batch(run))
 			return false;
+		step_over(run);
 		/* what is told of the batch has to outlive its transaction */
 		MemoryContextSwitchTo(context);
 		expiry_batch(&batch);
@@ -413,38 +491,117 @@ run_expiry(Run *run, Expiry *todo, MemoryContext context)
 		pgstat_report_stat(true);
 		pgstat_report_activity(STATE_IDLE, NULL);
 
-		if (batch.gave_up)
-		{
-			run->outcome = RUN_FAILED;
-			return false;
-		}
 		if (milliseconds_since(run->started) > SLICE_MS)
 			return false;
 
 		pause_after(started);
-		if (batch.finished)
+		if (batch.finished || batch.gave_up)
 			return true;
 	}
 }
 
+/* What a batch of the settling has done. */
+typedef struct Settled
+{
+	int			done;
+	int			seen;			/* that could have been done */
+	int			refused;
+	char	   *refusal;
+	bool		over;			/* with the part, for this pass */
+	bool		at_end;			/* of its table */
+} Settled;
+
 /*
- * Settle what can be settled: stretch by stretch of the table of calls, and
- * then the events.  Returns false where the run ends.
+ * Who reads which namespace is in force computes it where that isn't written
+ * down.  (A database without any has an error of its own.)
+ */
+static void
+look_at_namespace(void *arg)
+{
+	Namespace	ns;
+
+	namespace_in_force(&ns);
+	namespace_write_down();
+}
+
+static void
+settle_some_calls(Run *run, Settled *settled)
+{
+	SettleBatch batch;
+
+	if (ledger_cursor_at_start(&run->cursor.at))
+		(void) try_in_subtransaction(look_at_namespace, NULL);
+
+	memset(&batch, 0, sizeof(batch));
+	batch.max_rows = SETTLE_BATCH;
+	batch.cursor = &run->cursor.at;
+	settle_calls(&batch);
+	settled->done = batch.settled;
+	settled->seen = batch.seen;
+	settled->refused = batch.refused;
+	settled->refusal = batch.refusal;
+	settled->over = settled->at_end = batch.finished;
+}
+
+/* "looked_at" counts those of this pass, as far as this worker knows. */
+static void
+settle_some_events(Run *run, Settled *settled, int *looked_at)
+{
+	KeptBatch	batch;
+
+	memset(&batch, 0, sizeof(batch));
+	batch.max_events = SETTLE_BATCH;
+	batch.place = &run->kept;
+	databases_read_kept_place(&run->kept);
+	settle_kept_events(&batch);
+	databases_write_kept_place(&run->kept);
+	settled->done = batch.forgotten;
+	settled->seen = batch.seen;
+	settled->refused = batch.refused;
+	settled->refusal = batch.refusal;
+	*looked_at += batch.seen;
+	settled->over = batch.finished || *looked_at >= EVENTS_A_PASS;
+	settled->at_end = true;
+}
+
+/* What it has done, for the view and for whoever goes on. */
+static void
+note_settled(Run *run, Settled *settled, instr_time started)
+{
+	int64		elapsed = (int64) (milliseconds_since(started) * 1000);
+	Database   *db;
+
+	run->refused += settled->refused;
+	if (settled->refusal != NULL && run->error[0] == '\0')
+		keep_error(run, settled->refusal);
+	if (settled->over)
+		end_part(run, settled->at_end);
+
+	databases_lock(LW_EXCLUSIVE);
+	db = own_entry();
+	db->pass_refused += settled->refused;
+	db->pass_unsettled += settled->refused;
+
+	/* what it took to find nothing that can be done */
+	db->pass_searched += settled->seen == 0 ? elapsed :
+		elapsed * (settled->seen - settled->done) / settled->seen;
+	note_place(run, db);
+	databases_unlock();
+}
+
+/*
+ * Settle what can be settled of calls or, with "events", look at events that
+ * wait.  Returns false where the run ends.
  */
 static bool
-run_settling(Run *run, MemoryContext context)
+run_settling(Run *run, bool events, MemoryContext context)
 {
-	BlockNumber block = ItemPointerIsValid(&run->cursor.tid) ?
-		ItemPointerGetBlockNumber(&run->cursor.tid) : 0;
-	bool		events = false;
-	bool		finished = false;
+	int			looked_at = 0;
 
-	while (!finished)
+	for (;;)
 	{
 		instr_time	started;
-		Relation	rel;
-		int			settled;
-		Database   *db;
+		Settled		settled;
 
 		check_for_signals();
 		MemoryContextReset(context);
@@ -454,49 +611,27 @@ run_settling(Run *run, MemoryContext context)
 		INSTR_TIME_SET_CURRENT(started);
 		if (!begin_batch(run))
 			return false;
+		step_over(run);
 		(void) set_config_option("lock_timeout", CppAsString2(EXTENSION_LOCK_MS), PGC_SUSET,
 								 PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
-		rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
+		/* what is told of it has to outlive its transaction */
+		MemoryContextSwitchTo(context);
 		if (events)
-		{
-			settled = settle_kept_events(SETTLE_BATCH);
-			finished = settled < SETTLE_BATCH;
-		}
+			settle_some_events(run, &settled, &looked_at);
 		else
-		{
-			settled = settle_note_fates(SETTLE_BATCH, &block);
-			events = block == 0;
-		}
-		ledger_close(rel);
+			settle_some_calls(run, &settled);
 		commit_batch();
 		MemoryContextSwitchTo(context);
+		note_settled(run, &settled, started);
 		pgstat_report_stat(true);
 		pgstat_report_activity(STATE_IDLE, NULL);
 
-		/* what of the events there was no time for the next pass looks at */
-		if (finished || (events && milliseconds_since(run->started) > SLICE_MS))
-		{
-			finished = true;
-			run->sweep++;
-			expiry_reset_cursor(&run->cursor);
-		}
-		else
-			ItemPointerSet(&run->cursor.tid, block, FirstOffsetNumber);
-
-		databases_lock(LW_EXCLUSIVE);
-		db = own_entry();
-		if (settled == 0)
-			db->pass_searched += (int64) (milliseconds_since(started) * 1000);
-		db->sweep = run->sweep;
-		db->cursor = run->cursor.tid;
-		databases_unlock();
-
-		if (!finished && milliseconds_since(run->started) > SLICE_MS)
+		if (milliseconds_since(run->started) > SLICE_MS)
 			return false;
-		if (!finished)
-			pause_after(started);
+		pause_after(started);
+		if (settled.over)
+			return true;
 	}
-	return true;
 }
 
 /*
@@ -520,12 +655,11 @@ note_error(Run *run, MemoryContext context)
 	FlushErrorState();
 	RESUME_INTERRUPTS();
 
-	run->outcome = RUN_FAILED;
+	run->failed = true;
 	keep_error(run, error->message);
 
 	/* this pass is done with that one */
-	run->sweep++;
-	expiry_reset_cursor(&run->cursor);
+	end_part(run, false);
 }
 
 /* Where the run has ended, say what came of it and when the next is due. */
@@ -553,14 +687,15 @@ end_run(Run *run)
 
 	db->known = DATABASE_WITH;
 	db->last_run = GetCurrentTimestamp();
-	db->sweep = run->sweep;
-	db->cursor = run->cursor.tid;
-	db->failures = run->outcome == RUN_FAILED ? db->failures + 1 : 0;
+	note_place(run, db);
+	db->pass_failed = db->pass_failed || run->failed;
 
-	if (run->outcome == RUN_DONE && run->sweep < NPARTS)
+	if (run->outcome == RUN_DONE && run->part < NPARTS)
 	{
 		/* the oldest that this run met stands for those it didn't reach */
 		db->oldest = run->oldest;
+		if (db->pass_failed)
+			run->outcome = RUN_FAILED;
 		plan_next_run(db, SLICE_GAP);
 	}
 	else
@@ -568,9 +703,12 @@ end_run(Run *run)
 		TimestampTz now = db->last_run;
 		int64		delay = expiry_interval * USECS_PER_SEC;
 
-		if (run->outcome == RUN_DONE && db->pass_refused > 0)
+		if (db->pass_failed)
+			run->outcome = RUN_FAILED;
+		else if (run->outcome == RUN_DONE && db->pass_refused > 0)
 			run->outcome = RUN_REFUSED;
-		if (run->outcome == RUN_FAILED)
+		db->failures = db->pass_failed ? db->failures + 1 : 0;
+		if (db->pass_failed)
 			delay = backoff(db->failures);
 		else if (db->pass_started <= now)
 			delay = Max(delay - (now - db->pass_started),
@@ -579,10 +717,8 @@ end_run(Run *run)
 
 		db->oldest = db->pass_left;
 		db->refused = db->pass_refused;
-
-		/* one that gave up goes on behind the rows that refused */
-		if (run->sweep >= NPARTS || run->outcome != RUN_FAILED)
-			db->pass_started = 0;
+		db->unsettled = db->pass_unsettled;
+		db->pass_started = 0;
 	}
 	db->outcome = run->outcome;
 
@@ -632,18 +768,19 @@ idempotency_worker_main(Datum arg)
 										ALLOCSET_DEFAULT_SIZES);
 	context = AllocSetContextCreate(TopMemoryContext, "idempotency worker batch",
 									ALLOCSET_DEFAULT_SIZES);
+	Assert(NPARTS == DATABASE_PARTS);
 	begin_run(&run);
 
-	while (run.sweep < NPARTS)
+	while (run.part < NPARTS)
 	{
 		volatile bool more = false;
 		volatile bool failed = false;
 
 		PG_TRY();
 		{
-			more = run.sweep < nexpiries ?
-				run_expiry(&run, expiries[run.sweep], context) :
-				run_settling(&run, context);
+			more = run.part < nexpiries ?
+				run_expiry(&run, expiries[run.part], context) :
+				run_settling(&run, run.part == PART_EVENTS, context);
 		}
 		PG_CATCH();
 		{
@@ -765,6 +902,9 @@ next_step_of(Database *db, const char *name, bool launcher)
 		case RUN_NO_SLOT:
 			return more_processes();
 		case RUN_REFUSED:
+			if (db->unsettled == db->refused)
+				return pstrdup("SELECT * FROM idempotency.stripe_unknown;");
+			return pstrdup("SELECT * FROM idempotency.expire();");
 		case RUN_FAILED:
 			return pstrdup("SELECT * FROM idempotency.expire();");
 		default:

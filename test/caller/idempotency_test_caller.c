@@ -126,21 +126,24 @@ test_stripe_call(PG_FUNCTION_ARGS)
 }
 
 /*
- * test_note_fates(max_rows): how many rows settle_note_fates() looks at until
- * it is through.
+ * test_note_fates(max_rows): how many rows settle_calls() tries to do something
+ * about until it is through, so many in one go.
  */
 Datum
 test_note_fates(PG_FUNCTION_ARGS)
 {
-	BlockNumber position = 0;
-	int			max_rows = PG_GETARG_INT32(0);
+	LedgerCursor cursor;
+	SettleBatch batch;
 	int			total = 0;
-	int			n;
 
+	memset(&cursor, 0, sizeof(cursor));
+	memset(&batch, 0, sizeof(batch));
+	batch.max_rows = PG_GETARG_INT32(0);
+	batch.cursor = &cursor;
 	do
 	{
-		n = settle_note_fates(max_rows, &position);
-		total += n;
-	} while (position != 0 || (n == max_rows && total < 1000));
+		settle_calls(&batch);
+		total += batch.seen;
+	} while (!batch.finished);
 	PG_RETURN_INT32(total);
 }
