@@ -627,8 +627,8 @@ my %hushes = (
 
 		return unless is_up_to_date();
 		my @receiver = grep { title($_) =~ /^postgres: \Q$name\E: walreceiver/ } map { m{^/proc/(\d+)$} } glob('/proc/[0-9]*');
-		kill 'STOP', @receiver;
 		less_durable(qw(off local)) if rand() < 0.6;
+		kill 'STOP', @receiver;
 		# one that waits for the standby, as its caller does for a second
 		pause(0.3 + rand(0.6));
 		signal('pg_terminate_backend', recorder_pid()) if rand() < 0.5;
