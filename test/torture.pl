@@ -634,6 +634,8 @@ my %hushes = (
 		signal('pg_terminate_backend', recorder_pid()) if rand() < 0.5;
 		calls_are_out();
 		leave('immediate');
+		# nor shall it read what the socket holds
+		kill 'TERM', @receiver;
 		kill 'CONT', @receiver;
 		succeed();
 	});
