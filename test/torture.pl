@@ -447,9 +447,11 @@ sub kill_postmaster
 	$node->kill9;
 	foreach (1 .. 600)
 	{
-		last unless kill(0, $postmaster) || grep { title($_) =~ /^postgres: \Q$name\E: / } @others;
+		last unless grep { title($_) ne '' && title($_) =~ /^postgres: \Q$name\E: |postgres -D/ } $postmaster, @others;
 		pause(0.1);
 	}
+	# where nobody has taken note of its end yet, its id looks alive
+	unlink $node->data_dir . '/postmaster.pid';
 	$node->start;
 	return;
 }
