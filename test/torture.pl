@@ -447,9 +447,11 @@ sub kill_postmaster
 	$node->kill9;
 	foreach (1 .. 600)
 	{
-		last unless kill(0, $postmaster) || grep { title($_) =~ /^postgres: \Q$name\E: / } @others;
+		last unless grep { title($_) ne '' && title($_) =~ /^postgres: \Q$name\E: |postgres -D/ } $postmaster, @others;
 		pause(0.1);
 	}
+	# where nobody has taken note of its end yet, its id looks alive
+	unlink $node->data_dir . '/postmaster.pid';
 	$node->start;
 	return;
 }
@@ -627,13 +629,15 @@ my %hushes = (
 
 		return unless is_up_to_date();
 		my @receiver = grep { title($_) =~ /^postgres: \Q$name\E: walreceiver/ } map { m{^/proc/(\d+)$} } glob('/proc/[0-9]*');
-		kill 'STOP', @receiver;
 		less_durable(qw(off local)) if rand() < 0.6;
+		kill 'STOP', @receiver;
 		# one that waits for the standby, as its caller does for a second
 		pause(0.3 + rand(0.6));
 		signal('pg_terminate_backend', recorder_pid()) if rand() < 0.5;
 		calls_are_out();
 		leave('immediate');
+		# nor shall it read what the socket holds
+		kill 'TERM', @receiver;
 		kill 'CONT', @receiver;
 		succeed();
 	});
