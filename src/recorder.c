@@ -132,28 +132,29 @@ static void
 stop_waiting(void)
 {
 	bool		left = false;
+	bool		claimed;
 
 	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	claimed = my_order->verb == ORDER_CLAIM && my_order->answer == ORDER_OK &&
+		(my_order->state == ORDER_DONE ||
+		 (my_order->state == ORDER_POSTED && my_order->committed));
 	switch (my_order->state)
 	{
 		case ORDER_POSTED:
-			if (my_order->verb == ORDER_RECORD)
+		case ORDER_DONE:
+			if (claimed)
+			{
+				left = my_order->detached = true;
+				queue_post(my_order, ORDER_RELEASE);
+				queue_wake_recorder(MyDatabaseId);
+			}
+			else if (my_order->state == ORDER_POSTED && my_order->verb == ORDER_RECORD)
 				left = my_order->detached = true;
 			else
 				my_order->state = ORDER_OWNED;
 			break;
 		case ORDER_TAKEN:
 			left = my_order->detached = true;
-			break;
-		case ORDER_DONE:
-			if (my_order->verb == ORDER_CLAIM && my_order->answer == ORDER_OK)
-			{
-				left = my_order->detached = true;
-				queue_post(my_order, ORDER_RELEASE);
-				queue_wake_recorder(MyDatabaseId);
-			}
-			else
-				my_order->state = ORDER_OWNED;
 			break;
 		default:
 			break;

@@ -146,6 +146,7 @@ queue_post(Order *order, OrderVerb verb)
 	order->state = ORDER_POSTED;
 	order->number = ++queue->last_number;
 	order->alone = false;
+	order->committed = false;
 	order->failures = 0;
 	order->failed_at = 0;
 	order->pause_ms = 0;

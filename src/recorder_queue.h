@@ -65,6 +65,8 @@ typedef struct Order
 	bool		detached;		/* nobody waits: freed when done, and what was
 								 * claimed is released */
 	bool		alone;			/* has failed in company */
+	bool		committed;		/* done, but for the wait for a standby, which
+								 * was cut short */
 	int			failures;
 	TimestampTz failed_at;		/* when it was last tried in vain */
 	int			pause_ms;		/* how long not to try it again */

@@ -15,7 +15,9 @@
  * this process.
  *
  * An order's answer counts once the transaction has committed, hence only then
- * is it DONE.  If the commit itself fails, its orders are tried again one by
+ * is it DONE.  Where commits wait for a standby, the end of that wait is what
+ * counts; a process that is terminated cuts it short.  Such orders are posted
+ * again, as "committed", and are done when a later commit was waited for.  If the commit itself fails, its orders are tried again one by
  * one, so that each gets its own error.  If this process is terminated, its
  * orders are as if they had never been taken, and the callers start another
  * one.
@@ -629,11 +631,12 @@ free_order(Order *order)
 }
 
 /*
- * The batch's transaction has ended: tell the callers.  "edata" is why it
- * rolled back, or NULL where this process is going.
+ * The batch's transaction has ended: tell the callers.  "durable": it has
+ * committed, and nothing has cut the wait for a standby short.  "edata" is why
+ * it rolled back, or NULL where this process is going.
  */
 static void
-end_batch(bool committed, ErrorData *edata)
+end_batch(bool committed, bool durable, ErrorData *edata)
 {
 	TimestampTz now = GetCurrentTimestamp();
 	int			n = nbatch;
@@ -652,23 +655,28 @@ end_batch(bool committed, ErrorData *edata)
 		{
 			entry->retry = true;
 			entry->is_lock = true;
-			if (edata != NULL && n == 1)
+			if (edata != NULL && n == 1 && !order->committed)
 			{
 				entry->retry = false;
 				order_failed(entry, edata, false);
 			}
 		}
-		else if (!entry->retry && order->answer == ORDER_OK &&
+		else if (!entry->retry && !order->committed && order->answer == ORDER_OK &&
 				 FullTransactionIdIsValid(order->caller_xid) &&
 				 (order->verb == ORDER_CLAIM || order->verb == ORDER_ADOPT))
 			add_note(order);
 
 		LWLockAcquire(queue_lock, LW_EXCLUSIVE);
-		if (order->detached && order->verb == ORDER_CLAIM && !entry->retry &&
-			order->answer == ORDER_OK)
+		if (order->detached && order->verb == ORDER_CLAIM && order->answer == ORDER_OK &&
+			(order->committed || !entry->retry))
 			queue_post(order, ORDER_RELEASE);	/* claimed in vain */
 		else if (order->detached && is_before_send(order->verb))
 			free_it = true;		/* nobody wants it any more */
+		else if (committed && !durable && !entry->retry)
+		{
+			order->state = ORDER_POSTED;
+			order->committed = true;
+		}
 		else if (entry->retry)
 		{
 			order->state = ORDER_POSTED;
@@ -745,7 +753,7 @@ rest_after(ErrorData *edata)
 
 		LWLockAcquire(queue_lock, LW_EXCLUSIVE);
 		if (order->state == ORDER_POSTED && order->database == MyDatabaseId &&
-			!order->detached && !is_tried_again(order->verb))
+			!order->detached && !order->committed && !is_tried_again(order->verb))
 		{
 			answer_with(order, edata);
 			order->state = ORDER_DONE;
@@ -804,6 +812,7 @@ run_batch(void)
 	MemoryContext context = CurrentMemoryContext;
 	char		activity[64];
 	volatile int nlocked = 0;
+	bool		durable;
 	int			i;
 
 	PG_TRY();
@@ -828,6 +837,8 @@ run_batch(void)
 			ErrorData  *edata;
 
 			CHECK_FOR_INTERRUPTS();
+			if (batch[i].order->committed)
+				continue;
 			work.order = batch[i].order;
 			work.opened = false;
 			LockTimeout = nlocked < PATIENT_ORDERS ? LOCK_TIMEOUT : LOCK_TIMEOUT_LEAST;
@@ -844,10 +855,19 @@ run_batch(void)
 		if (nbatch > 0)
 			DEBUG_POINT("recorder-before-commit");
 		choose_durability();
+
+		/*
+		 * A cancelled wait for a standby would look like a commit. One that
+		 * is cut by our termination can be told.
+		 */
+		pqsignal(SIGINT, SIG_IGN);
+		CHECK_FOR_INTERRUPTS();
 		background_commit();
+		durable = !ProcDiePending;
+		pqsignal(SIGINT, StatementCancelHandler);
 		if (nbatch > 0)
 			DEBUG_POINT("recorder-after-commit");
-		end_batch(true, NULL);
+		end_batch(true, durable, NULL);
 		rest_ms = 0;
 	}
 	PG_CATCH();
@@ -856,6 +876,7 @@ run_batch(void)
 		bool		committed;
 		bool		taken = nbatch > 0;
 
+		pqsignal(SIGINT, StatementCancelHandler);
 		HOLD_INTERRUPTS();
 		MemoryContextSwitchTo(context);
 		edata = CopyErrorData();
@@ -866,7 +887,7 @@ run_batch(void)
 
 		MemoryContextSwitchTo(context);
 		committed = TransactionIdIsValid(batch_xid) && TransactionIdDidCommit(batch_xid);
-		end_batch(committed, edata);
+		end_batch(committed, false, edata);
 		if (!taken)
 			rest_after(edata);
 		FreeErrorData(edata);
@@ -895,7 +916,7 @@ at_exit(int code, Datum arg)
 		TransactionId xid = batch_xid;
 
 		AbortOutOfAnyTransaction();
-		end_batch(TransactionIdDidCommit(xid), NULL);
+		end_batch(TransactionIdDidCommit(xid), false, NULL);
 	}
 	if (!have_slot)
 		return;

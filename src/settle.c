@@ -82,23 +82,18 @@ static OwnerStatement acknowledge = {
 	6, {TEXTOID, TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TEXTOID}
 };
 
-/*
- * $1 to $3: the key behind which to search, $4: this database system, $5: the
- * clock
- */
+/* $1 to $3: the key behind which to search, $4: this database system */
 static OwnerStatement find_calls = {
 	"SELECT account, operation_type, operation_id, callers, callers_system,"
 	" (" OUTCOME_IS("unknown") " OR (" OUTCOME_IS("in_progress")
-	" AND CASE WHEN caller_life IS NOT NULL"
-	" THEN idempotency.stripe_caller_is_gone(caller_life, caller_vxid)"
-	" ELSE lease_expires_at IS NULL OR lease_expires_at OPERATOR(pg_catalog.<=) $5 END))"
+	" AND idempotency.stripe_has_lapsed(lease_expires_at, caller_life, caller_vxid)))"
 	" FROM idempotency.stripe_idempotency_keys"
 	" WHERE ROW(account, operation_type, operation_id) OPERATOR(pg_catalog.>) ROW($1, $2, $3)"
 	" AND ((pg_catalog.cardinality(callers) OPERATOR(pg_catalog.>) 0"
 	" AND callers_system OPERATOR(pg_catalog.=) $4)"
 	" OR " OUTCOME_IS("unknown") " OR " OUTCOME_IS("in_progress") ")"
-	" ORDER BY account, operation_type, operation_id LIMIT $6 OFFSET $7",
-	7, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, INT8OID, INT8OID}
+	" ORDER BY account, operation_type, operation_id LIMIT $5 OFFSET $6",
+	6, {TEXTOID, TEXTOID, TEXTOID, INT8OID, INT8OID, INT8OID}
 };
 
 static void
@@ -537,11 +532,10 @@ search_by_select(Work *work)
 {
 	SettleBatch *batch = work->batch;
 	LedgerCursor *cursor = batch->cursor;
-	Datum		values[7];
+	Datum		values[6];
 	int			n = ledger_search_keys(cursor, &stripe_calls, values);
 
 	values[n++] = Int64GetDatum((int64) GetSystemIdentifier());
-	values[n++] = TimestampTzGetDatum(work->now);
 	values[n++] = Int64GetDatum(batch->max_rows);
 	values[n++] = Int64GetDatum(ledger_search_offset(cursor));
 	owner_select(&find_calls, work->rel->rd_rel->relowner, values, consider_tuple, work);

@@ -79,6 +79,33 @@ sql($node, 'ALTER SYSTEM RESET ALL; SELECT pg_reload_conf()');
 like($session->query('SELECT 1'), qr/^claimed/m, 'and then answers');
 $session->quit;
 
+# Whoever ends the recorder cuts its wait short, not the caller's: what was committed
+# here and nowhere else isn't answered, however many recorders are ended.
+sql($node, q{ALTER SYSTEM SET synchronous_standby_names = 'nobody'; SELECT pg_reload_conf()});
+ok($node->poll_query_until('postgres', q{SELECT current_setting('synchronous_standby_names') = 'nobody'}), 'commits wait again');
+$session = $node->background_psql('postgres', on_error_stop => 0);
+$session->query_until(qr/begun/, "\\echo begun\nSELECT verdict FROM idempotency.stripe_claim('standby', '2');\n\\echo told\n");
+my $ended = '0';
+foreach my $how (qw(terminate cancel terminate))
+{
+	ok($node->poll_query_until('postgres', qq{SELECT count(*) = 1 FROM pg_stat_activity
+		WHERE backend_type = 'idempotency recorder' AND wait_event = 'SyncRep' AND pid <> $ended}),
+		"a recorder waits for the standby, and is to be ended: $how");
+	my $pid = sql($node, q{SELECT pid FROM pg_stat_activity WHERE backend_type = 'idempotency recorder'});
+	sql($node, "SELECT pg_${how}_backend($pid)");
+	$ended = $pid if $how eq 'terminate';
+}
+ok($node->poll_query_until('postgres', qq{SELECT count(*) = 1 FROM pg_stat_activity
+	WHERE backend_type = 'idempotency recorder' AND wait_event = 'SyncRep' AND pid <> $ended}), 'the next one waits, too');
+is(sql($node, q{SELECT outcome FROM idempotency.stripe_idempotency_keys WHERE operation_type = 'standby' AND operation_id = '2'}),
+	'in_progress', 'the claim is committed here');
+is(sql($node, q{SELECT state FROM pg_stat_activity WHERE query LIKE '%stripe_claim(''standby'', ''2'')%' AND pid <> pg_backend_pid()}),
+	'active', 'and its caller waits on');
+sql($node, 'ALTER SYSTEM RESET ALL; SELECT pg_reload_conf()');
+like($session->query('SELECT 1'), qr/claimed/, 'until it is told');
+is(sql($node, q{SELECT attempt FROM idempotency.stripe_lookup('standby', '2')}), '1', 'by its first claim');
+$session->quit;
+
 # The owner of the ledger needs no rights to set these, and they outlive the trigger.
 sql($node, q{
 	CREATE ROLE keeper;
