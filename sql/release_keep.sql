@@ -119,3 +119,5 @@ SELECT verdict FROM idempotency.claim('s', 's', request => '{"id": 2}');
 SELECT verdict FROM idempotency.claim('s', 's', request => '[1]');
 SELECT verdict FROM idempotency.claim('string', 's', request => '"{\"id\": 1}"', lease => '1 hour');
 SELECT verdict FROM idempotency.claim('string', 's', request => '"{\"id\": 1}"');
+
+DELETE FROM idempotency.idempotency_keys;
