@@ -116,4 +116,14 @@
 #define IDEMPOTENCY_MODULE_MAGIC PG_MODULE_MAGIC
 #endif
 
+/*
+ * Write a record to the WAL that means nothing, but to whoever decodes it.
+ * PostgreSQL 17 can flush it, too.
+ */
+#if PG_VERSION_NUM >= 170000
+#define log_message_compat(prefix) ((void) LogLogicalMessage(prefix, "", 0, false, false))
+#else
+#define log_message_compat(prefix) ((void) LogLogicalMessage(prefix, "", 0, false))
+#endif
+
 #endif							/* IDEMPOTENCY_COMPAT_H */

@@ -47,6 +47,7 @@
 #include "pgstat.h"
 #include "postmaster/bgworker.h"
 #include "postmaster/interrupt.h"
+#include "replication/message.h"
 #include "storage/ipc.h"
 #include "storage/latch.h"
 #include "storage/proc.h"
@@ -838,7 +839,11 @@ run_batch(void)
 
 			CHECK_FOR_INTERRUPTS();
 			if (batch[i].order->committed)
+			{
+				/* a commit that has written nothing waits for no standby */
+				log_message_compat("idempotency");
 				continue;
+			}
 			work.order = batch[i].order;
 			work.opened = false;
 			LockTimeout = nlocked < PATIENT_ORDERS ? LOCK_TIMEOUT : LOCK_TIMEOUT_LEAST;
