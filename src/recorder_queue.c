@@ -148,6 +148,7 @@ queue_post(Order *order, OrderVerb verb)
 	order->alone = false;
 	order->committed = false;
 	order->failures = 0;
+	order->refusals = 0;
 	order->failed_at = 0;
 	order->pause_ms = 0;
 }

@@ -67,7 +67,8 @@ typedef struct Order
 	bool		alone;			/* has failed in company */
 	bool		committed;		/* done, but for the wait for a standby, which
 								 * was cut short */
-	int			failures;
+	int			failures;		/* tries in vain */
+	int			refusals;		/* those in which the row refused */
 	TimestampTz failed_at;		/* when it was last tried in vain */
 	int			pause_ms;		/* how long not to try it again */
 	uint64		number;			/* in order of posting */

@@ -86,8 +86,8 @@ PGDLLEXPORT void idempotency_recorder_main(Datum arg);
 #define RETRY_FIRST_MS		50
 #define RETRY_LAST_MS		2000
 
-/* Tries of an order that fails for another reason than a lock. */
-#define MAX_FAILURES		300
+/* Tries of an order whose row refuses it; what passes is waited for. */
+#define MAX_REFUSALS		300
 
 /*
  * After an error that came before any order was taken, and how often the same
@@ -404,18 +404,34 @@ do_order(Order *order, bool *opened)
 	ledger_close(rel);
 }
 
-/* Is this an answer of the ledger, which another try wouldn't change? */
-static bool
-is_final_refusal(int sqlstate)
-{
-	return ERRCODE_TO_CATEGORY(sqlstate) == MAKE_SQLSTATE('I', 'K', '0', '0', '0') ||
-		sqlstate == ERRCODE_UNDEFINED_TABLE;
-}
-
 static bool
 is_lock_failure(int sqlstate)
 {
 	return sqlstate == ERRCODE_LOCK_NOT_AVAILABLE || sqlstate == ERRCODE_T_R_DEADLOCK_DETECTED;
+}
+
+/*
+ * Is this an answer of the ledger, which another try wouldn't change?  That there
+ * is no table is one where it was the ledger's, and not where a trigger says so.
+ */
+static bool
+is_final_refusal(int sqlstate, bool opened)
+{
+	if (sqlstate == ERRCODE_UNDEFINED_TABLE)
+		return !opened;
+	return ERRCODE_TO_CATEGORY(sqlstate) == MAKE_SQLSTATE('I', 'K', '0', '0', '0') &&
+		sqlstate != ERRCODE_FOREIGN_NAMESPACE;
+}
+
+/*
+ * Does an error say that the row refuses?  What is the machine's, somebody's
+ * lock or cancel, or a decision that is yet to be made, passes.
+ */
+static bool
+counts_as_refusal(const ErrorData *edata)
+{
+	return !is_lock_failure(edata->sqlerrcode) && error_is_about_one_row(edata) &&
+		edata->sqlerrcode != ERRCODE_FOREIGN_NAMESPACE;
 }
 
 /*
@@ -428,8 +444,8 @@ order_failed(BatchEntry *entry, ErrorData *edata, bool opened)
 	int			sqlstate = edata->sqlerrcode;
 	bool		is_lock = is_lock_failure(sqlstate);
 
-	if (is_tried_again(order->verb) && !is_final_refusal(sqlstate) &&
-		(is_lock || order->failures < MAX_FAILURES))
+	if (is_tried_again(order->verb) && !is_final_refusal(sqlstate, opened) &&
+		(!counts_as_refusal(edata) || order->refusals++ < MAX_REFUSALS))
 	{
 		entry->retry = true;
 		entry->is_lock = is_lock;
@@ -659,7 +675,7 @@ end_batch(bool committed, bool durable, ErrorData *edata)
 			if (edata != NULL && n == 1 && !order->committed)
 			{
 				entry->retry = false;
-				order_failed(entry, edata, false);
+				order_failed(entry, edata, true);
 			}
 		}
 		else if (!entry->retry && !order->committed && order->answer == ORDER_OK &&

@@ -55,9 +55,15 @@ sql($node, q{
 	BEGIN
 		PERFORM set_config('idempotency.stripe_compare_ignore', ignore, true),
 			set_config('idempotency.stripe_ledger', 'transaction', true);
-		PERFORM FROM idempotency.stripe_claim('print', 'of', t(request)::jsonb);
-		SELECT fingerprint INTO STRICT f FROM idempotency.stripe_idempotency_keys WHERE operation_type = 'print';
-		DELETE FROM idempotency.stripe_idempotency_keys WHERE operation_type = 'print';
+		IF jsonb_typeof(t(request)::jsonb) = 'object' THEN
+			PERFORM FROM idempotency.stripe_claim('print', 'of', t(request)::jsonb);
+			SELECT fingerprint INTO STRICT f FROM idempotency.stripe_idempotency_keys WHERE operation_type = 'print';
+			DELETE FROM idempotency.stripe_idempotency_keys WHERE operation_type = 'print';
+		ELSE
+			PERFORM FROM idempotency.claim('print', 'of', t(request)::jsonb, lease => '1 hour');
+			SELECT fingerprint INTO STRICT f FROM idempotency.idempotency_keys WHERE scope = 'of';
+			DELETE FROM idempotency.idempotency_keys WHERE scope = 'of';
+		END IF;
 		RETURN encode(f, 'hex');
 	EXCEPTION WHEN untranslatable_character OR feature_not_supported THEN
 		RETURN 'untranslatable';
