@@ -625,7 +625,9 @@ FROM (
 	SELECT s.*, a.reconciled_at,
 		-- what the database has sent, while to send it again is safe and may help
 		s.method IS NOT NULL AND idempotency.stripe_resend_may_settle(s.outcome,
-			s.first_sent_at, s.path, s.http_status, s.response) AS resendable,
+			s.first_sent_at,
+			COALESCE(s.path, s.request OPERATOR(pg_catalog.->>) 'path'::text),
+			s.http_status, s.response) AS resendable,
 		-- until Stripe was asked all that it can be asked, since the last attempt
 		s.outcome OPERATOR(pg_catalog.<>) 'mismatch'::idempotency.outcome
 			AND (s.reconciled IS NULL
