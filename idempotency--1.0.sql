@@ -564,12 +564,14 @@ FROM (
 	SELECT 'request'::text AS ledger, k.scope, k.key,
 		NULL::text AS account, NULL::text AS operation_type, NULL::text AS operation_id,
 		k.attempt, k.claimed_at, k.lease_expires_at, k.lapsed, k.recovery_point,
-		CASE WHEN k.lapsed AND k.recovery_point IS NULL
+		-- what was given up on purpose keeps its request for the retry
+		CASE WHEN k.lapsed AND NOT k.kept AND k.recovery_point IS NULL
 			THEN pg_catalog.format('SELECT idempotency.release(%L, %L, %s);', k.key, k.scope, k.token)
 			ELSE pg_catalog.format('SELECT * FROM idempotency.lookup(%L, %L);', k.key, k.scope)
 		END AS next_step
 	-- no LATERAL, which Citus refuses
 	FROM (SELECT r.scope, r.key, r.token, r.attempt, r.claimed_at, r.lease_expires_at, r.recovery_point,
+			r.lease IS NULL AND r.lease_expires_at IS NOT NULL AS kept,
 			r.lease_expires_at IS NULL
 				OR r.lease_expires_at OPERATOR(pg_catalog.<=) pg_catalog.clock_timestamp() AS lapsed
 		FROM idempotency.idempotency_keys r

@@ -151,7 +151,7 @@ static OwnerStatement note_asked = {
 	"UPDATE idempotency.stripe_idempotency_keys SET reconciled = $5"
 	STRIPE_WHERE_KEY
 	" AND token OPERATOR(pg_catalog.=) $4"
-	" AND (" OUTCOME_IS("unknown") " OR " OUTCOME_IS("in_progress") ")",
+	" AND (" MAY_BE_SETTLED ")",
 	5, {TEXTOID, TEXTOID, TEXTOID, INT8OID, JSONBOID}
 };
 
@@ -500,8 +500,7 @@ settle_by_finding(const Datum *key, int64 token, const Finding *finding)
 
 	memcpy(call.values, key, 3 * sizeof(Datum));
 	call.values[CALL_TOKEN] = Int64GetDatum(token);
-	written = lock_open_call(rel, &call, finding->outcome != NULL, 0, now,
-							 ledger_execute_latest);
+	written = lock_open_call(rel, &call, true, 0, now, ledger_execute_latest);
 	if (written && finding->outcome != NULL)
 		written = write_finding(rel, &call, finding, now, ledger_execute_latest);
 	else if (written)
