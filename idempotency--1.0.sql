@@ -1196,7 +1196,7 @@ COMMENT ON FUNCTION idempotency.stripe_record(text, text, bigint, text, jsonb, i
 	'resource_id: what was made (default the response''s id); response: the body as Stripe sent it, errors included; '
 	'http_status: 100 to 599, NULL: completed where there is a resource id, otherwise unknown; '
 	'a success without an object or id (204 to a DELETE aside) is unknown, and so is a refusal '
-	'without Stripe''s error object: something on the way may have made it; '
+	'without an error object of one of Stripe''s types (API v2: any type or code): something on the way may have made it; '
 	'request_id: Stripe''s Request-Id; account: default ''''. '
 	'A late token of the same generation may still record. Raises IK001 for a token of neither, '
 	'IK002 where another result is recorded, IK003, IK007 over idempotency.max_response_size, IK009';
@@ -1263,7 +1263,7 @@ COMMENT ON FUNCTION idempotency.stripe_has_lapsed(timestamptz, bigint, text) IS
 	'lease_expires_at, server_life and virtual_xid: as in stripe_idempotency_keys';
 COMMENT ON FUNCTION idempotency.stripe_resend_may_settle(idempotency.outcome, timestamptz, text, integer, jsonb) IS
 	'Is it still time to send a call to Stripe again, and might that settle it?  For the views. '
-	'outcome, first_sent_at, path, http_status and response: as in stripe_idempotency_keys';
+	'outcome, first_sent_at, path (or that of request), http_status and response: as in stripe_idempotency_keys';
 COMMENT ON FUNCTION idempotency.stripe_callers_fate(xid8[], bigint) IS
 	'What became of the transactions behind a call to Stripe: committed, open, rolled back or not known. '
 	'For the views. callers and system_identifier: as in stripe_idempotency_keys';
