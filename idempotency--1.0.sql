@@ -564,12 +564,14 @@ FROM (
 	SELECT 'request'::text AS ledger, k.scope, k.key,
 		NULL::text AS account, NULL::text AS operation_type, NULL::text AS operation_id,
 		k.attempt, k.claimed_at, k.lease_expires_at, k.lapsed, k.recovery_point,
-		CASE WHEN k.lapsed AND k.recovery_point IS NULL
+		-- what was given up on purpose keeps its request for the retry
+		CASE WHEN k.lapsed AND NOT k.kept AND k.recovery_point IS NULL
 			THEN pg_catalog.format('SELECT idempotency.release(%L, %L, %s);', k.key, k.scope, k.token)
 			ELSE pg_catalog.format('SELECT * FROM idempotency.lookup(%L, %L);', k.key, k.scope)
 		END AS next_step
 	-- no LATERAL, which Citus refuses
 	FROM (SELECT r.scope, r.key, r.token, r.attempt, r.claimed_at, r.lease_expires_at, r.recovery_point,
+			r.lease IS NULL AND r.lease_expires_at IS NOT NULL AS kept,
 			r.lease_expires_at IS NULL
 				OR r.lease_expires_at OPERATOR(pg_catalog.<=) pg_catalog.clock_timestamp() AS lapsed
 		FROM idempotency.idempotency_keys r
@@ -625,7 +627,9 @@ FROM (
 	SELECT s.*, a.reconciled_at,
 		-- what the database has sent, while to send it again is safe and may help
 		s.method IS NOT NULL AND idempotency.stripe_resend_may_settle(s.outcome,
-			s.first_sent_at, s.path, s.http_status, s.response) AS resendable,
+			s.first_sent_at,
+			COALESCE(s.path, s.request OPERATOR(pg_catalog.->>) 'path'::text),
+			s.http_status, s.response) AS resendable,
 		-- until Stripe was asked all that it can be asked, since the last attempt
 		s.outcome OPERATOR(pg_catalog.<>) 'mismatch'::idempotency.outcome
 			AND (s.reconciled IS NULL
@@ -1192,7 +1196,7 @@ COMMENT ON FUNCTION idempotency.stripe_record(text, text, bigint, text, jsonb, i
 	'resource_id: what was made (default the response''s id); response: the body as Stripe sent it, errors included; '
 	'http_status: 100 to 599, NULL: completed where there is a resource id, otherwise unknown; '
 	'a success without an object or id (204 to a DELETE aside) is unknown, and so is a refusal '
-	'without Stripe''s error object: something on the way may have made it; '
+	'without an error object of one of Stripe''s types (API v2: any type or code): something on the way may have made it; '
 	'request_id: Stripe''s Request-Id; account: default ''''. '
 	'A late token of the same generation may still record. Raises IK001 for a token of neither, '
 	'IK002 where another result is recorded, IK003, IK007 over idempotency.max_response_size, IK009';
@@ -1259,7 +1263,7 @@ COMMENT ON FUNCTION idempotency.stripe_has_lapsed(timestamptz, bigint, text) IS
 	'lease_expires_at, server_life and virtual_xid: as in stripe_idempotency_keys';
 COMMENT ON FUNCTION idempotency.stripe_resend_may_settle(idempotency.outcome, timestamptz, text, integer, jsonb) IS
 	'Is it still time to send a call to Stripe again, and might that settle it?  For the views. '
-	'outcome, first_sent_at, path, http_status and response: as in stripe_idempotency_keys';
+	'outcome, first_sent_at, path (or that of request), http_status and response: as in stripe_idempotency_keys';
 COMMENT ON FUNCTION idempotency.stripe_callers_fate(xid8[], bigint) IS
 	'What became of the transactions behind a call to Stripe: committed, open, rolled back or not known. '
 	'For the views. callers and system_identifier: as in stripe_idempotency_keys';

@@ -76,6 +76,33 @@ ORDER BY path, method, first;
 -- not by somebody else's word, and not for another reason
 SELECT answer('gone', 503, NULL, 'DELETE', '/v1/customers/cus_1'), again('gone', 404, '{"error": "resource_missing"}'), again('gone', 404);
 SELECT again('gone', 404, '{"error": {"type": "invalid_request_error", "code": "no_such_path"}}');
+-- what an attempt before has done, the answer to that attempt itself doesn't tell of
+SELECT token AS first FROM idempotency.stripe_claim('answers', 'overtaken', '{"method": "DELETE", "path": "/v1/customers/cus_1"}') \gset
+UPDATE idempotency.stripe_idempotency_keys SET lease_expires_at = clock_timestamp() WHERE operation_id = 'overtaken';
+SELECT verdict FROM idempotency.stripe_claim('answers', 'overtaken');
+SELECT idempotency.stripe_record('answers', 'overtaken', :first, http_status => 404,
+	response => '{"error": {"type": "invalid_request_error", "code": "resource_missing"}}');
+
+--
+-- A gateway has error codes, too, and types: those of API v1 are a short list,
+-- those of v2 aren't
+--
+SELECT body, path, answer(concat('400', body, path), 400, body, path => path) AS "400", answer(concat('401', body, path), 401, body, path => path) AS "401",
+	answer(concat('402', body, path), 402, body, path => path) AS "402", answer(concat('403', body, path), 403, body, path => path) AS "403",
+	answer(concat('404', body, path), 404, body, path => path) AS "404", answer(concat('409', body, path), 409, body, path => path) AS "409",
+	answer(concat('429', body, path), 429, body, path => path) AS "429"
+FROM (VALUES ('{"error": {"code": "AccessDenied", "message": "no"}}'::jsonb), ('{"error": {"type": "forbidden", "code": "AccessDenied"}}'),
+		('{"error": {"type": "upstream connect error", "message": "upstream connect error"}}'),
+		('{"error": {"type": "invalid_request_error"}}'), ('{"error": {"type": "api_connection_error"}}')) b (body),
+	(VALUES ('/v1/refunds'), ('/v2/core/accounts'), (NULL)) p (path)
+ORDER BY path, body;
+-- a 500 of API v2 may be sent again, also by an application
+SELECT path, answer('again' || path, 500, '{"error": {"type": "api_error"}}', path => path) FROM unnest('{/v1/refunds,/v2/core/accounts}'::text[]) path;
+SELECT path, verdict FROM unnest('{/v1/refunds,/v2/core/accounts}'::text[]) path, LATERAL idempotency.stripe_claim('answers', 'again' || path);
+-- and settled by a person with what Stripe shows
+SELECT path, answer('settle' || path, 500, path => path) FROM unnest('{/v1/refunds,/v2/core/accounts}'::text[]) path;
+SELECT idempotency.stripe_settle('answers', 'settle/v1/refunds', 'failed', response => '{"error": {"code": "AccessDenied"}}');
+SELECT idempotency.stripe_settle('answers', 'settle/v2/core/accounts', 'failed', response => '{"error": {"code": "invalid"}}');
 TRUNCATE idempotency.stripe_idempotency_keys;
 
 --

@@ -89,7 +89,8 @@ RESET idempotency.max_response_size;
 SELECT count(*) FROM idempotency.stripe_idempotency_keys k FULL JOIN before b USING (account, operation_type, operation_id)
 WHERE k IS DISTINCT FROM b;
 
--- what was known in doubt stays where it is about the object, and not where it is about another
+-- what was known in doubt stays where it is about the object, but for its status, which was that of then,
+-- and not where it is about another
 SELECT idempotency.stripe_settle('s', 'doubt', 'completed', 'pi_1');
 SELECT told('doubt');
 CALL call('another', broken('pi_1'), 500);
@@ -119,7 +120,7 @@ CALL call('number', intent('pi_1', NULL, '{"status": 7}'), 200);
 CALL call('object', intent('pi_1', NULL, '{"status": {"status": "succeeded"}}'), 200);
 SELECT operation_id, length(resource_status) FROM idempotency.stripe_idempotency_keys
 WHERE operation_type = 's' AND operation_id IN ('long', 'too long', 'number', 'object') ORDER BY 1;
--- a second answer about the same object is the newer one, and one that doesn't say leaves it
+-- a second answer about the same object is the newer one, and one that doesn't say its status leaves none
 SELECT token FROM idempotency.stripe_claim('s', 'twice', '{"path": "/v1/payment_intents"}') \gset
 SELECT idempotency.stripe_record('s', 'twice', :token, response => broken('pi_1'), http_status => 500);
 SELECT idempotency.stripe_record('s', 'twice', :token, resource_id => 'pi_1');

@@ -139,7 +139,7 @@ INSERT INTO answers (status, response, id) VALUES
 	(409, '{"error": {"type": "idempotency_error", "code": "idempotency_key_in_use"}}', NULL),
 	(409, '{"error": {"type": "idempotency_error"}}', NULL),
 	(409, '{"error": {"type": "invalid_request_error"}}', NULL),
-	(409, '{"error": {"code": "lock_timeout"}}', NULL),
+	(409, '{"error": {"type": "invalid_request_error", "code": "lock_timeout"}}', NULL),
 	(409, '{"error": "conflict"}', NULL),
 	(409, NULL, NULL),
 	(418, NULL, NULL),
@@ -176,7 +176,7 @@ DELETE FROM idempotency.stripe_idempotency_keys;
 -- Not executed: free at once, with the same key and the same request
 --
 SELECT token AS t1, idempotency_key AS key FROM idempotency.stripe_claim('payment', 'busy', '{"amount": 1}') \gset
-SELECT idempotency.stripe_record('payment', 'busy', :t1, http_status => 429, response => '{"error": {"code": "rate_limit"}}');
+SELECT idempotency.stripe_record('payment', 'busy', :t1, http_status => 429, response => '{"error": {"type": "rate_limit_error", "code": "rate_limit"}}');
 SELECT * FROM pg_temp.op('busy');
 SELECT verdict FROM idempotency.stripe_claim('payment', 'busy', '{"amount": 2}');
 SELECT token AS t2, idempotency_key = :'key' AS same_key, pg_temp.shown(c) FROM idempotency.stripe_claim('payment', 'busy') c \gset

@@ -87,14 +87,58 @@ SELECT verdict, outcome, resource_id, response, error FROM idempotency.stripe_cl
 -- a recorded result is final
 CALL call('3', '/v1/payment_intents', '{"confirm": true}', unknown => false);
 SELECT FROM idempotency.stripe_idempotency_keys s, idempotency.stripe_record('t', '3', s.token, http_status => 402,
-	response => '{"error": {"code": "card_declined"}}') WHERE s.operation_id = '3';
+	response => '{"error": {"type": "card_error", "code": "card_declined"}}') WHERE s.operation_id = '3';
 SELECT receive('evt_3', 'payment_intent.succeeded', obj('payment_intent', 'pi_3'), by(key('3')));
 SELECT state('3');
 
--- what is not executed has nothing to settle
+-- what was never sent has nothing to settle
 SELECT FROM idempotency.stripe_claim('t', '4', '{"method": "POST", "path": "/v1/refunds"}') c, idempotency.stripe_release('t', '4', c.token);
 SELECT receive('evt_4', 'refund.created', obj('refund', 're_4'), by(key('4')));
 SELECT state('4');
+
+-- what was recorded as not executed, and was: a library repeats by itself, and its last attempt is refused
+CREATE PROCEDURE refused(id text, status int = 429) LANGUAGE sql AS $$
+	SELECT FROM idempotency.stripe_idempotency_keys s, idempotency.stripe_record('t', id, s.token, http_status => status,
+		response => '{"error": {"type": "invalid_request_error"}}') WHERE s.operation_id = id
+$$;
+CALL call('d1', '/v1/payment_intents', '{"confirm": true}', unknown => false);
+CALL refused('d1');
+SELECT state('d1');
+-- its object alone doesn't say that this call has made it
+SELECT receive('evt_d1a', 'payment_intent.succeeded', obj('payment_intent', 'pi_d1', jsonb_build_object('metadata', jsonb_build_object('key', key('d1')))));
+SELECT state('d1');
+SELECT receive('evt_d1b', 'payment_intent.succeeded', obj('payment_intent', 'pi_d1', '{"status": "succeeded"}'), by(key('d1')));
+SELECT state('d1'), settled ->> 'was' AS was FROM idempotency.stripe_idempotency_keys WHERE operation_id = 'd1';
+SELECT verdict, resource_id, token FROM idempotency.stripe_claim('t', 'd1');
+-- declined, as the event says
+CALL call('d2', '/v1/payment_intents', '{"confirm": true}', unknown => false);
+CALL refused('d2', 401);
+SELECT receive('evt_d2', 'payment_intent.payment_failed', obj('payment_intent', 'pi_d2', '{"last_payment_error": {"code": "card_declined"}}'), by(key('d2')));
+SELECT state('d2');
+-- the event comes first, and is kept
+CALL call('d3', '/v1/refunds', unknown => false);
+SELECT receive('evt_d3', 'refund.created', obj('refund', 're_d3'), by(key('d3')));
+CALL refused('d3', 409);
+SELECT state('d3');
+SELECT count(*) FROM idempotency.stripe_webhook_next(consumer => 'nobody');
+SELECT state('d3'), (SELECT pending_key FROM idempotency.stripe_webhook_events WHERE stripe_event_id = 'evt_d3');
+-- the next attempt is at it: then the event waits for that
+CALL call('d4', '/v1/refunds', unknown => false);
+CALL refused('d4');
+CALL call('d4', '/v1/refunds', unknown => false);
+SELECT receive('evt_d4', 'refund.created', obj('refund', 're_d4'), by(key('d4')));
+SELECT state('d4'), (SELECT pending_key = key('d4') AS kept FROM idempotency.stripe_webhook_events WHERE stripe_event_id = 'evt_d4');
+CALL refused('d4');
+SELECT verdict, resource_id, token FROM idempotency.stripe_claim('t', 'd4');
+-- a reopened operation has another key
+CALL call('d5', '/v1/refunds', unknown => false);
+CALL refused('d5', 400);
+SELECT key('d5') AS d5_key \gset
+SELECT idempotency.stripe_reopen('t', 'd5') IS NOT NULL AS reopened;
+CALL call('d5', '/v1/refunds', unknown => false);
+CALL refused('d5');
+SELECT receive('evt_d5', 'refund.created', obj('refund', 're_d5'), by(:'d5_key'));
+SELECT state('d5');
 
 -- every kind of call, and events about what it made, changed, or merely touched
 CREATE TABLE kinds (n int GENERATED ALWAYS AS IDENTITY, path text, params jsonb, type text, object text, id text);

@@ -1043,6 +1043,29 @@ recorder_record(const StripeCallResult *result)
 	return outcome;
 }
 
+/*
+ * What is recorded of the last call; see recorder.h.
+ */
+bool
+recorder_look(StripeCallClaim *known)
+{
+	StripeClaim claim;
+	Relation	rel = ledger_open(&stripe_calls, AccessShareLock, false);
+
+	memset(&claim, 0, sizeof(claim));
+	claim.rules = stripe_rules();
+	ledger_look_latest(&stripe_calls, rel, flight.op.key, &claim.row);
+	ledger_close(rel);
+	if (claim.row.found != FOUND_ROW)
+		return false;
+
+	claim.verdict = STRIPE_REPLAY;
+	claim.outcome = stripe_row_outcome(&claim.row);
+	claim.known = true;
+	fill_call_claim(&claim, known);
+	return true;
+}
+
 /* A verdict's label in the SQL type idempotency.verdict */
 const char *
 stripe_verdict_name(StripeVerdict verdict)

@@ -141,6 +141,12 @@ typedef struct StripeCallResult
  */
 extern PGDLLEXPORT void recorder_claim(const StripeCall *call, StripeCallClaim *claim);
 
+/*
+ * What is recorded of the operation that recorder_record() was called for last,
+ * with the verdict replay.  Returns false where its row isn't there.
+ */
+extern PGDLLEXPORT bool recorder_look(StripeCallClaim *known);
+
 /* The first byte is about to leave. */
 extern PGDLLEXPORT void recorder_sending(void);
 

@@ -58,7 +58,7 @@ static OwnerStatement settle = {
 	" uncertain = false, recorded_at = $8,"
 	" resource_id = " SETTLED_AS_MADE("COALESCE($7, resource_id)") ","
 	" resource_type = " SETTLED_AS_MADE(OF_RESOURCE("resource_type", "$7", "$13")) ","
-	" resource_status = " SETTLED_AS_MADE(OF_RESOURCE("resource_status", "$7", "$14")) ","
+	" resource_status = " "$14" ","
 	" livemode = COALESCE($15, livemode), http_status = NULL, error = $17,"
 	" response = CASE WHEN $16 IS NOT NULL THEN " WITHOUT_SECRET("$16")
 	" WHEN response OPERATOR(pg_catalog.?) 'error' OR $7 OPERATOR(pg_catalog.<>) resource_id"
@@ -197,7 +197,8 @@ settle_operation(Operation *op, const Settlement *settlement)
 		if (ledger_execute_latest(rel, &settle, values, nulls, NULL, NULL, 0) > 0)
 		{
 			stripe_notify_settled(op, outcome, settlement->resource_id != NULL ?
-								  settlement->resource_id : resource_id);
+								  settlement->resource_id :
+								  settlement->outcome == STRIPE_NOT_EXECUTED ? NULL : resource_id);
 			ledger_close(rel);
 			return true;
 		}
@@ -221,9 +222,10 @@ session_user_name(void)
  * what an answer means is made out as for an answer that came by itself.
  */
 static void
-settle_with_response(Settlement *settlement, Jsonb *response)
+settle_with_response(Operation *op, Settlement *settlement, Jsonb *response)
 {
 	const char *outcome = stripe_outcome_name(settlement->outcome);
+	Relation	rel;
 	StripeResult result;
 
 	if (!JB_ROOT_IS_OBJECT(response))
@@ -235,9 +237,11 @@ settle_with_response(Settlement *settlement, Jsonb *response)
 				(errcode(ERRCODE_BAD_ARGUMENT),
 				 errmsg("an operation that was not executed has no response")));
 
-	stripe_read_answer(response,
-					   settlement->outcome == STRIPE_FAILED ? STATUS_FAILED : STATUS_COMPLETED,
-					   NULL, &result);
+	rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
+	stripe_read_answer_of(rel, op, 0, response,
+						  settlement->outcome == STRIPE_FAILED ? STATUS_FAILED : STATUS_COMPLETED,
+						  NULL, &result);
+	ledger_close(rel);
 	if (result.outcome != settlement->outcome ||
 		(result.error != NULL) != (settlement->outcome == STRIPE_FAILED))
 		ereport(ERROR,
@@ -323,7 +327,7 @@ idempotency_stripe_settle(PG_FUNCTION_ARGS)
 		settlement.resource_id = text_to_cstring(PG_GETARG_TEXT_PP(3));
 	}
 	if (!PG_ARGISNULL(6))
-		settle_with_response(&settlement, PG_GETARG_JSONB_P(6));
+		settle_with_response(&op, &settlement, PG_GETARG_JSONB_P(6));
 	settlement.note = note_argument(fcinfo, 4);
 	settlement.by = session_user_name();
 

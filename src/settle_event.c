@@ -20,7 +20,8 @@
  * What stripe_reconcile() has found out is written here, too: a call may be
  * settled only while nobody is at it, whoever settles it.
  *
- * A recorded result is never changed.  Nothing here waits for a row that
+ * A recorded result is never changed.  That a call wasn't executed is none: an
+ * event that a request with its key has caused says otherwise.  Nothing here waits for a row that
  * somebody else holds: not the intake of events, which Stripe wants to be
  * quick, and not a transaction that has an event row locked.  An event that
  * finds its row held, live, or not there (the caller hasn't committed yet, or
@@ -78,15 +79,25 @@ typedef enum CallColumn
 {
 	CALL_ACCOUNT, CALL_TYPE, CALL_ID, CALL_TOKEN, CALL_OUTCOME, CALL_LEASE_EXPIRES_AT,
 	CALL_KEY, CALL_RESOURCE_ID, CALL_REQUEST, CALL_CALLER_LIFE, CALL_CALLER_VXID,
-	CALL_LIVEMODE,
+	CALL_LIVEMODE, CALL_SENT,
 	CALL_NCOLUMNS
 } CallColumn;
 
 #define CALL_COLUMNS \
 	"SELECT account, operation_type, operation_id, token, outcome::pg_catalog.text," \
 	" lease_expires_at, idempotency_key, resource_id, request, caller_life, caller_vxid," \
-	" livemode" \
+	" livemode, first_sent_at IS NOT NULL" \
 	" FROM idempotency.stripe_idempotency_keys"
+
+/*
+ * The rows that something may be found out about.  One that wasn't executed is
+ * among them, if it was sent at all: what was recorded is the answer to the last
+ * of several attempts of whoever sends, and an attempt before may have succeeded
+ * without an answer.
+ */
+#define MAY_BE_SETTLED \
+	OUTCOME_IS("unknown") " OR " OUTCOME_IS("in_progress") \
+	" OR (" OUTCOME_IS("not_executed") " AND first_sent_at IS NOT NULL)"
 
 typedef struct Call
 {
@@ -114,7 +125,7 @@ static OwnerStatement find_call_by_object = {
 static OwnerStatement lock_call = {
 	CALL_COLUMNS STRIPE_WHERE_KEY
 	" AND token OPERATOR(pg_catalog.=) $4"
-	" AND (" OUTCOME_IS("unknown") " OR " OUTCOME_IS("in_progress") ")"
+	" AND (" MAY_BE_SETTLED ")"
 	" FOR UPDATE SKIP LOCKED",
 	4, {TEXTOID, TEXTOID, TEXTOID, INT8OID}
 };
@@ -131,7 +142,7 @@ static OwnerStatement settle_call = {
 	" 'at', $6, 'note', NULL::pg_catalog.text, 'evidence', $13)"
 	STRIPE_WHERE_KEY
 	" AND token OPERATOR(pg_catalog.=) $4"
-	" AND (" OUTCOME_IS("unknown") " OR " OUTCOME_IS("in_progress") ")",
+	" AND (" MAY_BE_SETTLED ")",
 	15, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TEXTOID, TIMESTAMPTZOID, TEXTOID,
 	TEXTOID, BOOLOID, TEXTOID, JSONBOID, JSONBOID, JSONBOID, TEXTOID, TEXTOID}
 };
@@ -140,7 +151,7 @@ static OwnerStatement note_asked = {
 	"UPDATE idempotency.stripe_idempotency_keys SET reconciled = $5"
 	STRIPE_WHERE_KEY
 	" AND token OPERATOR(pg_catalog.=) $4"
-	" AND (" OUTCOME_IS("unknown") " OR " OUTCOME_IS("in_progress") ")",
+	" AND (" MAY_BE_SETTLED ")",
 	5, {TEXTOID, TEXTOID, TEXTOID, INT8OID, JSONBOID}
 };
 
@@ -252,12 +263,24 @@ call_column(const Call *call, int column)
 	return datum;
 }
 
+/*
+ * Is a call one that is said not to be executed, and may have been?  Only who has
+ * found its key at Stripe knows better.
+ */
+static bool
+call_is_denied(const Call *call)
+{
+	return outcome_is(call, "not_executed") && DatumGetBool(call->values[CALL_SENT]);
+}
+
 /* Is nobody at a call whose outcome isn't known? */
 static bool
-call_is_open(const Call *call, int64 claimed_token, TimestampTz now)
+call_is_open(const Call *call, bool key_found, int64 claimed_token, TimestampTz now)
 {
 	if (outcome_is(call, "unknown"))
 		return true;
+	if (call_is_denied(call))
+		return key_found;
 	if (!outcome_is(call, "in_progress"))
 		return false;
 	if (DatumGetInt64(call->values[CALL_TOKEN]) == claimed_token)
@@ -281,14 +304,15 @@ typedef uint64 (*Execute) (Relation rel, OwnerStatement *statement, Datum *value
  * Lock a call, unless somebody else has, and see that nobody is at it.
  */
 static bool
-lock_open_call(Relation rel, Call *call, int64 claimed_token, TimestampTz now, Execute execute)
+lock_open_call(Relation rel, Call *call, bool key_found, int64 claimed_token, TimestampTz now,
+			   Execute execute)
 {
 	Datum		values[4];
 
 	memcpy(values, call->values, sizeof(values));
 	return execute(rel, &lock_call, values, NULL, call->values, call->isnull,
 				   CALL_NCOLUMNS) > 0 &&
-		call_is_open(call, claimed_token, now);
+		call_is_open(call, key_found, claimed_token, now);
 }
 
 /* Write down what was found out about a call that is locked. */
@@ -434,7 +458,8 @@ settle(Relation rel, Call *call, const WebhookEvent *event, FoundBy found_by,
 	TimestampTz now = GetCurrentTimestamp();
 	Finding		finding;
 
-	if (!outcome_is(call, "unknown") && !outcome_is(call, "in_progress"))
+	if (!outcome_is(call, "unknown") && !outcome_is(call, "in_progress") &&
+		!(found_by == BY_KEY && call_is_denied(call)))
 		return SETTLED_NOT;
 
 	/* where a database was copied, both modes have the same keys */
@@ -446,14 +471,14 @@ settle(Relation rel, Call *call, const WebhookEvent *event, FoundBy found_by,
 	if (!finding_of_event(event, found_by, call->isnull[CALL_REQUEST] ? NULL :
 						  DatumGetJsonbP(call->values[CALL_REQUEST]), &finding))
 		return SETTLED_NOT;
-	if (!call_is_open(call, claimed_token, now))
+	if (!call_is_open(call, found_by == BY_KEY, claimed_token, now))
 		return SETTLED_LATER;
 	if (only_look)
 		return SETTLED;
 
 	finding.by = "event";
 	finding.evidence = DatumGetJsonbP(evidence_of_event(event, found_by));
-	if (!lock_open_call(rel, call, claimed_token, now, execute) ||
+	if (!lock_open_call(rel, call, found_by == BY_KEY, claimed_token, now, execute) ||
 		!write_finding(rel, call, &finding, now, execute))
 		return SETTLED_LATER;
 	return SETTLED;
@@ -475,7 +500,7 @@ settle_by_finding(const Datum *key, int64 token, const Finding *finding)
 
 	memcpy(call.values, key, 3 * sizeof(Datum));
 	call.values[CALL_TOKEN] = Int64GetDatum(token);
-	written = lock_open_call(rel, &call, 0, now, ledger_execute_latest);
+	written = lock_open_call(rel, &call, true, 0, now, ledger_execute_latest);
 	if (written && finding->outcome != NULL)
 		written = write_finding(rel, &call, finding, now, ledger_execute_latest);
 	else if (written)
@@ -588,7 +613,8 @@ settle_by_kept_events(const Datum *key, int64 claimed_token, bool only_look)
 
 	if (ledger_execute_latest(rel, &find_call, (Datum *) key, NULL, call.values, call.isnull,
 							  CALL_NCOLUMNS) > 0 &&
-		(outcome_is(&call, "unknown") || outcome_is(&call, "in_progress")))
+		(outcome_is(&call, "unknown") || outcome_is(&call, "in_progress") ||
+		 call_is_denied(&call)))
 	{
 		Datum		values[4];
 		char		nulls[] = "    ";

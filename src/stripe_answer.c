@@ -138,10 +138,37 @@ is_delete(const StripeReceived *received)
 }
 
 /*
+ * Is this error one of Stripe's?  API v1 has a type in each, out of a short list
+ * (api/errors, and what older versions say).  Gateways have codes, too, and
+ * types of their own.  API v2 has more types than are listed anywhere, and some
+ * errors with just a code, so there either is taken.
+ */
+static bool
+is_error_of_stripe(const StripeReceived *received, const StripeBody *body)
+{
+	static const char *const types[] = {
+		"api_error", "card_error", "idempotency_error", "invalid_request_error",
+		"authentication_error", "rate_limit_error", "api_connection_error"
+	};
+	int			i;
+
+	if (received->path != NULL && path_is_v2(received->path))
+		return body->error_type != NULL || body->error_code != NULL;
+	if (body->error_type == NULL)
+		return false;
+	for (i = 0; i < lengthof(types); i++)
+	{
+		if (strcmp(body->error_type, types[i]) == 0)
+			return true;
+	}
+	return false;
+}
+
+/*
  * Is this an answer of Stripe's, and all of it?
  *
- * A refusal or a failure is, if its body is an object with an error object that
- * has a type (API v1) or a code (API v2).  A success is, if its body is an object
+ * A refusal or a failure is, if its body is an object with an error object of
+ * Stripe's.  A success is, if its body is an object
  * and doesn't speak of an error, if whoever has had it names what was made, and
  * if it has no content and answers a DELETE.  An answer that somebody tells
  * without its status is either.
@@ -151,7 +178,7 @@ is_genuine(const StripeReceived *received, const StripeBody *body)
 {
 	if (!received->whole)
 		return false;
-	if (body->error_type != NULL || body->error_code != NULL)
+	if (is_error_of_stripe(received, body))
 		return received->http_status / 100 != 2;
 	if (received->http_status != 0 && received->http_status / 100 != 2)
 		return false;

@@ -208,7 +208,7 @@ idempotency_stripe_record(PG_FUNCTION_ARGS)
 	http_status = PG_ARGISNULL(5) ? 0 : argument_http_status(fcinfo, 5, "http_status");
 
 	rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
-	stripe_read_answer_of(rel, &op, response, http_status,
+	stripe_read_answer_of(rel, &op, token, response, http_status,
 						  PG_ARGISNULL(3) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(3)), &result);
 	if (!PG_ARGISNULL(6))
 		result.request_id = text_to_cstring(PG_GETARG_TEXT_PP(6));

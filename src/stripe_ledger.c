@@ -71,7 +71,7 @@ PG_FUNCTION_INFO_V1(idempotency_stripe_resend_may_settle);
 /* Statuses with a meaning of their own */
 #define HTTP_OK 200
 #define HTTP_NO_CONTENT 204
-#define HTTP_NOT_FOUND 404
+#define HTTP_BAD_REQUEST 400
 
 static const char *const stripe_columns[S_NCOLUMNS] = {
 	"token", "created_at", "claimed_at", "lease_expires_at", "first_sent_at",
@@ -172,7 +172,7 @@ static OwnerStatement record_outcome = {
 	" uncertain = uncertain OR $6 OPERATOR(pg_catalog.=) 'unknown',"
 	" resource_id = COALESCE($7, resource_id),"
 	" resource_type = " OF_RESOURCE("resource_type", "$7", "$8") ","
-	" resource_status = " OF_RESOURCE("resource_status", "$7", "$16") ","
+	" resource_status = $16,"
 	" http_status = $9, response = " WITHOUT_SECRET("$10") ", error = $11,"
 	" request_id = COALESCE($12, request_id), livemode = COALESCE($13, livemode),"
 	" first_sent_at = CASE WHEN $14 AND first_sent_at OPERATOR(pg_catalog.=) claimed_at"
@@ -435,19 +435,32 @@ stripe_row_outcome(LedgerRow *row)
 	return stripe_caller_gone(row) ? "unknown" : enum_label(row->values[S_OUTCOME]);
 }
 
+/* The request as an application has named it, or NULL. */
+static JsonbContainer *
+request_of(LedgerRow *row)
+{
+	return row->isnull[S_REQUEST] ? NULL : &DatumGetJsonbP(row->values[S_REQUEST])->root;
+}
+
+/* Where the request goes, whoever sends it, or NULL where that isn't known. */
+static char *
+sent_to(LedgerRow *row)
+{
+	char	   *path = stripe_row_string(row, S_PATH);
+
+	return path != NULL ? path : json_string_member(request_of(row), "path");
+}
+
 /* What is known of the call that an answer belongs to. */
 static void
 received_for(LedgerRow *row, StripeReceived *received)
 {
-	JsonbContainer *request = row->isnull[S_REQUEST] ? NULL :
-		&DatumGetJsonbP(row->values[S_REQUEST])->root;
+	JsonbContainer *request = request_of(row);
 
 	received->method = stripe_row_string(row, S_METHOD);
 	if (received->method == NULL)
 		received->method = json_string_member(request, "method");
-	received->path = stripe_row_string(row, S_PATH);
-	if (received->path == NULL)
-		received->path = json_string_member(request, "path");
+	received->path = sent_to(row);
 	received->uncertain = DatumGetBool(row->values[S_UNCERTAIN]);
 }
 
@@ -470,7 +483,7 @@ answer_is_sticky(LedgerRow *row)
 	memset(&received, 0, sizeof(received));
 	received.http_status = DatumGetInt32(row->values[S_HTTP_STATUS]);
 	received.sent = received.whole = true;
-	received.path = stripe_row_string(row, S_PATH);
+	received.path = sent_to(row);
 	class = stripe_judge(&received, &body, &answer);
 	return class.outcome == STRIPE_UNKNOWN && !class.resend;
 }
@@ -910,25 +923,14 @@ read_answer(StripeReceived *received, Jsonb *response, StripeResult *result)
 	result->livemode = body.livemode_isnull ? -1 : body.livemode;
 }
 
-/* An answer to a call of which nothing is known. */
-void
-stripe_read_answer(Jsonb *response, int http_status, const char *resource_id,
-				   StripeResult *result)
-{
-	StripeReceived received;
-
-	memset(&received, 0, sizeof(received));
-	received.http_status = http_status;
-	received.resource_id = resource_id;
-	read_answer(&received, response, result);
-}
-
 /*
- * An answer to an operation's call.  Two answers mean something else where the
- * call was a DELETE, so that the row is looked at for these alone.
+ * An answer to an operation's call, as the holder of a token tells it.  What no
+ * content and a refusal mean takes to know the call, so that the row is looked at
+ * for these alone.  Whether an attempt before may have been executed, the row
+ * says of its latest attempt only.
  */
 void
-stripe_read_answer_of(Relation rel, Operation *op, Jsonb *response, int http_status,
+stripe_read_answer_of(Relation rel, Operation *op, int64 token, Jsonb *response, int http_status,
 					  const char *resource_id, StripeResult *result)
 {
 	StripeReceived received;
@@ -937,11 +939,15 @@ stripe_read_answer_of(Relation rel, Operation *op, Jsonb *response, int http_sta
 	memset(&received, 0, sizeof(received));
 	received.http_status = http_status;
 	received.resource_id = resource_id;
-	if (http_status == HTTP_NO_CONTENT || http_status == HTTP_NOT_FOUND)
+	if (http_status == HTTP_NO_CONTENT || http_status >= HTTP_BAD_REQUEST)
 	{
 		look(rel, op, &row);
 		if (row.found == FOUND_ROW)
+		{
 			received_for(&row, &received);
+			if (DatumGetInt64(row.values[S_TOKEN]) != token)
+				received.uncertain = false;
+		}
 	}
 	read_answer(&received, response, result);
 }

@@ -174,10 +174,9 @@ extern char *stripe_reopen_run(Relation rel, Operation *op, bool force, int from
 							   const char *user);
 extern void stripe_refuse_token(Operation *op, LedgerRow *row);
 extern void stripe_explain_refusal(Relation rel, Operation *op, int64 token);
-extern void stripe_read_answer(Jsonb *response, int http_status, const char *resource_id,
-							   StripeResult *result);
-extern void stripe_read_answer_of(Relation rel, Operation *op, Jsonb *response, int http_status,
-								  const char *resource_id, StripeResult *result);
+extern void stripe_read_answer_of(Relation rel, Operation *op, int64 token, Jsonb *response,
+								  int http_status, const char *resource_id,
+								  StripeResult *result);
 
 extern void stripe_advise_reopen(StripeClaim *claim);
 

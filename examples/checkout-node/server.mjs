@@ -20,11 +20,13 @@ const stripe = new Stripe(process.env.STRIPE_API_KEY ?? 'sk_test_none', {
     protocol: api.protocol.slice(0, -1),
     host: api.hostname,
     port: api.port || '443',
-    maxNetworkRetries: 2,       // with the same key each
+    // The ledger repeats, at the client's next try.  A refusal after an attempt that
+    // got no answer would be recorded as that of the payment.
+    maxNetworkRetries: 0,
     timeout: 20_000,
 });
 
-// longer than all attempts of the library: until then nobody else takes over
+// longer than the library's timeout: until then nobody else takes over
 const lease = '2 minutes';
 
 async function transaction(work) {
@@ -167,9 +169,19 @@ async function checkout(ask) {
             `SELECT * FROM idempotency.stripe_call('payment', $1, 'POST', '/v1/payment_intents', $2)`,
             [order.id, paymentOf(order)]);
         return conclude(db, ask, token, order, await withStatus(result, async id => {
-            const { rows: [{ outcome, resource_status }] } = await db.query(
-                `SELECT outcome, resource_status FROM idempotency.stripe_get('/v1/payment_intents/' || $1)`, [id]);
-            return { outcome: outcome === 'not_executed' ? 'unknown' : outcome, status: resource_status };
+            await db.query('SAVEPOINT ask');
+            try {
+                const { rows: [{ outcome, http_status, resource_status }] } = await db.query(
+                    `SELECT outcome, http_status, resource_status
+                       FROM idempotency.stripe_get('/v1/payment_intents/' || $1)`, [id]);
+                const known = outcome === 'completed' || outcome === 'failed' || [401, 403].includes(http_status);
+                return { outcome: known ? 'completed' : 'unknown', status: resource_status };
+            } catch (error) {
+                if (error.code !== '42501')     // not a path that may be asked
+                    throw error;
+                await db.query('ROLLBACK TO SAVEPOINT ask');
+                return { outcome: 'failed' };
+            }
         }));
     });
 }
@@ -207,15 +219,11 @@ async function retrieve(id) {
         const { status } = await stripe.paymentIntents.retrieve(id);
         return { outcome: 'completed', status };
     } catch (error) {
-        if (!(error instanceof Stripe.errors.StripeError))
-            throw error;
-        return { outcome: error.statusCode === 404 ? 'failed' : 'unknown' };
+        // not there, or not for this key: it is paid all the same
+        const never = error.code === 'resource_missing' || [401, 403].includes(error.statusCode);
+        return { outcome: never ? 'failed' : 'unknown' };
     }
 }
-
-// https://docs.stripe.com/api/errors, and two that were used before
-const errorTypes = new Set(['api_error', 'card_error', 'idempotency_error', 'invalid_request_error',
-    'authentication_error', 'rate_limit_error']);
 
 // Send what the claim says, with the key that it says.  No answer: no status.
 async function send(claim) {
@@ -231,12 +239,12 @@ async function send(claim) {
         // neither does an answer that the library can't read tell anything
         if (!error.statusCode)
             return { status: null, requestId: null, body: null };
-        // Stripe's error, by which the database knows its refusals from a gateway's,
-        // without the library's additions; it makes one of a gateway's text, too
+        // the error, by whose type the database knows Stripe's refusals from a
+        // gateway's, without the library's additions
         const { headers, statusCode, requestId, ...body } = error.raw;
         return {
             status: error.statusCode, requestId: error.requestId,
-            body: errorTypes.has(body.type) ? { error: body } : null,
+            body: { error: body },
         };
     }
 }

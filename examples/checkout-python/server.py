@@ -33,10 +33,12 @@ except ImportError:
 if stripe:
     stripe.api_key = os.environ.get("STRIPE_API_KEY", "sk_test_none")
     stripe.api_base = os.environ.get("STRIPE_API_BASE", stripe.api_base)
-    stripe.max_network_retries = 2  # with the same key each
+    # The ledger repeats, at the client's next try.  A refusal after an attempt that
+    # got no answer would be recorded as that of the payment.
+    stripe.max_network_retries = 0
     stripe.default_http_client = RequestsClient(timeout=20)
 
-# longer than all attempts of the library: until then nobody else takes over
+# longer than the library's timeout: until then nobody else takes over
 LEASE = "2 minutes"
 
 
@@ -161,9 +163,14 @@ def checkout(ask):
             (str(order["id"]), Jsonb(payment_of(order)))).fetchone()
 
         def ask_stripe(payment):
-            found = db.execute(
-                "SELECT * FROM idempotency.stripe_get('/v1/payment_intents/' || %s)", (payment,)).fetchone()
-            return "unknown" if found["outcome"] == "not_executed" else found["outcome"], found["resource_status"]
+            try:
+                with db.transaction():
+                    found = db.execute(
+                        "SELECT * FROM idempotency.stripe_get('/v1/payment_intents/' || %s)", (payment,)).fetchone()
+            except psycopg.errors.InsufficientPrivilege:  # not a path that may be asked
+                return "failed", None
+            known = found["outcome"] in ("completed", "failed") or found["http_status"] in (401, 403)
+            return "completed" if known else "unknown", found["resource_status"]
 
         return conclude(db, ask, token, order, with_status(result, ask_stripe))
 
@@ -203,8 +210,10 @@ def retrieve(payment):
     """What a payment's status is."""
     try:
         return "completed", stripe.PaymentIntent.retrieve(payment)["status"]
-    except StripeError as error:
-        return "failed" if error.http_status == 404 else "unknown", None
+    except Exception as error:
+        # not there, or not for this key: it is paid all the same
+        never = getattr(error, "code", None) == "resource_missing" or getattr(error, "http_status", None) in (401, 403)
+        return "failed" if never else "unknown", None
 
 
 def send(claim):

@@ -1145,6 +1145,21 @@ list_doubts(Reconcile *r, Relation rel, const char *account, const char *type, c
 	return names.list;
 }
 
+/*
+ * May Stripe know more of an operation than we do?  Who names one may also ask
+ * about what is said not to have been executed, if it was sent.
+ */
+static bool
+is_doubtful(LedgerRow *row, bool one, TimestampTz now)
+{
+	const char *outcome = stripe_row_outcome(row);
+
+	if (strcmp(outcome, "not_executed") == 0)
+		return one && !row->isnull[S_FIRST_SENT_AT];
+	return strcmp(outcome, "unknown") == 0 ||
+		(strcmp(outcome, "in_progress") == 0 && !stripe_row_is_held(row, now));
+}
+
 static void
 reconcile(Reconcile *r, Relation rel, List *names, const char *account, bool one,
 		  ReturnSetInfo *rsinfo)
@@ -1173,9 +1188,7 @@ reconcile(Reconcile *r, Relation rel, List *names, const char *account, bool one
 								describe_operation(&doubt->op))));
 			continue;
 		}
-		if (strcmp(stripe_row_outcome(&row), "unknown") != 0 &&
-			(strcmp(stripe_row_outcome(&row), "in_progress") != 0 ||
-			 stripe_row_is_held(&row, now)))
+		if (!is_doubtful(&row, one, now))
 		{
 			if (one)
 				put_recorded(rsinfo, &doubt->op, &row, NULL);

@@ -555,6 +555,30 @@ record_call(Call *call)
 	return recorder_record(&record);
 }
 
+static bool
+is_definitive(const char *outcome)
+{
+	return strcmp(outcome, "completed") == 0 || strcmp(outcome, "failed") == 0;
+}
+
+/*
+ * The outcome that stands is of another answer than this call's: of an attempt
+ * before, told late.  Then that one is the result, too.  Returns the outcome, or
+ * "unknown" where the answer isn't to be had.
+ */
+static const char *
+set_other_answer(Call *call)
+{
+	StripeCallClaim known;
+
+	if (!recorder_look(&known) || !is_definitive(known.outcome))
+		return "unknown";
+	result_reset(&call->result);
+	set_known(&call->result, &known);
+	result_set(&call->result, R_ATTEMPTS, Int32GetDatum(call->reply.attempts));
+	return known.outcome;
+}
+
 /*
  * "unknown" mostly means that the same call, made again, may tell more.  Say so
  * where it can't.
@@ -598,6 +622,9 @@ run_call(Call *call)
 					call->key.live);
 
 	set_reply(&call->result, &call->reply, call->key.live);
+	if (is_definitive(outcome) &&
+		strcmp(outcome, stripe_outcome_name(call->reply.outcome)) != 0)
+		outcome = set_other_answer(call);
 	result_set_enum(&call->result, R_OUTCOME, outcome);
 	result_set_text(&call->result, R_IDEMPOTENCY_KEY, claim->idempotency_key);
 	result_set(&call->result, R_GENERATION, Int32GetDatum(claim->generation));

@@ -108,6 +108,14 @@ sql($node, join('; ', 'BEGIN', settle(2), 'SAVEPOINT a', settle(3), 'SAVEPOINT b
 		'ROLLBACK TO a', 'SAVEPOINT c', settle(5), 'SAVEPOINT d', settle(6), 'ROLLBACK TO d', 'RELEASE c', settle(7), 'COMMIT'));
 is(heard($listener), '2 5 7', 'savepoints that were rolled back tell nothing');
 
+# what was not executed has made nothing, whatever an answer before named
+doubts($node, 'nothing');
+sql($node, q{UPDATE idempotency.stripe_idempotency_keys SET resource_id = 're_1' WHERE operation_id = 'nothing';
+	SELECT idempotency.stripe_settle(operation_type, operation_id, 'not_executed')
+	FROM idempotency.stripe_idempotency_keys WHERE operation_id = 'nothing'});
+like($listener->query('SELECT 1'), qr/"operation_id": "nothing", "outcome": "not_executed", "resource_id": null/,
+	'not executed: no object is named');
+
 # PREPARE TRANSACTION
 foreach my $level ('READ COMMITTED', 'REPEATABLE READ', 'SERIALIZABLE')
 {

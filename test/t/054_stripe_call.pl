@@ -379,6 +379,29 @@ foreach my $what (qw(hang_before hang_after))
 }
 
 #
+# The answer of an attempt before, told while this one is on its way
+#
+
+{
+	my $request = $json->encode({ method => 'POST', path => '/v1/payment_intents', params => \%payment });
+	my $token = sql($node, "SELECT token FROM idempotency.stripe_claim('payment', 'told late', " . literal($request)
+		  . ", lease => '1 microsecond')");
+	my $session = $node->background_psql('postgres', on_error_stop => 0);
+	my $hang = $stripe->fault('hang_before');
+
+	$session->query_until(qr/begun/, "\\echo begun\nSELECT concat_ws('|', outcome, resource_id, resource_type, resource_status, http_status, "
+		  . "response ->> 'id', error ->> 'type', attempts, replayed) FROM idempotency.stripe_call('payment', 'told late', 'POST', "
+		  . literal('/v1/payment_intents') . ', ' . literal($json->encode(\%payment)) . ", timeout => '5 s');\n");
+	$stripe->wait_fault($hang, holding => 1);
+	sql($node, qq{SELECT idempotency.stripe_record('payment', 'told late', $token, http_status => 200,
+		response => '{"id": "pi_late", "object": "payment_intent", "status": "succeeded"}')});
+	like($session->query_until(qr/ended/, "\\echo ended\n"),
+		qr/^completed\|pi_late\|payment_intent\|succeeded\|200\|pi_late\|1\|t$/m, 'a late answer that stands is the result');
+	$session->quit;
+	$stripe->clear_faults;
+}
+
+#
 # Many at once
 #
 
