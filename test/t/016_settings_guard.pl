@@ -229,8 +229,8 @@ foreach my $options ('', option('stripe_allowed_paths', 'x'))
 	is(arrivals(), $before, 'and nothing is sent');
 }
 is(session('', q{SET force_parallel_mode = on; SELECT status FROM idempotency.lookup('k', 's'); SELECT count(*) FROM pg_class WHERE oid = 0;
-	SELECT count(*) FROM idempotency.open_claims; } . customer(), $superuser),
-	'0 0 completed', 'what is parallel restricted stays with the leader');
+	SELECT count(*) FROM idempotency.open_claims; } . customer()),
+	' 0 0 completed', 'what is parallel restricted stays with the leader');
 
 # a value that isn't valid, in the file of a server that preloads the library
 $node->append_conf('postgresql.conf', "idempotency.webhook_livemode = 'tset'\nshared_preload_libraries = 'idempotency'\n");
