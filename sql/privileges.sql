@@ -214,6 +214,13 @@ SET search_path = hostile, pg_catalog, pg_temp;
 SELECT idempotency.grant_role('regress_idempotency_nobody', 'observer');
 SELECT * FROM hostile.trapped;
 RESET search_path;
+-- also where the types of its overloaded functions are somebody's
+CREATE DOMAIN hostile.text AS pg_catalog.int4;
+CREATE DOMAIN hostile.bytea AS pg_catalog.int4;
+SET search_path = hostile, pg_catalog, pg_temp;
+SELECT idempotency.grant_role('regress_idempotency_nobody', 'webhook');
+RESET search_path;
+DROP DOMAIN hostile.text, hostile.bytea;
 GRANT EXECUTE ON FUNCTION idempotency.grant_role TO regress_idempotency_application;
 SET ROLE regress_idempotency_application;
 SELECT idempotency.grant_role('regress_idempotency_nobody', 'application');

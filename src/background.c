@@ -105,7 +105,8 @@ background_begin(void)
 /*
  * To be called first in a transaction that touches the ledgers.
  *
- * A background process is a superuser's.  Its statements run with the rights of
+ * A background process is a superuser's, as who commits a prepared transaction
+ * may be (notice.c).  Its statements run with the rights of
  * the table's owner, and so do the triggers that they fire; but what an owner
  * leaves for the end of the transaction, a deferred trigger or a cursor WITH
  * HOLD, would run with ours.  So deferred constraints are checked at once, and

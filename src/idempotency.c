@@ -14,6 +14,7 @@
 
 #include <limits.h>
 
+#include "access/parallel.h"
 #include "fmgr.h"
 #include "miscadmin.h"
 #include "utils/guc.h"
@@ -127,12 +128,13 @@ check_stripe_compare_ignore(char **newval, void **extra, GucSource source)
  * Where calls to Stripe go, and which are allowed.  A session may set what it
  * likes before the library is loaded; were a bad value refused then, the
  * default would stand in its place, with all of Stripe open.  So it is kept,
- * and refused when it is used.
+ * and refused when it is used.  A parallel worker is given what the leader has,
+ * whatever it is.
  */
 static bool
 check_stripe_setting(const char *problem)
 {
-	if (problem == NULL || !settings_are_defined)
+	if (problem == NULL || !settings_are_defined || InitializingParallelWorker)
 		return true;
 	GUC_check_errdetail("%s", _(problem));
 	return false;

@@ -28,6 +28,7 @@
 #include "catalog/namespace.h"
 #include "lib/stringinfo.h"
 #include "mb/pg_wchar.h"
+#include "miscadmin.h"
 #include "utils/builtins.h"
 
 #include "compat.h"
@@ -45,6 +46,10 @@
 
 /* jsonb has no room for more, whatever it is; see JENTRY_OFFLENMASK. */
 #define BODY_MAX ((size_t) 0x0FFFFFFF)
+
+/* How much is converted to the database's encoding at a time. */
+#define PIECE_MAX (64 * 1024)
+#define PIECE_MIN 64
 
 typedef struct Reader
 {
@@ -412,6 +417,7 @@ to_server(char *text)
 	int			left = strlen(text);
 	unsigned char *buffer;
 	int			size;
+	int			piece = PIECE_MAX;
 	StringInfoData out;
 	Oid			proc;
 
@@ -420,21 +426,27 @@ to_server(char *text)
 
 	initStringInfo(&out);
 	proc = FindDefaultConversionProc(PG_UTF8, encoding);
-	size = Min(left, 64 * 1024) * MAX_CONVERSION_GROWTH + 1;
+	size = Min(left, PIECE_MAX) * MAX_CONVERSION_GROWTH + 1;
 	buffer = palloc(size);
 	while (left > 0)
 	{
 		int			done = 0;
 
+		CHECK_FOR_INTERRUPTS();
 		/* not more at a time than there is room for, whatever it becomes */
 		if (OidIsValid(proc))
 			done = pg_do_encoding_conversion_buf(proc, PG_UTF8, encoding, src,
-												 pg_encoding_mbcliplen(PG_UTF8, (char *) src, left, 64 * 1024),
+												 pg_encoding_mbcliplen(PG_UTF8, (char *) src, left, piece),
 												 buffer, size, true);
 		if (done > 0)
+		{
 			appendStringInfoString(&out, (char *) buffer);
+			piece = Min(piece * 2, PIECE_MAX);
+		}
 		else
 		{
+			/* the converter has looked at all of it first, and the next may be near */
+			piece = PIECE_MIN;
 			done = pg_encoding_mblen(PG_UTF8, (const char *) src);
 			appendStringInfoChar(&out, done == 1 ? (char) *src : '?');
 		}

@@ -432,11 +432,32 @@ comes_from_here(NamespaceRow *rows, int nrows, uint64 system, Oid database)
 	return false;
 }
 
+static bool
+same_namespace(const NamespaceRow *row, bytea *value)
+{
+	return VARSIZE_ANY_EXHDR(value) == NAMESPACE_LEN &&
+		memcmp(VARDATA_ANY(value), row->ns.value, NAMESPACE_LEN) == 0;
+}
+
+static bool
+is_retired(const NamespaceRow *rows, int nrows, bytea *value)
+{
+	int			i;
+
+	for (i = 0; i < nrows; i++)
+	{
+		if (rows[i].retired && same_namespace(&rows[i], value))
+			return true;
+	}
+	return false;
+}
+
 /*
  * A row comes that was in force where it comes from: is it here, too?  It is
  * where nothing else is, and it takes the place of a row that was made here.
  * Of two that were made elsewhere the one that was here first stays, as it does
- * where the same comes twice, or an older one of our own.
+ * where the same comes twice, or an older one of our own.  Nor does one come
+ * back that was retired here: that was somebody's decision.
  */
 static bool
 takes_effect(Relation rel, NamespaceRow *rows, int nrows, bytea *value, bool carried)
@@ -447,9 +468,8 @@ takes_effect(Relation rel, NamespaceRow *rows, int nrows, bytea *value, bool car
 
 	(void) choose_namespace(rows, nrows, &chosen, &written);
 	takes = chosen == NULL ||
-		(chosen->here && carried &&
-		 (VARSIZE_ANY_EXHDR(value) != NAMESPACE_LEN ||
-		  memcmp(VARDATA_ANY(value), chosen->ns.value, NAMESPACE_LEN) != 0));
+		(chosen->here && carried && !same_namespace(chosen, value) &&
+		 !is_retired(rows, nrows, value));
 	if (takes && chosen != NULL)
 		mark(rel, NULL);
 	else if (!takes && !written)

@@ -25,9 +25,13 @@
 
 #include "access/table.h"
 #include "access/xact.h"
+#include "catalog/dependency.h"
 #include "catalog/namespace.h"
+#include "catalog/pg_class.h"
 #include "catalog/pg_type_d.h"
 #include "commands/async.h"
+#include "commands/extension.h"
+#include "miscadmin.h"
 #include "nodes/pg_list.h"
 #include "storage/bufmgr.h"
 #include "tcop/utility.h"
@@ -38,6 +42,7 @@
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
+#include "background.h"
 #include "compat.h"
 #include "debug_point.h"
 #include "errors.h"
@@ -49,6 +54,9 @@
 
 /* How long COMMIT PREPARED waits for the table. */
 #define TABLE_LOCK_MS 1000
+
+/* NOTIFY takes no more than this, but says so only while the transaction commits. */
+#define PAYLOAD_MAX (BLCKSZ - NAMEDATALEN - 128 - 1)
 
 typedef struct Notice
 {
@@ -75,23 +83,30 @@ static OwnerStatement take_notices = {
 	"WITH taken AS (DELETE FROM idempotency.pending_notices WHERE ctid OPERATOR(pg_catalog.=)"
 	" ANY (ARRAY(SELECT ctid FROM idempotency.pending_notices LIMIT 1000"
 	" FOR UPDATE SKIP LOCKED)) RETURNING prepared_at, number, channel, payload)"
-	" SELECT channel, payload FROM taken ORDER BY prepared_at, number",
+	" SELECT CAST(channel AS pg_catalog.text), CAST(payload AS pg_catalog.text) FROM taken ORDER BY prepared_at, number",
 	0, {0}
 };
 
 /* ---------- the table ---------- */
 
 /*
- * Open it.  Returns NULL where it isn't there.
+ * Open it.  Returns NULL where it isn't there: a table of that name that isn't
+ * the extension's is somebody else's.
  */
 static Relation
 open_table(void)
 {
+	Oid			extension = get_extension_oid("idempotency", true);
 	Oid			namespace = get_namespace_oid("idempotency", true);
-	Oid			relid = OidIsValid(namespace) ?
-		get_relname_relid("pending_notices", namespace) : InvalidOid;
+	Oid			relid;
 
-	return OidIsValid(relid) ? try_table_open(relid, RowExclusiveLock) : NULL;
+	if (!OidIsValid(extension) || !OidIsValid(namespace))
+		return NULL;
+	relid = get_relname_relid("pending_notices", namespace);
+	if (!OidIsValid(relid) || get_rel_relkind(relid) != RELKIND_RELATION ||
+		getExtensionOfObject(RelationRelationId, relid) != extension)
+		return NULL;
+	return try_table_open(relid, RowExclusiveLock);
 }
 
 /*
@@ -126,14 +141,27 @@ keep_notices(void)
 	table_close(rel, NoLock);
 }
 
+/*
+ * What NOTIFY wouldn't take isn't ours, whoever has put it there: it must not
+ * make the commit fail, nor stand in the way of the others.
+ */
 static void
 send_row(HeapTuple tuple, TupleDesc desc, void *arg)
 {
 	bool		isnull[2];
-	Datum		channel = heap_getattr(tuple, 1, desc, &isnull[0]);
-	Datum		payload = heap_getattr(tuple, 2, desc, &isnull[1]);
+	Datum		values[2];
+	char	   *channel;
+	char	   *payload;
 
-	notify_at_commit(TextDatumGetCString(channel), TextDatumGetCString(payload));
+	values[0] = heap_getattr(tuple, 1, desc, &isnull[0]);
+	values[1] = heap_getattr(tuple, 2, desc, &isnull[1]);
+	if (isnull[0] || isnull[1])
+		return;
+	channel = TextDatumGetCString(values[0]);
+	payload = TextDatumGetCString(values[1]);
+	if (channel[0] == '\0' || strlen(channel) >= NAMEDATALEN || strlen(payload) > PAYLOAD_MAX)
+		return;
+	notify_at_commit(channel, payload);
 }
 
 /*
@@ -237,12 +265,22 @@ notify_at_commit(const char *channel, const char *payload)
 
 /* ---------- COMMIT PREPARED ---------- */
 
+/*
+ * Whoever commits the prepared transaction may be a superuser, and the table
+ * another role's, as in a background process.
+ */
 static void
 send_work(void *arg)
 {
 	int			nestlevel = lock_limit_begin(TABLE_LOCK_MS);
+	Oid			userid;
+	int			sec_context;
 
+	/* only the abort of a subtransaction puts it back */
+	GetUserIdAndSecContext(&userid, &sec_context);
+	background_restrict();
 	send_kept_notices();
+	SetUserIdAndSecContext(userid, sec_context);
 	lock_limit_end(nestlevel);
 }
 

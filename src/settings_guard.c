@@ -15,19 +15,24 @@
  * So a setting that needs a privilege (PGC_SUSET) and lost a value is not to be
  * relied on, and nothing that may read one is done (IK011).  Its placeholder
  * and what became of it are compared here; if everything was accepted, they
- * are alike.  There are two cases:
+ * are alike.  There are three cases:
  *
  *	- The value that RESET goes back to was refused.  Whatever it had taken
  *	  the place of can't be known, until a value of the same or a higher source
  *	  is accepted: a superuser's SET where the connection's option was refused,
  *	  but not a reload of the file, since the role may have had a stricter one.
  *
- *	- Only a value of the transaction under way was refused: of SET, SET LOCAL
- *	  or a function's SET clause.  Had the library been loaded, that would have
- *	  been an error and the end of the transaction, which it therefore counts for.
+ *	- A value that was SET for the session was refused.  It may have taken the
+ *	  place of one that was set with the privilege, by a function of somebody
+ *	  else's.  So it is the same until a SET is accepted.
  *
- * What a client has SET in earlier transactions without the right to do so is
- * nothing: what stands below it is intact.
+ *	- Only a value of the transaction under way was refused: of SET LOCAL, of a
+ *	  function's SET clause or, while nobody knows whether it commits, of SET.
+ *	  Had the library been loaded, that would have been an error and the end of
+ *	  the transaction, which it therefore counts for.
+ *
+ * None of that is known in a parallel worker, which is given the settings that
+ * the leader ended up with.  Nothing of ours is meant to be called there.
  *
  * Where the library is preloaded, the postmaster defines the settings, from
  * placeholders of its file; those only an invalid value there concerns.
@@ -38,6 +43,7 @@
  */
 #include "postgres.h"
 
+#include "access/parallel.h"
 #include "access/xact.h"
 #include "utils/guc.h"
 #include "utils/guc_tables.h"
@@ -63,15 +69,17 @@ typedef struct Placeholder
 	Origin		current;
 	Origin		reset;
 	int			depth;			/* of the stack of values to go back to */
+	bool		set;			/* by a SET that would outlive the transaction? */
 } Placeholder;
 
 /* A setting that has lost a value. */
 typedef struct Loss
 {
 	struct config_generic *setting;
-	GucSource	source;			/* of the refused value to RESET to, or
+	GucSource	source;			/* of the refused value that lasts, or
 								 * PGC_S_DEFAULT */
 	bool		in_transaction; /* was one of the transaction's own refused? */
+	bool		lasts;			/* and becomes the session's if it commits? */
 } Loss;
 
 static List *placeholders = NIL;
@@ -111,6 +119,19 @@ stack_depth(const struct config_generic *setting)
 	return depth;
 }
 
+static bool
+is_set(const struct config_generic *setting)
+{
+	const GucStack *item;
+
+	for (item = setting->stack; item != NULL; item = item->prev)
+	{
+		if (item->state == GUC_SET || item->state == GUC_SET_LOCAL)
+			return true;
+	}
+	return false;
+}
+
 /* To be called before the settings are defined: notes what stands in their place. */
 void
 settings_guard_begin(void)
@@ -118,6 +139,10 @@ settings_guard_begin(void)
 	int			n;
 	struct config_generic **settings = get_guc_variables_compat(&n);
 	int			i;
+
+	/* what an attempt to load that failed has left */
+	placeholders = NIL;
+	nlosses = 0;
 
 	for (i = 0; i < n; i++)
 	{
@@ -131,6 +156,7 @@ settings_guard_begin(void)
 		placeholder->current = current_origin(settings[i]);
 		placeholder->reset = reset_origin(settings[i]);
 		placeholder->depth = stack_depth(settings[i]);
+		placeholder->set = is_set(settings[i]);
 		placeholders = lappend(placeholders, placeholder);
 	}
 }
@@ -144,7 +170,11 @@ at_xact_end(XactEvent event, void *arg)
 	if (event != XACT_EVENT_COMMIT && event != XACT_EVENT_ABORT && event != XACT_EVENT_PREPARE)
 		return;
 	for (i = 0; i < nlosses; i++)
-		losses[i].in_transaction = false;
+	{
+		if (losses[i].lasts && event != XACT_EVENT_ABORT)
+			losses[i].source = PGC_S_SESSION;
+		losses[i].in_transaction = losses[i].lasts = false;
+	}
 }
 
 static void
@@ -153,13 +183,20 @@ note_loss(struct config_generic *setting, const Placeholder *placeholder)
 	Origin		current = current_origin(setting);
 	Origin		reset = reset_origin(setting);
 	Loss	   *loss = &losses[nlosses];
+	bool		refused;
+
+	/* RESET in a transaction has a stack, too, which nothing is left of */
+	refused = placeholder->current.source == PGC_S_SESSION &&
+		(!same_origin(&current, &placeholder->current) ||
+		 stack_depth(setting) != placeholder->depth);
 
 	loss->setting = setting;
 	loss->source = same_origin(&reset, &placeholder->reset) ? PGC_S_DEFAULT :
 		placeholder->reset.source;
-	loss->in_transaction = placeholder->depth > 0 &&
-		(!same_origin(&current, &placeholder->current) ||
-		 stack_depth(setting) != placeholder->depth);
+	if (refused && placeholder->depth == 0)
+		loss->source = PGC_S_SESSION;
+	loss->in_transaction = refused && placeholder->depth > 0;
+	loss->lasts = loss->in_transaction && placeholder->set;
 
 	if (loss->source != PGC_S_DEFAULT || loss->in_transaction)
 		nlosses++;
@@ -214,6 +251,12 @@ void
 check_settings(void)
 {
 	int			i;
+
+	if (IsParallelWorker())
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_TRANSACTION_STATE),
+				 errmsg("cannot call functions of extension %s during a parallel operation",
+						"idempotency")));
 
 	for (i = 0; i < nlosses; i++)
 	{

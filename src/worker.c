@@ -589,6 +589,40 @@ note_settled(Run *run, Settled *settled, instr_time started)
 	databases_unlock();
 }
 
+static void
+send_notices_work(void *arg)
+{
+	send_kept_notices();
+}
+
+/*
+ * Send what COMMIT PREPARED couldn't.  That this can't either is no reason not
+ * to settle: it is logged when it begins, shown, and left to the next worker.
+ */
+static void
+send_notices(Run *run)
+{
+	static bool failed = false;
+	ErrorData  *error = failed ? NULL : in_subtransaction(send_notices_work, NULL);
+	char	   *text;
+	const char *last;
+	bool		is_new;
+
+	if (error == NULL)
+		return;
+	failed = true;
+	text = psprintf("could not send the notices of a prepared transaction: %s", error->message);
+	databases_lock(LW_SHARED);
+	last = own_entry()->error;
+	is_new = last[0] == '\0' || strncmp(last, text, strlen(last)) != 0;
+	databases_unlock();
+	if (run->error[0] == '\0')
+		keep_error(run, text);
+	ereport(is_new && !error_is_about_locks(error) ? LOG : DEBUG1,
+			(errcode(error->sqlerrcode), errmsg_internal("%s", text)));
+	FreeErrorData(error);
+}
+
 /*
  * Settle what can be settled of calls or, with "events", look at events that
  * wait.  Returns false where the run ends.
@@ -614,7 +648,7 @@ run_settling(Run *run, bool events, MemoryContext context)
 		step_over(run);
 		(void) set_config_option("lock_timeout", CppAsString2(EXTENSION_LOCK_MS), PGC_SUSET,
 								 PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
-		send_kept_notices();
+		send_notices(run);
 		/* what is told of it has to outlive its transaction */
 		MemoryContextSwitchTo(context);
 		if (events)

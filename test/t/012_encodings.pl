@@ -291,6 +291,18 @@ foreach my $case ([ 'latin1', 'é注文', 'é??' ], [ 'latin1', '\u00e9\u6ce8', 
 	sql($node, q{DELETE FROM idempotency.stripe_webhook_events WHERE stripe_event_id = 'evt_3'}, db => $db);
 }
 
+# also where nearly every other character is lacking, in time
+{
+	my $body = event('evt_long', '注' . 'é注x' x 300_000);
+	my $file = PostgreSQL::Test::Utils::tempdir() . '/event.sql';
+
+	append_to_file($file, "SET statement_timeout = '60s';\n" . receive('stripe_webhook_receive', $body));
+	is($node->safe_psql('latin1', "\\i $file"), 'evt_long|customer.created', 'latin1: a long event of such');
+	ok(sql($node, q{SELECT payload_snapshot #>> '{data,object,name}' = '?' || repeat('é?x', 300000)
+		FROM idempotency.stripe_webhook_events WHERE stripe_event_id = 'evt_long'}, db => 'latin1') eq 't', 'which is kept');
+	sql($node, q{DELETE FROM idempotency.stripe_webhook_events WHERE stripe_event_id = 'evt_long'}, db => 'latin1');
+}
+
 # a body told as text is in the client's encoding, and signed in UTF-8
 foreach my $case ([ 'latin1', 'é\\' ], [ 'euc_jp', '注文\"' ], [ 'sql_ascii', 'é\u00e9' ])
 {

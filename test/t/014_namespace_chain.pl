@@ -227,6 +227,19 @@ wait_until($node, 'SELECT count(*) = 1 FROM idempotency.namespace WHERE in_force
 is(keys_of($disabled), $expected, 'and the keys are the same');
 
 #
+# A copy that has decided on a namespace of its own keeps it, whatever is loaded
+# into it of the original afterwards.
+#
+my $decided = 'db' . ++$databases;
+sql($node, "CREATE DATABASE $decided TEMPLATE $source");
+sql($node, q{SELECT idempotency.stripe_namespace('new')}, db => $decided);
+my $own = keys_of($decided);
+isnt($own, $expected, 'a copy with a namespace of its own');
+restore($source, $decided, '--data-only', '--table=namespace');
+is(keys_of($decided), $own, 'which a restore of the original does not take back');
+is(in_force($decided), '1', 'and it is the one in force');
+
+#
 # Replication, also out of and into a table that is published itself
 #
 my $subscriber = new_database(days => 70);

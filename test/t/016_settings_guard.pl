@@ -148,7 +148,23 @@ is(session('', refund()), '42501', 'and without the option');
 sql($node, 'ALTER DATABASE postgres RESET session_preload_libraries');
 
 # set before it is loaded, in a session that has the file's and role's values
-is(session('', q{SET idempotency.stripe_allowed_paths = '*'; } . refund()), '42501', "a SET of earlier has no effect: the role's list counts");
+refused('', q{SET idempotency.stripe_allowed_paths = '*'; } . refund(), 'a SET of earlier');
+refused('', q{SET idempotency.stripe_allowed_paths = '*'; } . "$load; RESET ALL; " . customer(), 'also after RESET, which does not tell what it had taken the place of');
+refused('', q{BEGIN; SET idempotency.stripe_allowed_paths = '*'; } . "$load; COMMIT; " . customer(), 'one that commits with the load');
+is(session('', q{BEGIN; SET idempotency.stripe_allowed_paths = '*'; } . "$load; ROLLBACK; " . customer()), 'completed', 'unless it is rolled back');
+is(session('', q{SET idempotency.stripe_allowed_paths = '*'; RESET idempotency.stripe_allowed_paths; } . customer()), 'completed', 'or taken back');
+sql($node, q{
+	CREATE FUNCTION bind() RETURNS text LANGUAGE sql SECURITY DEFINER
+	AS $$SELECT set_config('idempotency.stripe_allowed_paths', 'GET /v1/balance', false)$$});
+is(session('', 'SELECT FROM bind(); ' . customer()), '42501', 'a function of a superuser\'s narrows the list for the session');
+refused('', q{SELECT FROM bind(); SET idempotency.stripe_allowed_paths = '*'; } . customer(), 'what has taken its place is not nothing');
+refused('', q{BEGIN; SELECT FROM bind(); SET idempotency.stripe_allowed_paths = '*'; } . "$load; COMMIT; " . customer(), 'nor in one transaction');
+is(session('', q{SELECT FROM bind(); BEGIN; SET idempotency.stripe_allowed_paths = '*'; } . "$load; COMMIT; " . customer()), '42501', 'in the one that loads the library: what was bound before is in force');
+foreach my $user ('web', $superuser)
+{
+	is(session('', "BEGIN; SET LOCAL idempotency.stripe_allowed_paths = '*'; RESET idempotency.stripe_allowed_paths; " . customer() . '; COMMIT', $user),
+		'completed', "$user: SET LOCAL, taken back in the transaction that loads the library");
+}
 is(session('', q{BEGIN; SET LOCAL idempotency.stripe_allowed_paths = '*'; } . customer()), 'IK011', 'one of this transaction ends it, as it would have done');
 is(session('', q{BEGIN; SAVEPOINT a; SET LOCAL idempotency.stripe_allowed_paths = '*'; } . $load . q{; ROLLBACK TO a; }
 		. 'ROLLBACK; ' . customer()),
@@ -175,14 +191,15 @@ is(session(option('stripe_allowed_paths', '*'), 'SELECT pay_as_owner(); ' . refu
 	like($session->{stderr}, qr/IK011/, 'a session that goes on');
 	$session->{stderr} = '';
 	$node->append_conf('postgresql.conf', q{idempotency.stripe_allowed_paths = 'POST /v1/refunds'});
+	my $before = sql($node, 'SELECT clock_timestamp()');
 	$node->reload;
-	is($session->query(q{
-		DO $$BEGIN
+	is($session->query(qq{
+		DO \$\$BEGIN
 			FOR i IN 1 .. 600 LOOP
-				EXIT WHEN pg_conf_load_time() > now();
+				EXIT WHEN pg_conf_load_time() > '$before';
 				PERFORM pg_sleep(0.1);
 			END LOOP;
-		END$$;
+		END\$\$;
 		SELECT 'reloaded'}), 'reloaded', 'a reload');
 	$session->query(refund());
 	like($session->{stderr}, qr/IK011/, 'is refused still');
@@ -199,6 +216,21 @@ is(session(option('stripe_allowed_paths', '*'), "$load; " . q{SELECT FROM mend()
 	'completed 42501', 'who may can');
 is(session(option('stripe_allowed_paths', '*'), "$load; " . q{BEGIN; SELECT FROM mend(); ROLLBACK; } . customer()),
 	'IK011', 'unless that is rolled back');
+
+# A parallel worker loads the library itself, and doesn't know what the leader lost
+sql($node, q{
+	CREATE FUNCTION parallel_get(path text) RETURNS text LANGUAGE plpgsql PARALLEL SAFE
+	AS $$BEGIN RETURN (SELECT outcome FROM idempotency.stripe_get(path)); END$$});
+foreach my $options ('', option('stripe_allowed_paths', 'x'))
+{
+	my $before = arrivals();
+
+	is(session($options, "$load; SET force_parallel_mode = on; SELECT parallel_get('/v1/refunds')"), '25000', 'nothing is called in a parallel worker');
+	is(arrivals(), $before, 'and nothing is sent');
+}
+is(session('', q{SET force_parallel_mode = on; SELECT status FROM idempotency.lookup('k', 's'); SELECT count(*) FROM pg_class WHERE oid = 0;
+	SELECT count(*) FROM idempotency.open_claims; } . customer()),
+	' 0 0 completed', 'what is parallel restricted stays with the leader');
 
 # a value that isn't valid, in the file of a server that preloads the library
 $node->append_conf('postgresql.conf', "idempotency.webhook_livemode = 'tset'\nshared_preload_libraries = 'idempotency'\n");
@@ -217,6 +249,13 @@ until (($told = session('', 'SELECT FROM idempotency.stripe_webhook_receive(' . 
 is($told, 'IK004', 'a corrected one is in force after a reload');
 is(session('', 'SELECT FROM idempotency.stripe_webhook_receive(' . event('evt_fine', 'false') . ')'), '', 'and events are taken in');
 is(session(option('stripe_allowed_paths', '*'), refund()), 'permi', "permission denied: a connection with such an option isn't made where the library is preloaded");
+
+
+# one that is refused only on use
+$node->append_conf('postgresql.conf', "idempotency.stripe_allowed_paths = 'no such thing'\nidempotency.stripe_version = 'x'\n");
+$node->restart;
+is(session('', 'SET force_parallel_mode = on; SELECT count(*) FROM pg_class WHERE oid = 0', 'granted'), '0', 'a mistyped list of paths is no hindrance to parallel queries');
+is(session('', customer(), 'granted'), '22023', 'it is refused when it is used');
 
 $node->stop;
 $stripe->stop;
