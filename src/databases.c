@@ -65,6 +65,9 @@ typedef struct KnownEntry
 
 DatabaseTable *databases = NULL;
 
+/* From one worker that sends notices to the next. */
+#define NOTICES_GAP USECS_PER_SEC
+
 static LWLock *lock = NULL;
 static bool mark_at_commit = false;
 
@@ -235,6 +238,47 @@ databases_note_use(void)
 		return;
 	noted = true;
 	mark(false);
+}
+
+/*
+ * A transaction of this database is being prepared that leaves notices for a
+ * worker.
+ */
+void
+databases_note_notices(void)
+{
+	Database   *db;
+
+	if (databases == NULL)
+		return;
+	databases_lock(LW_EXCLUSIVE);
+	db = databases_find(MyDatabaseId);
+	if (db != NULL)
+		db->notices = true;
+	databases_unlock();
+}
+
+/*
+ * A prepared transaction of this database has committed: where it may have left
+ * notices a worker comes now, or a second after the last one.  After a restart
+ * that isn't known, and the next pass finds them.  Raises nothing.
+ */
+void
+databases_send_notices_soon(void)
+{
+	Database   *db;
+
+	if (databases == NULL)
+		return;
+	databases_lock(LW_EXCLUSIVE);
+	db = databases_find(MyDatabaseId);
+	if (db != NULL && db->notices && db->failures == 0)
+	{
+		db->next_run = Min(db->next_run, Max(GetCurrentTimestamp(),
+											 db->last_run + NOTICES_GAP));
+		databases_wake_launcher();
+	}
+	databases_unlock();
 }
 
 /*

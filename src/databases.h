@@ -57,6 +57,8 @@ typedef struct Database
 	TimestampTz next_run;
 	int64		planned;		/* how far ahead that was, in microseconds */
 	bool		held;			/* being dropped */
+	bool		notices;		/* has prepared transactions with notices, or
+								 * had some since the server started */
 	int			failures;		/* in a row */
 
 	/* the pass through the ledgers, which may take several runs */
@@ -109,6 +111,8 @@ extern void databases_call_launcher(void);
 
 extern void databases_mark_at_commit(void);
 extern void databases_note_use(void);
+extern void databases_note_notices(void);
+extern void databases_send_notices_soon(void);
 
 extern void databases_read_kept_place(KeptPlace *place);
 extern void databases_write_kept_place(const KeptPlace *place);

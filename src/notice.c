@@ -9,10 +9,10 @@
  * of the event that does it.  So a notice is kept until the transaction comes to
  * its end.  At COMMIT it becomes a NOTIFY.  At PREPARE TRANSACTION it becomes
  * a row of idempotency.pending_notices, which shares the transaction's fate.
- * Whoever commits the prepared transaction sends what it has left there, and
- * deletes it; what that one couldn't (the server has crashed, somebody has the
- * table locked) a worker sends at its next pass.  So a notice comes once at
- * least, as ever after COMMIT.
+ * Once that is committed a worker sends them, and deletes the row: whoever says
+ * COMMIT PREPARED only has one come soon.  (Were they sent there, an error of the
+ * NOTIFY would look as if the transaction hadn't committed.)  So a notice comes
+ * once at least, as ever after COMMIT.
  *
  * That takes a hook and workers.  Where the library isn't preloaded the NOTIFY is
  * sent at PREPARE TRANSACTION, too, and PostgreSQL refuses it in its own words.
@@ -42,18 +42,13 @@
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
-#include "background.h"
 #include "compat.h"
+#include "databases.h"
 #include "debug_point.h"
 #include "errors.h"
-#include "lock_limit.h"
 #include "notice.h"
 #include "owner_spi.h"
 #include "shmem.h"
-#include "subtransaction.h"
-
-/* How long COMMIT PREPARED waits for the table. */
-#define TABLE_LOCK_MS 1000
 
 /* NOTIFY takes no more than this, but says so only while the transaction commits. */
 #define PAYLOAD_MAX (BLCKSZ - NAMEDATALEN - 128 - 1)
@@ -139,6 +134,7 @@ keep_notices(void)
 	}
 	PopActiveSnapshot();
 	table_close(rel, NoLock);
+	databases_note_notices();
 }
 
 /*
@@ -265,46 +261,6 @@ notify_at_commit(const char *channel, const char *payload)
 
 /* ---------- COMMIT PREPARED ---------- */
 
-/*
- * Whoever commits the prepared transaction may be a superuser, and the table
- * another role's, as in a background process.
- */
-static void
-send_work(void *arg)
-{
-	int			nestlevel = lock_limit_begin(TABLE_LOCK_MS);
-	Oid			userid;
-	int			sec_context;
-
-	/* only the abort of a subtransaction puts it back */
-	GetUserIdAndSecContext(&userid, &sec_context);
-	background_restrict();
-	send_kept_notices();
-	SetUserIdAndSecContext(userid, sec_context);
-	lock_limit_end(nestlevel);
-}
-
-/*
- * The prepared transaction has committed, so an error must not look as if it
- * hadn't.
- */
-static void
-after_commit_prepared(void)
-{
-	ErrorData  *edata;
-
-	DEBUG_POINT("commit-prepared");
-	if (XactReadOnly)
-		return;
-	edata = in_subtransaction(send_work, NULL);
-	if (edata != NULL)
-		ereport(LOG,
-				(errcode(edata->sqlerrcode),
-				 errmsg("could not send the notices of a prepared transaction"),
-				 errdetail_internal("%s", edata->message),
-				 errhint("A worker sends them at its next pass.")));
-}
-
 static void
 on_process_utility(PlannedStmt *pstmt, const char *query, bool read_only_tree,
 				   ProcessUtilityContext context, ParamListInfo params,
@@ -321,7 +277,10 @@ on_process_utility(PlannedStmt *pstmt, const char *query, bool read_only_tree,
 								dest, qc);
 
 	if (commits_prepared)
-		after_commit_prepared();
+	{
+		DEBUG_POINT("commit-prepared");
+		databases_send_notices_soon();
+	}
 }
 
 /* To be called while the library is preloaded. */

@@ -596,8 +596,8 @@ send_notices_work(void *arg)
 }
 
 /*
- * Send what COMMIT PREPARED couldn't.  That this can't either is no reason not
- * to settle: it is logged when it begins, shown, and left to the next worker.
+ * Send what prepared transactions have left.  Where that fails it is logged when
+ * it begins, shown, and left to the next worker.
  */
 static void
 send_notices(Run *run)
@@ -648,7 +648,6 @@ run_settling(Run *run, bool events, MemoryContext context)
 		step_over(run);
 		(void) set_config_option("lock_timeout", CppAsString2(EXTENSION_LOCK_MS), PGC_SUSET,
 								 PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
-		send_notices(run);
 		/* what is told of it has to outlive its transaction */
 		MemoryContextSwitchTo(context);
 		if (events)
@@ -670,11 +669,10 @@ run_settling(Run *run, bool events, MemoryContext context)
 }
 
 /*
- * An error ends the work on one ledger, and not that on the next.  "context"
- * is where its text may be.
+ * An error has ended the transaction.  "context" is where its text may be.
  */
 static void
-note_error(Run *run, MemoryContext context)
+catch_error(Run *run, MemoryContext context)
 {
 	ErrorData  *error;
 
@@ -692,9 +690,37 @@ note_error(Run *run, MemoryContext context)
 
 	run->failed = true;
 	keep_error(run, error->message);
+}
+
+/* It ends the work on one ledger, and not that on the next. */
+static void
+note_error(Run *run, MemoryContext context)
+{
+	catch_error(run, context);
 
 	/* this pass is done with that one */
 	end_part(run, false);
+}
+
+/*
+ * The first thing that a worker does, in a transaction of its own, whatever
+ * idempotency.expiry says: somebody waits for it.
+ */
+static void
+run_notices(Run *run)
+{
+	background_begin();
+	if (!lock_extension() || XactReadOnly)
+	{
+		CommitTransactionCommand();
+		return;
+	}
+	background_restrict();
+	PushActiveSnapshot(GetTransactionSnapshot());
+	(void) set_config_option("lock_timeout", CppAsString2(EXTENSION_LOCK_MS), PGC_SUSET,
+							 PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
+	send_notices(run);
+	commit_batch();
 }
 
 /* Where the run has ended, say what came of it and when the next is due. */
@@ -805,6 +831,17 @@ idempotency_worker_main(Datum arg)
 									ALLOCSET_DEFAULT_SIZES);
 	Assert(NPARTS == DATABASE_PARTS);
 	begin_run(&run);
+
+	PG_TRY();
+	{
+		MemoryContextSwitchTo(context);
+		run_notices(&run);
+	}
+	PG_CATCH();
+	{
+		catch_error(&run, run_context);
+	}
+	PG_END_TRY();
 
 	while (run.part < NPARTS)
 	{
