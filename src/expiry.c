@@ -123,9 +123,10 @@ note_oldest(TimestampTz *oldest, TimestampTz since)
 /* ---------- search ---------- */
 
 /* Does another transaction have the row locked, or is changing it? */
-static bool
-is_locked(HeapTupleHeader header)
+bool
+expiry_row_is_locked(TupleTableSlot *slot)
 {
+	HeapTupleHeader header = ExecFetchSlotHeapTuple(slot, false, NULL)->t_data;
 	TransactionId xmax = HeapTupleHeaderGetRawXmax(header);
 
 	if (header->t_infomask & HEAP_XMAX_INVALID)
@@ -148,7 +149,7 @@ consider_row(TupleTableSlot *slot, void *arg)
 		return true;
 
 	note_oldest(&batch->oldest, candidate->since);
-	if (is_locked(ExecFetchSlotHeapTuple(slot, false, NULL)->t_data))
+	if (expiry_row_is_locked(slot))
 	{
 		note_oldest(&batch->left, candidate->since);
 		return true;

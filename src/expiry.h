@@ -77,6 +77,7 @@ typedef struct ExpiryBatch
 	bool		gave_up;		/* too many refused, one after the other */
 } ExpiryBatch;
 
+extern bool expiry_row_is_locked(TupleTableSlot *slot);
 extern void expiry_batch(ExpiryBatch *batch);
 
 #endif							/* IDEMPOTENCY_EXPIRY_H */

@@ -33,6 +33,7 @@
 #include "caller.h"
 #include "compat.h"
 #include "errors.h"
+#include "expiry.h"
 #include "ledger_search.h"
 #include "lock_limit.h"
 #include "result.h"
@@ -493,7 +494,9 @@ consider_row(TupleTableSlot *slot, void *arg)
 							  fate_is_news(DatumGetArrayTypeP(callers),
 										   (uint64) DatumGetInt64(system)),
 							  is_open(slot, work));
-	if (candidate != NULL)
+	if (candidate != NULL && expiry_row_is_locked(slot))
+		work->ncandidates--;
+	else if (candidate != NULL)
 	{
 		MemoryContext context = MemoryContextSwitchTo(work->context);
 

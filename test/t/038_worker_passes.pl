@@ -62,12 +62,12 @@ sql($node, q{
 	CREATE TRIGGER refuse BEFORE UPDATE ON idempotency.stripe_idempotency_keys
 		FOR EACH ROW WHEN (OLD.operation_id LIKE 'refused%') EXECUTE FUNCTION refuse()});
 my $xid = rolled_back();
-calls(250, 'refused', $xid, $here);
+calls(120, 'refused', $xid, $here);
 calls(1, 'behind', $xid, $here);
 my $offset = -s $node->logfile;
 workers(2);
-is_noted('behind1', 'behind 250 calls that raise an error');
-holds($node, q{SELECT status = 'rows refused' AND refused = 250 FROM idempotency.workers
+is_noted('behind1', 'behind 120 calls that raise an error');
+holds($node, q{SELECT status = 'rows refused' AND refused = 120 FROM idempotency.workers
 	WHERE database = current_database()}, 'each is counted once a pass');
 is(state_of('last_error'), '(account, operation_type, operation_id)=(, call, refused1): not this one', 'one is named');
 is(state_of('next_step'), 'SELECT * FROM idempotency.stripe_unknown;', 'and where to look');
@@ -76,16 +76,16 @@ wait_for_pass('and another');
 is(scalar(() = substr(slurp_file($node->logfile), $offset) =~ /DETAIL:  Row .*not this one/g), 1, 'logged once');
 my $locker = $node->background_psql('postgres');
 workers(0);
-calls(150, 'locked', $xid, $here);
+calls(110, 'locked', $xid, $here);
 calls(1, 'behind locked', $xid, $here);
 $locker->query_safe(q{BEGIN; SELECT FROM idempotency.stripe_idempotency_keys WHERE operation_id LIKE 'locked%' FOR UPDATE});
 workers(2);
-is_noted('behind locked1', 'behind 150 calls that somebody has locked');
+is_noted('behind locked1', 'behind 110 calls that somebody has locked');
 $locker->query_safe('COMMIT');
 $locker->quit;
-is_noted('locked150', 'which come later');
+is_noted('locked110', 'which come later');
 sql($node, q{DROP TRIGGER refuse ON idempotency.stripe_idempotency_keys});
-is_noted('refused250', 'and those that were refused, once they aren\'t');
+is_noted('refused120', 'and those that were refused, once they aren\'t');
 workers(0);
 sql($node, 'DELETE FROM idempotency.stripe_idempotency_keys; VACUUM idempotency.stripe_idempotency_keys');
 
