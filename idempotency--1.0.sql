@@ -550,14 +550,14 @@ RETURNS TABLE (database text, status text, pid integer, last_run timestamptz,
 AS 'MODULE_PATHNAME', 'idempotency_worker_states'
 LANGUAGE C STABLE CALLED ON NULL INPUT PARALLEL RESTRICTED ROWS 10;
 
-CREATE VIEW idempotency.workers AS
+CREATE VIEW idempotency.workers WITH (security_barrier) AS
 SELECT w.database, w.status, w.pid, w.last_run, w.removed, w.refused, w.oldest_expired,
 	pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) w.oldest_expired AS lag,
 	w.last_error, w.last_error_at, w.next_run, w.next_step
 FROM idempotency.worker_states() w
 ORDER BY w.database;
 
-CREATE VIEW idempotency.open_claims AS
+CREATE VIEW idempotency.open_claims WITH (security_barrier) AS
 SELECT c.ledger, c.scope, c.key, c.account, c.operation_type, c.operation_id,
 	c.attempt, c.claimed_at, c.lease_expires_at, c.lapsed, c.recovery_point, c.next_step
 FROM (
@@ -587,7 +587,7 @@ FROM (
 ) c
 ORDER BY c.lapsed DESC, c.lease_expires_at;
 
-CREATE VIEW idempotency.stripe_webhook_pending AS
+CREATE VIEW idempotency.stripe_webhook_pending WITH (security_barrier) AS
 SELECT e.account, e.stripe_event_id, e.consumer, e.event_type, e.object_id, s.state,
 	e.attempts, e.received_at, e.claimed_at, e.lease_expires_at,
 	e.error_message AS last_error,
@@ -608,7 +608,7 @@ FROM idempotency.stripe_webhook_events e,
 WHERE e.success IS NOT TRUE
 ORDER BY COALESCE(e.lease_expires_at, e.processed_at, e.received_at);
 
-CREATE VIEW idempotency.stripe_unknown AS
+CREATE VIEW idempotency.stripe_unknown WITH (security_barrier) AS
 SELECT u.account, u.operation_type, u.operation_id, u.reason, u.idempotency_key,
 	u.generation, u.attempt, u.http_status, u.resource_id, u.request_id, u.livemode,
 	u.first_sent_at, u.claimed_at, u.recorded_at, u.reconciled_at,
@@ -650,7 +650,7 @@ FROM (
 WHERE u.reason IS NOT NULL
 ORDER BY u.first_sent_at;
 
-CREATE VIEW idempotency.stripe_orphans AS
+CREATE VIEW idempotency.stripe_orphans WITH (security_barrier) AS
 SELECT o.account, o.operation_type, o.operation_id, o.outcome, o.fate, o.resource_id,
 	o.resource_type, o.livemode, o.claimed_at, o.recorded_at,
 	pg_catalog.format('SELECT idempotency.stripe_acknowledge(%L, %L, note => %L, account => %L);',
@@ -1336,16 +1336,14 @@ COMMENT ON FUNCTION idempotency.grant_role(regrole, text) IS
 	'kind: application, webhook, stripe_caller, observer or operator. Raises IK003 for a bad argument, 42501 for anybody else';
 
 --
--- Privileges: nothing for PUBLIC, idempotency.grant_role() gives what a role needs
+-- Privileges: nothing for PUBLIC, nor for whom default privileges name;
+-- idempotency.grant_role() gives what a role needs
 --
 
-REVOKE ALL ON SCHEMA idempotency FROM PUBLIC;
-REVOKE ALL ON ALL TABLES IN SCHEMA idempotency FROM PUBLIC;
-REVOKE ALL ON ALL FUNCTIONS IN SCHEMA idempotency FROM PUBLIC;
-REVOKE ALL ON TYPE idempotency.verdict, idempotency.outcome, idempotency.claim_result,
-	idempotency.key_info, idempotency.stripe_claim_result, idempotency.stripe_key_info,
-	idempotency.webhook_claim_result, idempotency.webhook_receipt,
-	idempotency.stripe_call_result FROM PUBLIC;
+CREATE FUNCTION idempotency.revoke_all() RETURNS void
+AS 'MODULE_PATHNAME', 'idempotency_revoke_all' LANGUAGE C;
+SELECT idempotency.revoke_all();
+DROP FUNCTION idempotency.revoke_all();
 
 --
 -- Wake the launcher of the background workers once this has committed

@@ -37,15 +37,21 @@
 #include "postgres.h"
 
 #include "lib/stringinfo.h"
+#include "libpq/pqformat.h"
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "port/pg_bswap.h"
+#include "utils/builtins.h"
+#include "utils/numeric.h"
 
 #include "fingerprint.h"
 #include "mac.h"
 
 StaticAssertDecl(FINGERPRINT_LEN == 1 + NAMESPACE_ID_LEN + MAC_LEN,
 				 "a fingerprint is version, namespace id and MAC");
+
+/* Decimal digits in one digit of numeric's wire format */
+#define DIGITS_A_GROUP 4
 
 /* Names of members that are left out */
 typedef struct Ignored
@@ -104,8 +110,7 @@ namespace_id(const uint8 *ns, size_t nslen, uint8 id[NAMESPACE_ID_LEN])
  *
  * Memory is CurrentMemoryContext's.  It is given back, except for what an
  * error leaves behind; for a moment it is that of the encoding, which is less
- * than three times as long as the jsonb, and of one number written in full, at
- * most 150 kB.
+ * than three times as long as the jsonb.
  *
  * Raises ERRCODE_PROGRAM_LIMIT_EXCEEDED where 1 GB isn't enough,
  * ERRCODE_STATEMENT_TOO_COMPLEX for nesting deeper than the stack, and what
@@ -301,38 +306,63 @@ encode_value(StringInfo buf, const JsonbValue *value, const Ignored *ignored)
 /*
  * Append the encoding of a number: its digits from the first to the last that
  * isn't 0, as an integer, and the power of ten to multiply that by.
+ *
+ * numeric's wire format has both without ever writing the zeros out: digits to
+ * the base of 10,000, none of them 0 at either end, and the power of the first.
  */
 static void
 encode_number(StringInfo buf, Numeric number)
 {
-	char	   *plain = numeric_normalize(number);
-	bool		negative = (plain[0] == '-');
-	const char *digits = negative ? plain + 1 : plain;
-	size_t		len = strlen(digits);
-	char	   *point = strchr(plain, '.');
-	int			exponent = 0;
+	StringInfoData wire;
+	bytea	   *sent = DatumGetByteaPP(DirectFunctionCall1(numeric_send, NumericGetDatum(number)));
+	int			ngroups;
+	int			weight;
+	bool		negative;
+	char	   *text;
+	char	   *digits;
+	int			len;
+	int			exponent;
 	char		suffix[16];
 	int			suffix_len;
 
-	if (point != NULL)
+	wire.data = VARDATA_ANY(sent);
+	wire.len = wire.maxlen = VARSIZE_ANY_EXHDR(sent);
+	wire.cursor = 0;
+	ngroups = pq_getmsgint(&wire, 2);
+	weight = (int16) pq_getmsgint(&wire, 2);
+	negative = pq_getmsgint(&wire, 2) != 0;
+	(void) pq_getmsgint(&wire, 2);	/* how many decimals to show */
+
+	len = DIGITS_A_GROUP * ngroups;
+	digits = text = palloc(len + 1);
+	for (int i = 0; i < ngroups; i++)
 	{
-		size_t		fraction_len = digits + len - (point + 1);
+		int			group = pq_getmsgint(&wire, 2);
 
-		memmove(point, point + 1, fraction_len);
-		len--;
-		exponent = -(int) fraction_len;
+		for (int j = DIGITS_A_GROUP - 1; j >= 0; j--)
+		{
+			text[DIGITS_A_GROUP * i + j] = '0' + group % 10;
+			group /= 10;
+		}
 	}
+	exponent = DIGITS_A_GROUP * (weight + 1 - ngroups);
 
-	/* zero is the text "0" here, and stays so */
-	while (len > 1 && digits[0] == '0')
+	while (len > 0 && digits[0] == '0')
 	{
 		digits++;
 		len--;
 	}
-	while (len > 1 && digits[len - 1] == '0')
+	while (len > 0 && digits[len - 1] == '0')
 	{
 		len--;
 		exponent++;
+	}
+	if (len == 0)
+	{
+		digits = "0";
+		len = 1;
+		exponent = 0;
+		negative = false;
 	}
 
 	suffix_len = snprintf(suffix, sizeof(suffix), "e%d", exponent);
@@ -341,10 +371,11 @@ encode_number(StringInfo buf, Numeric number)
 	append_uint64(buf, (uint64) ((negative ? 1 : 0) + len + suffix_len));
 	if (negative)
 		appendStringInfoChar(buf, '-');
-	appendBinaryStringInfo(buf, digits, (int) len);
+	appendBinaryStringInfo(buf, digits, len);
 	appendBinaryStringInfo(buf, suffix, suffix_len);
 
-	pfree(plain);
+	pfree(text);
+	pfree(sent);
 }
 
 static bool

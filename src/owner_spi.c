@@ -18,6 +18,11 @@
  * owner_select(), which searches, leaves that to the planner: one that routes
  * rows to other nodes may know no generic plan for a statement without a key.
  *
+ * An error of a constraint quotes the row that it was about: the answer, the
+ * token, the payload of whoever failed, for the caller and for the server log.
+ * The tables' own constraints can't fail, but an owner may add some.  So what
+ * such an error quotes is left out.
+ *
  * The user id is put back by hand on the normal way out and by the end of the
  * (sub)transaction on error.
  *
@@ -50,14 +55,33 @@ prepare(OwnerStatement *statement, int options)
 	statement->plan = plan;
 }
 
+/*
+ * Leave a row's values out of the error that is being raised.  "arg" isn't used.
+ */
+static void
+hide_row(void *arg)
+{
+	int			sqlstate = geterrcode();
+
+	if (ERRCODE_TO_CATEGORY(sqlstate) == ERRCODE_INTEGRITY_CONSTRAINT_VIOLATION ||
+		sqlstate == ERRCODE_WITH_CHECK_OPTION_VIOLATION)
+		errdetail("The row is not shown, because it may hold what only its owner may see.");
+}
+
 static uint64
 execute(OwnerStatement *statement, Oid owner, Datum *values, const char *nulls,
 		bool read_only, Snapshot snapshot, Datum *out, bool *outnull, int nout)
 {
+	ErrorContextCallback context;
 	Oid			save_userid;
 	int			save_sec_context;
 	uint64		processed;
 	int			rc;
+
+	context.callback = hide_row;
+	context.arg = NULL;
+	context.previous = error_context_stack;
+	error_context_stack = &context;
 
 	GetUserIdAndSecContext(&save_userid, &save_sec_context);
 	SetUserIdAndSecContext(owner, save_sec_context |
@@ -90,6 +114,7 @@ execute(OwnerStatement *statement, Oid owner, Datum *values, const char *nulls,
 
 	SPI_finish();
 	SetUserIdAndSecContext(save_userid, save_sec_context);
+	error_context_stack = context.previous;
 
 	return processed;
 }

@@ -3,7 +3,8 @@
  * privileges.c
  *	  grant_role(): what a role of each kind needs, and no more.
  *
- * The extension grants nothing to PUBLIC.  The functions do their table work
+ * The extension grants nothing to PUBLIC, nor to anybody else: its script takes
+ * back what ALTER DEFAULT PRIVILEGES has given away.  The functions do their table work
  * with the table owner's rights, so EXECUTE is all that a caller needs; no
  * kind gets a privilege on a table.  The GRANTs run as the caller of
  * grant_role(), who must therefore be the owner of the extension's objects.
@@ -28,6 +29,7 @@
 #include "errors.h"
 
 PG_FUNCTION_INFO_V1(idempotency_grant_role);
+PG_FUNCTION_INFO_V1(idempotency_revoke_all);
 
 typedef enum RoleKind
 {
@@ -191,6 +193,67 @@ idempotency_grant_role(PG_FUNCTION_ARGS)
 		grant = psprintf("GRANT %s TO %s", privileges[i].privilege, rolename);
 		if (SPI_execute(grant, false, 0) != SPI_OK_UTILITY)
 			elog(ERROR, "could not execute: %s", grant);
+	}
+	SPI_finish();
+
+	PG_RETURN_VOID();
+}
+
+/*
+ * A REVOKE for each privilege on an object of the schema that somebody else than
+ * the object's owner has.  (The operators of plain text need no qualification
+ * here: search_path is the extension script's.)
+ */
+static const char *const find_grants =
+"SELECT pg_catalog.format('REVOKE ALL ON %s FROM %s CASCADE', o.name,"
+" CASE WHEN a.grantee = 0 THEN 'PUBLIC'"
+" ELSE pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(a.grantee)) END)"
+" FROM (SELECT pg_catalog.format('SCHEMA %I', nspname), nspowner,"
+" COALESCE(nspacl, pg_catalog.acldefault('n', nspowner))"
+" FROM pg_catalog.pg_namespace WHERE nspname = 'idempotency'"
+" UNION ALL SELECT pg_catalog.format(CASE relkind WHEN 'S' THEN 'SEQUENCE %I.%I' ELSE 'TABLE %I.%I' END,"
+" 'idempotency', relname), relowner,"
+" COALESCE(relacl, pg_catalog.acldefault(CASE relkind WHEN 'S' THEN 's'::\"char\" ELSE 'r' END, relowner))"
+" FROM pg_catalog.pg_class"
+" WHERE relnamespace = 'idempotency'::pg_catalog.regnamespace AND relkind IN ('r', 'p', 'v', 'm', 'f', 'S')"
+" UNION ALL SELECT pg_catalog.format('ROUTINE %s', oid::pg_catalog.regprocedure), proowner,"
+" COALESCE(proacl, pg_catalog.acldefault('f', proowner))"
+" FROM pg_catalog.pg_proc WHERE pronamespace = 'idempotency'::pg_catalog.regnamespace"
+" UNION ALL SELECT pg_catalog.format('TYPE %I.%I', 'idempotency', t.typname), t.typowner,"
+" COALESCE(t.typacl, pg_catalog.acldefault('T', t.typowner))"
+" FROM pg_catalog.pg_type t LEFT JOIN pg_catalog.pg_class c ON c.oid = t.typrelid"
+" WHERE t.typnamespace = 'idempotency'::pg_catalog.regnamespace"
+" AND (t.typtype IN ('e', 'd', 'r') OR c.relkind = 'c')"
+") o (name, owner, acl), pg_catalog.aclexplode(o.acl) a"
+" WHERE a.grantee <> o.owner"
+" GROUP BY o.name, a.grantee ORDER BY o.name, a.grantee";
+
+/*
+ * At the end of the extension's script: leave the objects of the schema to their
+ * owner alone.  What PostgreSQL gives to PUBLIC by default goes, and so does
+ * what somebody has chosen to give by ALTER DEFAULT PRIVILEGES, who can't have
+ * had tokens, answers and payloads in mind.
+ */
+Datum
+idempotency_revoke_all(PG_FUNCTION_ARGS)
+{
+	SPITupleTable *found;
+	uint64		nfound;
+	uint64		i;
+
+	check_owner();
+
+	SPI_connect();
+	if (SPI_execute(find_grants, false, 0) != SPI_OK_SELECT)
+		elog(ERROR, "could not execute: %s", find_grants);
+	found = SPI_tuptable;
+	nfound = SPI_processed;
+	for (i = 0; i < nfound; i++)
+	{
+		char	   *revoke = SPI_getvalue(found->vals[i], found->tupdesc, 1);
+
+		if (SPI_execute(revoke, false, 0) != SPI_OK_UTILITY)
+			elog(ERROR, "could not execute: %s", revoke);
 	}
 	SPI_finish();
 

@@ -25,9 +25,9 @@
  * again; past that nothing is (verdict unknown).  "uncertain" remembers that an
  * earlier attempt of this generation ended without a definitive answer, so that
  * a later one that wasn't executed doesn't make the operation free.
- * past_tokens are the tokens of earlier attempts of this generation: they used
- * the same key, so a late answer of theirs is as good as any, where none is
- * recorded yet.
+ * past_tokens are the tokens of the last attempts before this one of this
+ * generation: they used the same key, so a late answer of theirs is as good as
+ * any, where none is recorded yet.
  *
  * A generation is one idempotency key.  Reopening starts the next; the one
  * before goes to "history".
@@ -100,6 +100,13 @@ Ledger		stripe_calls = {
 	}
 };
 
+/*
+ * Attempts whose late answers count.  An operation that stays unknown may be
+ * tried again each second, and its row mustn't grow with every try; whoever is
+ * so late has an answer that later attempts got as well, by the same key.
+ */
+#define MAX_PAST_TOKENS 64
+
 /* $4 to $19, which both ways to claim share */
 #define CLAIM_NARGS 19
 #define CLAIM_ARGTYPES \
@@ -131,7 +138,9 @@ static OwnerStatement take_over = {
 	" first_sent_at = COALESCE(first_sent_at, $5), lease_expires_at = $6, lease = $7,"
 	" attempt = attempt OPERATOR(pg_catalog.+) 1,"
 	" uncertain = uncertain OR NOT (" OUTCOME_IS("not_executed") "),"
-	" past_tokens = pg_catalog.array_append(past_tokens, token),"
+	" past_tokens = (pg_catalog.array_append(past_tokens, token))"
+	"[COALESCE(pg_catalog.cardinality(past_tokens), 0) OPERATOR(pg_catalog.-) "
+	CppAsString2(MAX_PAST_TOKENS) " OPERATOR(pg_catalog.+) 2 :],"
 	" outcome = 'in_progress'::idempotency.outcome, recorded_at = NULL,"
 	" fingerprint = COALESCE(fingerprint, $9), request = COALESCE(request, $10),"
 	" method = CASE WHEN method IS NULL THEN $11 ELSE method END,"
