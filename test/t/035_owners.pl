@@ -51,7 +51,7 @@ sub call
 	return 'SELECT verdict FROM idempotency.stripe_claim(\'payment\', \'' . ++$calls . '\')';
 }
 
-# For COMMIT PREPARED: what settles a call leaves a notice.
+# For COMMIT PREPARED: what settles a call leaves a notice, which a worker sends.
 sub settle_prepared
 {
 	my $id = ++$calls;
@@ -86,6 +86,7 @@ for my $case (
 		elsif ($table eq 'pending_notices')
 		{
 			settle_prepared();
+			wait_until($node, 'SELECT NOT EXISTS (SELECT FROM idempotency.pending_notices)', "$who: a worker has sent what it left");
 		}
 		else
 		{
