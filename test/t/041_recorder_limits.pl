@@ -379,7 +379,7 @@ SKIP:
 	wait_for_no_recorder($node);
 	system("prlimit --pid $postmaster --fsize=18000000:") == 0 or die 'could not set a limit';
 	$caller->query(q{SELECT idempotency.stripe_claim('call', 'full', request =>
-		to_jsonb((SELECT string_agg(md5(i::text), '') FROM generate_series(1, 1000000) i)))});
+		jsonb_build_object('text', (SELECT string_agg(md5(i::text), '') FROM generate_series(1, 1000000) i)))});
 	like($caller->{stderr}, qr/ERROR:  could not extend file .*CONTEXT:  recorder of Stripe operations; nothing was sent/s,
 		'a full disk is the caller\'s error');
 	$caller->{stderr} = '';
