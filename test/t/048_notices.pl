@@ -17,7 +17,7 @@ use Test::More;
 
 needs_debug_points();
 
-my $conf = "restart_after_crash = on\nautovacuum = off\nidempotency.expiry_interval = 1h\n";
+my $conf = "restart_after_crash = on\nautovacuum = off\nidempotency.expiry_interval = 1s\n";
 my $node = new_node('main', debug => 1, init => { allows_streaming => 1 }, conf => $conf);
 
 # Calls that nobody knows the outcome of, and something that settles one.
@@ -159,24 +159,24 @@ hears($listener, 'read only', 'a read-only session commits it: a worker tells');
 sql($node, 'ALTER SYSTEM SET idempotency.max_workers = 0; SELECT pg_reload_conf()');
 wait_until($node, q{SELECT status = 'stopped' FROM idempotency.workers WHERE database = 'postgres'}, 'no worker comes');
 sql($node, 'BEGIN; ' . settle('locked') . "; PREPARE TRANSACTION 'locked'");
-my $locker = $node->background_psql('postgres', on_error_stop => 0);
-my $offset = -s $node->logfile;
-$locker->query_safe('BEGIN; LOCK idempotency.pending_notices IN EXCLUSIVE MODE');
 sql($node, "SET lock_timeout = '100ms'; COMMIT PREPARED 'locked'");
-pass('the table is locked: COMMIT PREPARED is no error, and waits for nobody');
-is(heard($listener), '', 'nothing is told yet');
-$locker->query_safe('ROLLBACK');
+is(heard($listener), '', 'without workers nothing is told yet');
+my $locker = $node->background_psql('postgres', on_error_stop => 0);
+$locker->query_safe('BEGIN; LOCK idempotency.pending_notices IN EXCLUSIVE MODE');
 sql($node, 'ALTER SYSTEM RESET idempotency.max_workers; SELECT pg_reload_conf()');
+wait_until($node, q{SELECT last_error LIKE 'could not send the notices%' FROM idempotency.workers WHERE database = 'postgres'},
+	'the table is locked: the view says that it cannot be sent');
+is(heard($listener), '', 'and it is not');
+$locker->query_safe('ROLLBACK');
 hears($listener, 'locked', 'a worker tells when it can');
 $locker->quit;
 
 # the server crashes between the commit and the NOTIFY; after that nobody knows that there
 # are notices, and the next pass finds them
-sql($node, q{ALTER SYSTEM SET idempotency.expiry_interval = '1s'; SELECT pg_reload_conf()});
 sql($node, 'BEGIN; ' . settle('crash') . "; PREPARE TRANSACTION 'crash'");
 sql($node, 'BEGIN; ' . settle('crash 2') . "; PREPARE TRANSACTION 'crash 2'");
 arm($node, 'commit-prepared', 'kill');
-$offset = -s $node->logfile;
+my $offset = -s $node->logfile;
 $node->psql('postgres', "SET synchronous_commit = on; COMMIT PREPARED 'crash'");
 $node->wait_for_log(qr/all server processes terminated; reinitializing/, $offset);
 wait_until_up($node);

@@ -350,8 +350,8 @@ answered([ http('{"id": "cus_1"}', map { "X-$_: " . 'x' x 1000 } 1 .. 100) ], 'u
 answered([ http('{"id": "cus_1", "x": "a\u0000b"}') ], 'completed 200 cus_1', 'a character that jsonb has not');
 answered([ http("{\"id\": \"cus_1\", \"x\": \"a\0b\"}") ], 'unknown 200', 'a zero byte');
 answered([ http("{\"id\": \"cus_1\", \"x\": \"\xff\xfe\"}") ], 'unknown 200', 'bytes that are no UTF-8');
-answered([ http('{"id": "cus_1", "x": ' . '[' x 100_000 . ']' x 100_000 . '}') ], 'unknown 200', 'a JSON too deep');
-answered([ http('{"id": "cus_1", "x": 1e999999999}') ], 'unknown 200', 'a number too large');
+answered([ http('{"id": "cus_1", "x": ' . '[' x 100_000 . ']' x 100_000 . '}') ], 'completed 200 cus_1', 'a JSON too deep for jsonb');
+answered([ http('{"id": "cus_1", "x": 1e999999999}') ], 'completed 200 cus_1', 'a number too large for jsonb');
 answered([ http('[{"id": "cus_1"}]') ], 'unknown 200', 'an array');
 answered([ http('') ], 'unknown 200', 'nothing');
 answered([ "HTTP/1.1 204 No Content\r\n\r\n" ], 'unknown 204', 'no content');
