@@ -186,6 +186,8 @@ sql($node, 'ALTER DATABASE postgres RESET idempotency.stripe_key_in_metadata');
 
 is(pay('old'), '201 succeeded', 'paid');
 is(pay('declined', payment_method => 'pm_card_chargeDeclined'), '402 Your card was declined.', 'declined');
+$node->poll_query_until('postgres', q{SELECT bool_and(callers IS NULL) FROM idempotency.stripe_idempotency_keys
+	WHERE operation_id = } . literal(payment('old'))) or die 'nobody writes down how the caller has ended';
 sql($node, 'SET idempotency.stripe_body_retention = 0; SELECT FROM idempotency.expire(100000)');
 is(kept('old'), 'completed payment_intent succeeded f bare', 'long ago: what is kept');
 is(kept('declined'), 'failed payment_intent requires_payment_method f bare', 'of a refusal, too');
