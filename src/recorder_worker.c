@@ -124,6 +124,7 @@ static bool have_slot = false;
 static BatchEntry batch[ORDER_BATCH];
 static int	nbatch = 0;
 static TransactionId batch_xid = InvalidTransactionId;
+static bool batch_durable = false;	/* has its commit come to its end? */
 static dsm_segment **mappings;	/* by number of the order */
 static dsm_handle *mapped;
 static Note notes[MAX_NOTES];
@@ -615,6 +616,7 @@ take_batch(TransactionId xid)
 	qsort(candidates, n, sizeof(Order *), compare_numbers);
 
 	batch_xid = xid;
+	batch_durable = false;
 	nbatch = 0;
 	for (i = 0; i < n && nbatch < ORDER_BATCH; i++)
 	{
@@ -829,7 +831,6 @@ run_batch(void)
 	MemoryContext context = CurrentMemoryContext;
 	char		activity[64];
 	volatile int nlocked = 0;
-	bool		durable;
 	int			i;
 
 	PG_TRY();
@@ -884,11 +885,11 @@ run_batch(void)
 		pqsignal(SIGINT, SIG_IGN);
 		CHECK_FOR_INTERRUPTS();
 		background_commit();
-		durable = !ProcDiePending;
+		batch_durable = !ProcDiePending;
 		pqsignal(SIGINT, StatementCancelHandler);
 		if (nbatch > 0)
 			DEBUG_POINT("recorder-after-commit");
-		end_batch(true, durable, NULL);
+		end_batch(true, batch_durable, NULL);
 		rest_ms = 0;
 	}
 	PG_CATCH();
@@ -937,7 +938,7 @@ at_exit(int code, Datum arg)
 		TransactionId xid = batch_xid;
 
 		AbortOutOfAnyTransaction();
-		end_batch(TransactionIdDidCommit(xid), false, NULL);
+		end_batch(TransactionIdDidCommit(xid), batch_durable, NULL);
 	}
 	if (!have_slot)
 		return;
