@@ -33,12 +33,10 @@ except ImportError:
 if stripe:
     stripe.api_key = os.environ.get("STRIPE_API_KEY", "sk_test_none")
     stripe.api_base = os.environ.get("STRIPE_API_BASE", stripe.api_base)
-    # The ledger repeats, at the client's next try.  A refusal after an attempt that
-    # got no answer would be recorded as that of the payment.
-    stripe.max_network_retries = 0
+    stripe.max_network_retries = 2  # with the same key each
     stripe.default_http_client = RequestsClient(timeout=20)
 
-# longer than the library's timeout: until then nobody else takes over
+# longer than all attempts of the library: until then nobody else takes over
 LEASE = "2 minutes"
 
 
