@@ -909,7 +909,7 @@ run_batch(void)
 
 		MemoryContextSwitchTo(context);
 		committed = TransactionIdIsValid(batch_xid) && TransactionIdDidCommit(batch_xid);
-		end_batch(committed, false, edata);
+		end_batch(committed, batch_durable, edata);
 		if (!taken)
 			rest_after(edata);
 		FreeErrorData(edata);
