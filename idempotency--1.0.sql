@@ -369,7 +369,7 @@ LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
 CREATE FUNCTION idempotency.stripe_release(operation_type text, operation_id text, token bigint,
 	account text DEFAULT '')
-RETURNS void
+RETURNS boolean
 AS 'MODULE_PATHNAME', 'idempotency_stripe_release'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
@@ -419,13 +419,13 @@ LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE ROWS 20;
 CREATE FUNCTION idempotency.stripe_settle(operation_type text, operation_id text,
 	outcome idempotency.outcome, resource_id text DEFAULT NULL, note text DEFAULT NULL,
 	account text DEFAULT '', response jsonb DEFAULT NULL)
-RETURNS void
+RETURNS boolean
 AS 'MODULE_PATHNAME', 'idempotency_stripe_settle'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
 CREATE FUNCTION idempotency.stripe_acknowledge(operation_type text, operation_id text,
 	note text, account text DEFAULT '')
-RETURNS void
+RETURNS boolean
 AS 'MODULE_PATHNAME', 'idempotency_stripe_acknowledge'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
@@ -447,7 +447,7 @@ AS 'MODULE_PATHNAME', 'idempotency_stripe_callers_fate'
 LANGUAGE C STABLE CALLED ON NULL INPUT PARALLEL RESTRICTED;
 
 CREATE FUNCTION idempotency.stripe_namespace(choice text)
-RETURNS void
+RETURNS boolean
 AS 'MODULE_PATHNAME', 'idempotency_stripe_namespace'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
@@ -500,7 +500,7 @@ CREATE FUNCTION idempotency.stripe_webhook_record(stripe_event_id text, token bi
 	success boolean DEFAULT NULL, error_message text DEFAULT NULL,
 	reference text DEFAULT NULL, order_id uuid DEFAULT NULL,
 	correlation_id uuid DEFAULT NULL, account text DEFAULT '', consumer text DEFAULT '')
-RETURNS void
+RETURNS boolean
 AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_record'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
@@ -534,7 +534,7 @@ LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 --
 
 CREATE FUNCTION idempotency.grant_role(role regrole, kind text)
-RETURNS void
+RETURNS boolean
 AS 'MODULE_PATHNAME', 'idempotency_grant_role'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 

@@ -244,7 +244,7 @@ idempotency_stripe_release(PG_FUNCTION_ARGS)
 	}
 	ledger_close(rel);
 
-	PG_RETURN_VOID();
+	PG_RETURN_BOOL(true);
 }
 
 /*

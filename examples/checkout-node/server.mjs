@@ -21,6 +21,7 @@ pool.on('connect', db => db.on('error', error => console.error(error.message)));
 
 const api = new URL(process.env.STRIPE_API_BASE ?? 'https://api.stripe.com');
 const stripe = new Stripe(process.env.STRIPE_API_KEY ?? 'sk_test_none', {
+    httpClient: Stripe.createFetchHttpClient(send),
     protocol: api.protocol.slice(0, -1),
     host: api.hostname,
     port: api.port || '443',
@@ -29,6 +30,16 @@ const stripe = new Stripe(process.env.STRIPE_API_KEY ?? 'sk_test_none', {
     maxNetworkRetries: 0,
     timeout: 20_000,
 });
+
+// Left alone, the library sends again where a connection closes, in spite of the 0, and
+// ends this program on JSON that is no object.  Nor is a redirect to be followed.
+async function send(url, options) {
+    const response = await fetch(url, { ...options, redirect: 'error' });
+    const body = await response.json();
+    if (typeof body !== 'object' || !body || Array.isArray(body))
+        throw new Error('This is no answer of Stripe\'s.');
+    return Response.json(body, response);
+}
 
 // longer than the library's timeout: until then nobody else takes over
 const lease = '2 minutes';
@@ -208,7 +219,7 @@ async function checkoutBySdk(ask) {
     const { rows: [claim] } = await pool.query(
         `SELECT * FROM idempotency.stripe_claim('payment', $1, request => $2, lease => $3)`,
         [order.id, { method: 'POST', path: '/v1/payment_intents', params: paymentOf(order) }, lease]);
-    const sent = claim.verdict === 'claimed' ? await send(claim) : undefined;
+    const sent = claim.verdict === 'claimed' ? await pay(claim) : undefined;
 
     return transaction(async db => {
         let result = { ...claim, outcome: claim.verdict === 'replay' ? claim.outcome : claim.verdict };
@@ -237,12 +248,12 @@ async function retrieve(id) {
 }
 
 // Send what the claim says, with the key that it says.  No answer: no status.
-async function send(claim) {
+async function pay(claim) {
     try {
         const intent = await stripe.paymentIntents.create(claim.request.params, { idempotencyKey: claim.idempotency_key });
         return {
             status: intent.lastResponse.statusCode, requestId: intent.lastResponse.requestId,
-            body: Array.isArray(intent) ? null : intent,
+            body: intent,
         };
     } catch (error) {
         if (!(error instanceof Stripe.errors.StripeError))

@@ -23,6 +23,7 @@ from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
 try:
+    import requests
     import stripe
     try:
         from stripe import RequestsClient, StripeError
@@ -38,7 +39,9 @@ if stripe:
     # The ledger repeats, at the client's next try.  A refusal after an attempt that
     # got no answer would be recorded as that of the payment.
     stripe.max_network_retries = 0
-    stripe.default_http_client = RequestsClient(timeout=20)
+    session = requests.Session()
+    session.max_redirects = 0  # what answers by one isn't Stripe
+    stripe.default_http_client = RequestsClient(timeout=20, session=session)
 
 # longer than the library's timeout: until then nobody else takes over
 LEASE = "2 minutes"
