@@ -653,7 +653,9 @@ ORDER BY u.first_sent_at;
 CREATE VIEW idempotency.stripe_orphans WITH (security_barrier) AS
 SELECT o.account, o.operation_type, o.operation_id, o.outcome, o.fate, o.resource_id,
 	o.resource_type, o.livemode, o.claimed_at, o.recorded_at,
-	pg_catalog.format('SELECT idempotency.stripe_acknowledge(%L, %L, note => %L, account => %L);',
+	pg_catalog.format('/* best: run again what called it, in a transaction that commits; '
+		'what was undone or booked instead: */ '
+		'SELECT idempotency.stripe_acknowledge(%L, %L, note => %L, account => %L);',
 		o.operation_type, o.operation_id, '<what was done about it>', o.account) AS next_step
 FROM (
 	SELECT s.account, s.operation_type, s.operation_id, s.resource_id, s.resource_type,
@@ -1139,7 +1141,7 @@ COMMENT ON COLUMN idempotency.stripe_orphans.livemode IS 'Stripe''s livemode, or
 COMMENT ON COLUMN idempotency.stripe_orphans.claimed_at IS 'When it was claimed last';
 COMMENT ON COLUMN idempotency.stripe_orphans.recorded_at IS 'When its outcome was recorded, or NULL';
 COMMENT ON COLUMN idempotency.stripe_orphans.next_step IS
-	'The statement to type, once somebody has seen to it';
+	'What to do: run it again, which adopts it; or, once it is undone or booked, the statement to type';
 
 COMMENT ON FUNCTION idempotency.claim(text, text, jsonb, interval, interval, boolean) IS
 	'Claims a key: says whether the caller runs the operation, or what came of it. '
