@@ -33,7 +33,7 @@ use StripeTest;
 use Test::More;
 use Time::HiRes ();
 
-our @EXPORT = qw(test_checkouts run_program node_lacks);
+our @EXPORT = qw(test_checkouts test_misfortunes example_in_node example_in_python run_program node_lacks);
 
 my $json = JSON::PP->new->utf8->canonical;
 my ($node, $stripe, $port, $application, $command, $log);
@@ -91,6 +91,46 @@ sub node_lacks
 		'--ignore-scripts', '--fetch-retries=0', '--fetch-timeout=15000', 'stripe@23', 'pg@8');
 	$output =~ s/\s+/ /g;
 	return $ok ? undef : 'npm cannot fetch stripe and pg: ' . substr($output, 0, 200);
+}
+
+=pod
+
+=item example_in_node(), example_in_python()
+
+The command that starts an example, and whether Stripe's library is there; or undef, and what it lacks.
+
+=cut
+
+my $examples = "$FindBin::RealBin/../../examples";
+
+sub example_in_node
+{
+	foreach my $program ('node', 'npm')
+	{
+		my (undef, $ok) = run_program($program, '--version');
+		return (undef, "$program is not installed") unless $ok;
+	}
+	my ($version) = run_program('node', '--version');
+	return (undef, 'node is older than 20') if ($version =~ /^v(\d+)/)[0] < 20;
+
+	# as it stands there, with the libraries that its lock file names
+	my $dir = PostgreSQL::Test::Utils::tempdir() . '/checkout-node';
+	my ($output, $ok) = run_program('cp', '-R', "$examples/checkout-node", $dir);
+	die $output unless $ok;
+	($output, $ok) = run_program('npm', 'ci', '--prefix', $dir, '--no-audit', '--no-fund', '--loglevel=error',
+		'--ignore-scripts', '--fetch-retries=0', '--fetch-timeout=15000');
+	$output =~ s/\s+/ /g;
+	return $ok ? ([ 'node', "$dir/server.mjs" ], 1) : (undef, 'npm cannot fetch stripe and pg: ' . substr($output, 0, 200));
+}
+
+sub example_in_python
+{
+	my (undef, $psycopg) = run_program('python3', '-c', 'import psycopg');
+	return (undef, 'python3 has no psycopg') unless $psycopg;
+
+	my (undef, $sdk) = run_program('python3', '-c', 'import stripe');
+	note("python3 has no stripe: /checkout-by-sdk isn't tested") unless $sdk;
+	return ([ 'python3', '-B', "$examples/checkout-python/server.py" ], $sdk);
 }
 
 #
@@ -643,7 +683,7 @@ sub wait_for_waiter
 	return;
 }
 
-sub test_misfortunes
+sub misfortunes_of
 {
 	my ($path, $name) = @_;
 	my $key = sub { "$name-$_[0]" };
@@ -778,7 +818,7 @@ sub test_misfortunes
 }
 
 # Events meet the same
-sub test_event_misfortunes
+sub misfortunes_of_events
 {
 	my $deliver = sub {
 		my ($event) = @_;
@@ -818,7 +858,7 @@ sub test_event_misfortunes
 	sql($node, q{UPDATE idempotency.stripe_webhook_events SET success = true WHERE NOT success});
 
 	# the backend is terminated in the middle
-	my $event = $signed->('evt_terminated', { shop => 'checkout-example', order_id => order_id('database-plain') });
+	my $event = $signed->('evt_terminated', { shop => 'checkout-example', order_id => order_id('database-idle') });
 	my $release = hold_orders();
 	my $socket = $deliver->($event);
 	wait_for_waiter();
@@ -882,19 +922,22 @@ sub test_refusals
 
 =pod
 
-=item test_checkouts(\@command, sdk => 0)
+=item test_checkouts(\@command, $sdk)
 
-All of it, with the application that this command starts; its port is in PORT.
-Without sdk, only for the way that needs no library of Stripe's.
+How payments end, with the application that this command starts; its port is in PORT.
+Without Stripe's library, only for the way that needs none.
+
+=item test_misfortunes(\@command, $sdk)
+
+What happens to programs meanwhile.
 
 =back
 
 =cut
 
-sub test_checkouts
+sub in_a_shop
 {
-	my ($given, %params) = @_;
-	my $examples = "$FindBin::RealBin/../../examples";
+	my ($given, $work) = @_;
 	my $dir = PostgreSQL::Test::Utils::tempdir();
 
 	$command = $given;
@@ -905,9 +948,6 @@ sub test_checkouts
 	$node = stripe_node('shop', $stripe, preload => 1,
 		conf => "max_connections = 60\nidempotency.webhook_secret_file = '$dir/webhook_secrets'\n");
 	sql($node, slurp_file("$examples/checkout-node/schema.sql"));
-	is( slurp_file("$examples/checkout-node/schema.sql"),
-		slurp_file("$examples/checkout-python/schema.sql"),
-		'the examples have one schema');
 
 	$port = PostgreSQL::Test::Cluster::get_free_port();
 	local $ENV{PGHOST} = $node->host;
@@ -916,19 +956,7 @@ sub test_checkouts
 	local $ENV{STRIPE_API_BASE} = $stripe->url;
 	local $ENV{STRIPE_API_KEY} = TEST_KEY;
 	start_application();
-
-	test_refusals();
-	foreach my $way ([ '/checkout', 'database' ], ($params{sdk} // 1) ? [ '/checkout-by-sdk', 'sdk' ] : ())
-	{
-		test_checkout(@$way);
-		test_recovered(@$way);
-		test_misfortunes(@$way);
-	}
-	test_event_misfortunes();
-
-	# the server restarts under it
-	$node->restart;
-	is_paid_once(persistent_checkout('/checkout', 'restarted'), 'restarted', 'the server was restarted');
+	$work->();
 
 	# all together
 	is(scalar(deliver_events()), 0, 'all events are taken');
@@ -942,6 +970,46 @@ sub test_checkouts
 	kill_application();
 	$node->stop;
 	$stripe->stop;
+	return;
+}
+
+sub ways
+{
+	my ($sdk) = @_;
+
+	return ([ '/checkout', 'database' ], $sdk ? [ '/checkout-by-sdk', 'sdk' ] : ());
+}
+
+sub test_checkouts
+{
+	my ($given, $sdk) = @_;
+
+	is( slurp_file("$examples/checkout-node/schema.sql"),
+		slurp_file("$examples/checkout-python/schema.sql"),
+		'the examples have one schema');
+	in_a_shop($given, sub {
+		test_refusals();
+		foreach my $way (ways($sdk))
+		{
+			test_checkout(@$way);
+			test_recovered(@$way);
+		}
+
+		# the server restarts under it
+		$node->restart;
+		is_paid_once(persistent_checkout('/checkout', 'restarted'), 'restarted', 'the server was restarted');
+	});
+	return;
+}
+
+sub test_misfortunes
+{
+	my ($given, $sdk) = @_;
+
+	in_a_shop($given, sub {
+		misfortunes_of(@$_) foreach ways($sdk);
+		misfortunes_of_events();
+	});
 	return;
 }
 
