@@ -369,7 +369,7 @@ LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
 CREATE FUNCTION idempotency.stripe_release(operation_type text, operation_id text, token bigint,
 	account text DEFAULT '')
-RETURNS void
+RETURNS boolean
 AS 'MODULE_PATHNAME', 'idempotency_stripe_release'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
@@ -419,13 +419,13 @@ LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE ROWS 20;
 CREATE FUNCTION idempotency.stripe_settle(operation_type text, operation_id text,
 	outcome idempotency.outcome, resource_id text DEFAULT NULL, note text DEFAULT NULL,
 	account text DEFAULT '', response jsonb DEFAULT NULL)
-RETURNS void
+RETURNS boolean
 AS 'MODULE_PATHNAME', 'idempotency_stripe_settle'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
 CREATE FUNCTION idempotency.stripe_acknowledge(operation_type text, operation_id text,
 	note text, account text DEFAULT '')
-RETURNS void
+RETURNS boolean
 AS 'MODULE_PATHNAME', 'idempotency_stripe_acknowledge'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
@@ -447,7 +447,7 @@ AS 'MODULE_PATHNAME', 'idempotency_stripe_callers_fate'
 LANGUAGE C STABLE CALLED ON NULL INPUT PARALLEL RESTRICTED;
 
 CREATE FUNCTION idempotency.stripe_namespace(choice text)
-RETURNS void
+RETURNS boolean
 AS 'MODULE_PATHNAME', 'idempotency_stripe_namespace'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
@@ -500,7 +500,7 @@ CREATE FUNCTION idempotency.stripe_webhook_record(stripe_event_id text, token bi
 	success boolean DEFAULT NULL, error_message text DEFAULT NULL,
 	reference text DEFAULT NULL, order_id uuid DEFAULT NULL,
 	correlation_id uuid DEFAULT NULL, account text DEFAULT '', consumer text DEFAULT '')
-RETURNS void
+RETURNS boolean
 AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_record'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
@@ -534,7 +534,7 @@ LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 --
 
 CREATE FUNCTION idempotency.grant_role(role regrole, kind text)
-RETURNS void
+RETURNS boolean
 AS 'MODULE_PATHNAME', 'idempotency_grant_role'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
@@ -653,7 +653,9 @@ ORDER BY u.first_sent_at;
 CREATE VIEW idempotency.stripe_orphans WITH (security_barrier) AS
 SELECT o.account, o.operation_type, o.operation_id, o.outcome, o.fate, o.resource_id,
 	o.resource_type, o.livemode, o.claimed_at, o.recorded_at,
-	pg_catalog.format('SELECT idempotency.stripe_acknowledge(%L, %L, note => %L, account => %L);',
+	pg_catalog.format('/* best: run again what called it, in a transaction that commits; '
+		'what was undone or booked instead: */ '
+		'SELECT idempotency.stripe_acknowledge(%L, %L, note => %L, account => %L);',
 		o.operation_type, o.operation_id, '<what was done about it>', o.account) AS next_step
 FROM (
 	SELECT s.account, s.operation_type, s.operation_id, s.resource_id, s.resource_type,
@@ -1139,7 +1141,7 @@ COMMENT ON COLUMN idempotency.stripe_orphans.livemode IS 'Stripe''s livemode, or
 COMMENT ON COLUMN idempotency.stripe_orphans.claimed_at IS 'When it was claimed last';
 COMMENT ON COLUMN idempotency.stripe_orphans.recorded_at IS 'When its outcome was recorded, or NULL';
 COMMENT ON COLUMN idempotency.stripe_orphans.next_step IS
-	'The statement to type, once somebody has seen to it';
+	'What to do: run it again, which adopts it; or, once it is undone or booked, the statement to type';
 
 COMMENT ON FUNCTION idempotency.claim(text, text, jsonb, interval, interval, boolean) IS
 	'Claims a key: says whether the caller runs the operation, or what came of it. '

@@ -607,5 +607,5 @@ idempotency_stripe_namespace(PG_FUNCTION_ARGS)
 	owner_execute(&insert_namespace, owner, values, NULL, false, NULL, NULL, 0);
 
 	table_close(rel, NoLock);
-	PG_RETURN_VOID();
+	PG_RETURN_BOOL(true);
 }

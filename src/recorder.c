@@ -869,7 +869,7 @@ recorder_claim(const StripeCall *call, StripeCallClaim *answer)
 				(errcode(ERRCODE_NOT_IN_TRANSACTION),
 				 errmsg("Stripe cannot be called without a recorder"),
 				 errdetail("What is noted of a call must be committed before anything is sent, which takes a process of its own."),
-				 errhint("Add \"idempotency\" to shared_preload_libraries and restart the server, or set idempotency.stripe_ledger to \"transaction\" and rely on the derived key alone.")));
+				 errhint("Add \"idempotency\" to shared_preload_libraries and restart the server.")));
 	if (flight.active)
 		elog(ERROR, "a call to Stripe is in progress already");
 

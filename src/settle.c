@@ -334,7 +334,7 @@ idempotency_stripe_settle(PG_FUNCTION_ARGS)
 
 	(void) settle_operation(&op, &settlement);
 
-	PG_RETURN_VOID();
+	PG_RETURN_BOOL(true);
 }
 
 /*
@@ -398,7 +398,7 @@ idempotency_stripe_acknowledge(PG_FUNCTION_ARGS)
 	(void) ledger_execute_latest(rel, &acknowledge, values, NULL, NULL, NULL, 0);
 	ledger_close(rel);
 
-	PG_RETURN_VOID();
+	PG_RETURN_BOOL(true);
 }
 
 /* ---------- what nobody else comes to do ---------- */
