@@ -68,10 +68,14 @@
 #define FIRST_WAIT_MS		10
 #define NEXT_WAIT_MS		100
 
+/* There was no place for a recorder: how soon to ask again. */
+#define PLACE_WAIT_MS		25
+
+/* One that was asked to make room has gone after this, or somebody was faster. */
+#define ROOM_PATIENCE_MS	100
+
 /* A recorder that was asked for and doesn't run after this is asked for again. */
 #define START_PATIENCE_MS	1000
-
-#define SEGMENT_MIN			(16 * 1024)
 
 /* What a record needs besides the bodies: ids of limited length. */
 #define ANSWER_OVERHEAD		(8 * 1024)
@@ -168,6 +172,28 @@ stop_waiting(void)
 	}
 }
 
+/*
+ * Give back the room of a large request or answer: many sessions stay connected
+ * that call now and then.
+ */
+static void
+give_back_room(void)
+{
+	dsm_segment *segment = my_segment;
+	dsm_handle	handle;
+
+	if (segment == NULL || dsm_segment_map_length(segment) <= ORDER_SEGMENT_MIN)
+		return;
+
+	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	handle = my_order->segment;
+	my_order->segment = DSM_HANDLE_INVALID;
+	LWLockRelease(queue_lock);
+	my_segment = NULL;
+	dsm_detach(segment);
+	dsm_unpin_segment(handle);
+}
+
 /* Whatever was under way has come to its end. */
 static void
 clean_up(void)
@@ -175,6 +201,8 @@ clean_up(void)
 	recorder_gave_up();
 	if (my_order != NULL && my_order->state != ORDER_OWNED)
 		stop_waiting();
+	if (my_order != NULL)
+		give_back_room();
 }
 
 static void
@@ -291,7 +319,7 @@ static void
 reserve(Size size)
 {
 	ErrorContextCallback context;
-	Size		rounded = SEGMENT_MIN;
+	Size		rounded = ORDER_SEGMENT_MIN;
 	dsm_segment *segment;
 	dsm_handle	old;
 
@@ -325,6 +353,29 @@ reserve(Size size)
 /* ---------- starting a recorder ---------- */
 
 /*
+ * There is no place for a recorder of this database: have an idle one leave.
+ * That takes a moment, in which not to ask the next one for the same.
+ */
+static void
+ask_for_room(Oid database)
+{
+	static Oid	asked_for = InvalidOid;
+	static TimestampTz asked = 0;
+	TimestampTz now = GetCurrentTimestamp();
+
+	if (database == asked_for && !is_over(asked, ROOM_PATIENCE_MS * 1000, now))
+		return;
+
+	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	if (queue_ask_for_room())
+	{
+		asked_for = database;
+		asked = now;
+	}
+	LWLockRelease(queue_lock);
+}
+
+/*
  * Ask for a recorder of a database unless there is one or somebody else has
  * just asked.  Where we ask, sets *since and, unless it is NULL, *handle.
  */
@@ -350,15 +401,18 @@ ask_for_recorder(Oid database, TimestampTz *since, BackgroundWorkerHandle **hand
 		*since = slot->started = now;
 	LWLockRelease(queue_lock);
 
-	if (!ask || background_start("recorder", database, handle))
-		return result;
-
-	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
-	slot = queue_slot(database, false);
-	if (slot != NULL && slot->procno < 0 && !slot->blocked)
-		slot->database = InvalidOid;
-	LWLockRelease(queue_lock);
-	return RECORDER_HAS_NO_PLACE;
+	if (ask && !background_start("recorder", database, handle))
+	{
+		result = RECORDER_HAS_NO_PLACE;
+		LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+		slot = queue_slot(database, false);
+		if (slot != NULL && slot->procno < 0 && !slot->blocked)
+			slot->database = InvalidOid;
+		LWLockRelease(queue_lock);
+	}
+	if (result == RECORDER_HAS_NO_PLACE)
+		ask_for_room(database);
+	return result;
 }
 
 /*
@@ -460,7 +514,7 @@ wait_for_answer(bool before_send)
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
 						 Min(left, nap), wait_event);
 		ResetLatch(MyLatch);
-		nap = NEXT_WAIT_MS;
+		nap = no_place ? PLACE_WAIT_MS : NEXT_WAIT_MS;
 	}
 }
 

@@ -18,6 +18,10 @@
  * Processes are stored by number, not by pointers to their latches: setting
  * the latch of a process that took over the number is harmless.
  *
+ * Where there are more databases than places for processes, recorders take turns:
+ * who wants one and finds no place asks an idle one to leave, and looks again
+ * until there is one or its time is over.
+ *
  * Locking: one LWLock for all of it, held for a few stores, or for a pass over
  * the orders by a recorder that looks for work.
  *
@@ -36,6 +40,12 @@
 #include "clock.h"
 #include "compat.h"
 #include "recorder_queue.h"
+
+/*
+ * A recorder stays that long, so that databases that take turns don't spend their
+ * time on starting processes.
+ */
+#define SHORTEST_STAY_USECS (100 * INT64CONST(1000))
 
 LWLock	   *queue_lock = NULL;
 static RecorderQueue *queue = NULL;
@@ -151,6 +161,8 @@ queue_post(Order *order, OrderVerb verb)
 	order->refusals = 0;
 	order->failed_at = 0;
 	order->pause_ms = 0;
+	order->tries = 0;
+	order->lease = 0;
 }
 
 /*
@@ -194,6 +206,38 @@ queue_wake_recorder(Oid database)
 
 	if (slot != NULL && slot->procno >= 0)
 		SetLatch(&GetPGProcByNumber(slot->procno)->procLatch);
+}
+
+/*
+ * Somebody wants a place for a recorder, and there is none: ask the one that has
+ * had nothing to do for longest to leave.  It doesn't where it has by now; then
+ * it counts as just used, so that the next one is asked.  Under the exclusive
+ * lock.  Returns false where there is nobody to ask.
+ */
+bool
+queue_ask_for_room(void)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	RecorderSlot *idlest = NULL;
+	int			i;
+
+	for (i = 0; i < queue->nslots; i++)
+	{
+		RecorderSlot *slot = &queue->slots[i];
+
+		if (slot->procno < 0 || slot->make_room || slot->blocked ||
+			TransactionIdIsValid(slot->xid) ||
+			!is_over(slot->came, SHORTEST_STAY_USECS, now))
+			continue;
+		if (idlest == NULL || slot->used < idlest->used)
+			idlest = slot;
+	}
+	if (idlest == NULL)
+		return false;
+
+	idlest->make_room = true;
+	SetLatch(&GetPGProcByNumber(idlest->procno)->procLatch);
+	return true;
 }
 
 /* Does nobody but a recorder see to this order?  Under the lock. */

@@ -21,6 +21,9 @@
 #define ORDER_LABEL_LEN		256 /* account, stored key */
 #define ORDER_MESSAGE_LEN	512
 
+/* What a session that has called keeps of shared memory; longer ones go again. */
+#define ORDER_SEGMENT_MIN	(16 * 1024)
+
 /* Most orders in one commit: each is a subtransaction, and 64 are cached. */
 #define ORDER_BATCH			60
 
@@ -66,11 +69,12 @@ typedef struct Order
 								 * claimed is released */
 	bool		alone;			/* has failed in company */
 	bool		committed;		/* done, but for the wait for a standby, which
-								 * was cut short */
+								 * was cut short, or for its full lease */
 	int			failures;		/* tries in vain */
 	int			refusals;		/* those in which the row refused */
 	TimestampTz failed_at;		/* when it was last tried in vain */
 	int			pause_ms;		/* how long not to try it again */
+	int			tries;			/* how often a recorder has taken it */
 	uint64		number;			/* in order of posting */
 	Oid			database;
 	int			procno;			/* of the owner, while not detached */
@@ -80,6 +84,8 @@ typedef struct Order
 	char		type[STRIPE_OPERATION_MAX + 1];
 	char		id[STRIPE_OPERATION_MAX + 1];
 	int64		token;			/* set by a claim */
+	int64		lease;			/* that a claim was given, or 0; microseconds */
+	TimestampTz leased_until;
 	FullTransactionId caller_xid;
 
 	/* arguments, as datumSerialize() leaves them */
@@ -101,6 +107,9 @@ typedef struct RecorderSlot
 	int			procno;			/* -1: doesn't run (yet) */
 	TransactionId xid;			/* of the batch in progress */
 	TimestampTz started;		/* when it was last asked for */
+	TimestampTz came;			/* when it began */
+	TimestampTz used;			/* when it last had something to do */
+	bool		make_room;		/* another database wants its place */
 	bool		blocked;		/* the database is being dropped: leave, and
 								 * let nobody in */
 } RecorderSlot;
@@ -161,6 +170,7 @@ extern void queue_free_order(Order *order);
 extern void queue_post(Order *order, OrderVerb verb);
 extern RecorderSlot *queue_slot(Oid database, bool create);
 extern void queue_wake_recorder(Oid database);
+extern bool queue_ask_for_room(void);
 extern bool queue_is_left(const Order *order);
 extern bool queue_block(Oid database);
 extern void queue_unblock(Oid database);

@@ -163,7 +163,7 @@ static OwnerStatement take_over = {
 
 static OwnerStatement renew_claim = {
 	"UPDATE idempotency.stripe_idempotency_keys SET lease_expires_at = $5"
-	STRIPE_WHERE_KEY " AND token OPERATOR(pg_catalog.=) $4",
+	STRIPE_WHERE_KEY " AND token OPERATOR(pg_catalog.=) $4 AND " OUTCOME_IS("in_progress"),
 	5, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID}
 };
 
@@ -1097,6 +1097,21 @@ stripe_record_run(Relation rel, Operation *op, int64 token, StripeResult *result
 			return enum_label(row.values[S_OUTCOME]);
 		ledger_lost_race(&stripe_calls, &races);
 	}
+}
+
+/*
+ * Give a claim its lease anew, before its holder knows of it.  Returns false where
+ * it isn't in progress with this token any more.
+ */
+bool
+stripe_renew_run(Relation rel, Operation *op, int64 token, TimestampTz until)
+{
+	Datum		values[5];
+
+	memcpy(values, op->key, sizeof(op->key));
+	values[3] = Int64GetDatum(token);
+	values[4] = TimestampTzGetDatum(until);
+	return ledger_execute_latest(rel, &renew_claim, values, NULL, NULL, NULL, 0) > 0;
 }
 
 /*
