@@ -11,7 +11,8 @@
  * at the end of a DROP DATABASE and when a recorder ends before its work is done;
  * and every second as long as there is anything.
  *
- * It asks again until a recorder runs, with a pause that grows where one was
+ * Where there is no place it looks more often, as callers do: one that somebody
+ * makes is soon taken.  It asks again until a recorder runs, with a pause that grows where one was
  * asked for and hasn't come.  One that has come is known by the oldest of these
  * orders, which it has done, or has taken at least; that it was terminated then
  * is no reason to have the next one wait.  What is left of a database that isn't there any more
@@ -39,8 +40,9 @@
 #include "left_orders.h"
 #include "recorder_queue.h"
 
-/* How often to look while there are such orders. */
+/* How often to look while there are such orders, and where there is no place. */
 #define LOOK_MS 1000
+#define PLACE_LOOK_MS 50
 
 /* The longest pause between two recorders that don't come. */
 #define LAST_PAUSE_MS (30 * 1000)
@@ -272,5 +274,7 @@ see_to_left_orders(void)
 				 errdetail("What is known of some is recorded as soon as there is one."),
 				 errhint("Consider increasing \"max_worker_processes\".")));
 	no_place_logged = no_place;
+	if (no_place)
+		return PLACE_LOOK_MS;
 	return n > 0 ? LOOK_MS : LONG_MAX;
 }

@@ -71,9 +71,6 @@
 /* There was no place for a recorder: how soon to ask again. */
 #define PLACE_WAIT_MS		25
 
-/* One that was asked to make room has gone after this, or somebody was faster. */
-#define ROOM_PATIENCE_MS	100
-
 /* A recorder that was asked for and doesn't run after this is asked for again. */
 #define START_PATIENCE_MS	1000
 
@@ -353,29 +350,6 @@ reserve(Size size)
 /* ---------- starting a recorder ---------- */
 
 /*
- * There is no place for a recorder of this database: have an idle one leave.
- * That takes a moment, in which not to ask the next one for the same.
- */
-static void
-ask_for_room(Oid database)
-{
-	static Oid	asked_for = InvalidOid;
-	static TimestampTz asked = 0;
-	TimestampTz now = GetCurrentTimestamp();
-
-	if (database == asked_for && !is_over(asked, ROOM_PATIENCE_MS * 1000, now))
-		return;
-
-	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
-	if (queue_ask_for_room())
-	{
-		asked_for = database;
-		asked = now;
-	}
-	LWLockRelease(queue_lock);
-}
-
-/*
  * Ask for a recorder of a database unless there is one or somebody else has
  * just asked.  Where we ask, sets *since and, unless it is NULL, *handle.
  */
@@ -386,32 +360,43 @@ ask_for_recorder(Oid database, TimestampTz *since, BackgroundWorkerHandle **hand
 	TimestampTz now = GetCurrentTimestamp();
 	RecorderAsked result = RECORDER_COMES;
 	bool		ask = false;
+	bool		started;
 
 	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
-	slot = queue_slot(database, true);
-	if (slot == NULL)
-		result = RECORDER_HAS_NO_PLACE;
-	else if (slot->procno >= 0)
+	slot = queue_slot(database, false);
+	if (slot != NULL && slot->procno >= 0)
 		result = RECORDER_RUNS;
-	else if (slot->blocked)
+	else if (slot != NULL && slot->blocked)
 		result = RECORDER_IS_BLOCKED;
-	else
-		ask = is_over(slot->started, START_PATIENCE_MS * 1000, now);
-	if (ask)
-		*since = slot->started = now;
+	else if (slot == NULL || is_over(slot->started, START_PATIENCE_MS * 1000, now))
+	{
+		slot = queue_is_next(database) ? queue_slot(database, true) : NULL;
+		ask = slot != NULL;
+		if (ask)
+			*since = slot->started = now;
+		else
+		{
+			result = RECORDER_HAS_NO_PLACE;
+			queue_ask_for_room(database);
+		}
+	}
 	LWLockRelease(queue_lock);
+	if (!ask)
+		return result;
 
-	if (ask && !background_start("recorder", database, handle))
+	started = background_start("recorder", database, handle);
+	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	if (started)
+		queue_stop_wanting(database, true);
+	else
 	{
 		result = RECORDER_HAS_NO_PLACE;
-		LWLockAcquire(queue_lock, LW_EXCLUSIVE);
 		slot = queue_slot(database, false);
 		if (slot != NULL && slot->procno < 0 && !slot->blocked)
 			slot->database = InvalidOid;
-		LWLockRelease(queue_lock);
+		queue_ask_for_room(database);
 	}
-	if (result == RECORDER_HAS_NO_PLACE)
-		ask_for_room(database);
+	LWLockRelease(queue_lock);
 	return result;
 }
 
@@ -485,7 +470,14 @@ wait_for_answer(bool before_send)
 
 		left = stripe_record_timeout - (long) milliseconds_since(begin);
 		if (left <= 0)
-			return no_place ? WAIT_NO_WORKER : WAIT_TIMED_OUT;
+		{
+			if (!no_place)
+				return WAIT_TIMED_OUT;
+			LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+			queue_stop_wanting(MyDatabaseId, false);
+			LWLockRelease(queue_lock);
+			return WAIT_NO_WORKER;
+		}
 
 		if (!running)
 		{

@@ -114,11 +114,26 @@ typedef struct RecorderSlot
 								 * let nobody in */
 } RecorderSlot;
 
+/* Databases that wait in line; where there are more, the rest waits for that. */
+#define RECORDER_WANTS 64
+
+/* A database whose recorder finds no place. */
+typedef struct RecorderWant
+{
+	Oid			database;		/* InvalidOid: free */
+	uint64		number;			/* who came first is next */
+	TimestampTz seen;			/* when somebody last asked for it */
+	TimestampTz asked;			/* when another one was last asked to make room */
+	int			procno;			/* who asked last */
+} RecorderWant;
+
 typedef struct RecorderQueue
 {
 	int			norders;
 	int			nslots;
 	uint64		last_number;
+	uint64		last_want;
+	RecorderWant wants[RECORDER_WANTS];
 	RecorderSlot slots[FLEXIBLE_ARRAY_MEMBER];
 	/* then the orders */
 } RecorderQueue;
@@ -170,7 +185,9 @@ extern void queue_free_order(Order *order);
 extern void queue_post(Order *order, OrderVerb verb);
 extern RecorderSlot *queue_slot(Oid database, bool create);
 extern void queue_wake_recorder(Oid database);
-extern bool queue_ask_for_room(void);
+extern bool queue_is_next(Oid database);
+extern void queue_ask_for_room(Oid database);
+extern void queue_stop_wanting(Oid database, bool found);
 extern bool queue_is_left(const Order *order);
 extern bool queue_block(Oid database);
 extern void queue_unblock(Oid database);
