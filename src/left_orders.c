@@ -11,12 +11,14 @@
  * at the end of a DROP DATABASE and when a recorder ends before its work is done;
  * and every second as long as there is anything.
  *
- * Where there is no place it looks more often, as callers do: one that somebody
- * makes is soon taken.  It asks again until a recorder runs, with a pause that grows where one was
- * asked for and hasn't come.  One that has come is known by the oldest of these
- * orders, which it has done, or has taken at least; that it was terminated then
- * is no reason to have the next one wait.  What is left of a database that isn't there any more
- * is discarded, and the log says what.
+ * It asks again until a recorder runs, with a pause that grows where one was asked
+ * for and hasn't come.  One that has come is known by the oldest of these orders,
+ * which it has done, or has taken at least; that it was terminated then is no
+ * reason to have the next one wait.  Where there is no place it looks more often,
+ * as callers do, so as not to lose its turn.
+ *
+ * What is left of a database that isn't there any more is discarded, and the log
+ * says what.
  *
  * src/left_orders.c
  *
