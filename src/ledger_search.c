@@ -100,12 +100,16 @@ first_block(const LedgerPlace *place)
 	return ItemPointerIsValid(&place->tid) ? ItemPointerGetBlockNumber(&place->tid) : 0;
 }
 
-/* Behind the window that is going to be read. */
+/*
+ * Behind what is going to be looked at: a window of a table that is read directly,
+ * and so many rows of any other.
+ */
 void
-ledger_place_step_over(LedgerPlace *place)
+ledger_place_step_over(LedgerPlace *place, int max_rows)
 {
 	BlockNumber start = first_block(place);
 
+	place->left += max_rows;
 	if (start < MaxBlockNumber - SEARCH_WINDOW_BLOCKS)
 		ItemPointerSet(&place->tid, start + SEARCH_WINDOW_BLOCKS - 1, MaxOffsetNumber);
 }
@@ -169,6 +173,7 @@ ledger_search_window(Relation rel, LedgerCursor *cursor, LedgerRowCallback row, 
 		ItemPointerSetInvalid(&behind);
 	}
 	cursor->resumed = false;
+	cursor->place.left = 0;
 	if (start >= nblocks)
 		return true;
 	end = start + Min(nblocks - start, SEARCH_WINDOW_BLOCKS);

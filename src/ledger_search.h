@@ -48,7 +48,7 @@ extern void ledger_cursor_reset(LedgerCursor *cursor);
 extern void ledger_cursor_resume(LedgerCursor *cursor, const LedgerPlace *place);
 extern bool ledger_cursor_at_start(const LedgerCursor *cursor);
 extern void ledger_cursor_move(LedgerCursor *cursor, Ledger *ledger, const LedgerHit *hit);
-extern void ledger_place_step_over(LedgerPlace *place);
+extern void ledger_place_step_over(LedgerPlace *place, int max_rows);
 
 extern void ledger_hit_set(LedgerHit *hit, Ledger *ledger, TupleTableSlot *slot);
 extern char *ledger_describe_key(Ledger *ledger, const Datum *key);

@@ -145,21 +145,22 @@ static bool wrote_result = false;
 /* ---------- the entry ---------- */
 
 /*
- * The entry of our database, which can't go while we are in it.  The lock is
- * held.
+ * Lock the table and return the entry of our database, which can't go while we
+ * are in it.
  */
 static Database *
-own_entry(void)
+lock_own_entry(LWLockMode mode)
 {
-	static Oid	dbid = InvalidOid;
-	Database   *db;
+	Database   *db = databases_lock_own(mode);
 
-	if (!OidIsValid(dbid))
-		dbid = DatumGetObjectId(MyBgworkerEntry->bgw_main_arg);
-	db = databases_find(dbid);
-	if (db == NULL || db->pid != MyProcPid)
-		elog(FATAL, "idempotency worker of database %u has lost its entry", dbid);
-	return db;
+	if (db != NULL && db->pid == MyProcPid)
+		return db;
+
+	/* our exit takes the lock */
+	if (db != NULL)
+		databases_unlock();
+	elog(FATAL, "idempotency worker of database %u has lost its entry", MyDatabaseId);
+	return NULL;				/* keep compiler quiet */
 }
 
 static void
@@ -327,8 +328,7 @@ begin_run(Run *run)
 	INSTR_TIME_SET_CURRENT(run->started);
 	run->outcome = RUN_DONE;
 
-	databases_lock(LW_EXCLUSIVE);
-	db = own_entry();
+	db = lock_own_entry(LW_EXCLUSIVE);
 	run->marks = db->marks;
 	if (db->pass_started == 0)
 	{
@@ -348,17 +348,16 @@ begin_run(Run *run)
 
 /*
  * A batch is going to be done.  If this process doesn't come back from it, the
- * next one goes on behind what it will look at.
+ * next one goes on behind what it will look at: so many rows at most, or a window.
  */
 static void
-step_over(Run *run)
+step_over(Run *run, int max_rows)
 {
 	Database   *db;
 
-	databases_lock(LW_EXCLUSIVE);
-	db = own_entry();
+	db = lock_own_entry(LW_EXCLUSIVE);
 	db->places[run->part] = run->cursor.at.place;
-	ledger_place_step_over(&db->places[run->part]);
+	ledger_place_step_over(&db->places[run->part], max_rows);
 	databases_unlock();
 }
 
@@ -379,8 +378,7 @@ note_batch(Run *run, ExpiryBatch *batch)
 	if (batch->finished || batch->gave_up)
 		end_part(run, batch->finished);
 
-	databases_lock(LW_EXCLUSIVE);
-	db = own_entry();
+	db = lock_own_entry(LW_EXCLUSIVE);
 	db->removed += batch->removed;
 	db->pass_refused += batch->refused;
 	db->pass_searched += batch->searched;
@@ -481,7 +479,7 @@ run_expiry(Run *run, Expiry *todo, MemoryContext context)
 		batch.cursor = &run->cursor;
 		if (!begin_batch(run))
 			return false;
-		step_over(run);
+		step_over(run, batch.max_rows);
 		/* what is told of the batch has to outlive its transaction */
 		MemoryContextSwitchTo(context);
 		expiry_batch(&batch);
@@ -577,8 +575,7 @@ note_settled(Run *run, Settled *settled, instr_time started)
 	if (settled->over)
 		end_part(run, settled->at_end);
 
-	databases_lock(LW_EXCLUSIVE);
-	db = own_entry();
+	db = lock_own_entry(LW_EXCLUSIVE);
 	db->pass_refused += settled->refused;
 	db->pass_unsettled += settled->refused;
 
@@ -612,8 +609,7 @@ send_notices(Run *run)
 		return;
 	failed = true;
 	text = psprintf("could not send the notices of a prepared transaction: %s", error->message);
-	databases_lock(LW_SHARED);
-	last = own_entry()->error;
+	last = lock_own_entry(LW_SHARED)->error;
 	is_new = last[0] == '\0' || strncmp(last, text, strlen(last)) != 0;
 	databases_unlock();
 	if (run->error[0] == '\0')
@@ -645,7 +641,7 @@ run_settling(Run *run, bool events, MemoryContext context)
 		INSTR_TIME_SET_CURRENT(started);
 		if (!begin_batch(run))
 			return false;
-		step_over(run);
+		step_over(run, SETTLE_BATCH);
 		(void) set_config_option("lock_timeout", CppAsString2(EXTENSION_LOCK_MS), PGC_SUSET,
 								 PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
 		/* what is told of it has to outlive its transaction */
@@ -731,8 +727,7 @@ end_run(Run *run)
 	bool		new_error;
 	int			elapsed = (int) milliseconds_since(run->started);
 
-	databases_lock(LW_EXCLUSIVE);
-	db = own_entry();
+	db = lock_own_entry(LW_EXCLUSIVE);
 	if (run->without)
 	{
 		if (db->marks == run->marks)

@@ -128,5 +128,20 @@ is_noted('c1', 'behind a row that ends the worker');
 sql($node, 'DROP TRIGGER kill ON idempotency.idempotency_keys');
 expires($node, 'which goes, too, once it doesn\'t');
 
+# So it is where the table isn't read directly: the next pass goes on behind it.
+workers(0);
+sql($node, q{
+	ALTER TABLE idempotency.idempotency_keys ENABLE ROW LEVEL SECURITY;
+	CREATE TRIGGER kill BEFORE DELETE ON idempotency.idempotency_keys
+		FOR EACH ROW WHEN (OLD.key LIKE 'a%') EXECUTE FUNCTION kill();
+	ALTER SYSTEM SET idempotency.expiry_batch_size = 10});
+expired_rows($node, 1, prefix => 'a');
+expired_rows($node, 30, prefix => 'b');
+workers(2);
+holds($node, q{SELECT count(*) = 10 FROM idempotency.idempotency_keys},
+	'by key: what is behind a row that ends the worker goes in the next pass');
+sql($node, 'DROP TRIGGER kill ON idempotency.idempotency_keys; ALTER SYSTEM RESET idempotency.expiry_batch_size');
+expires($node, 'by key: and in the end all of it');
+
 $node->stop;
 done_testing();
