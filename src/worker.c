@@ -142,25 +142,27 @@ enum
 
 static bool wrote_result = false;
 
+/* Where this worker's search has got to, which is behind what it is at. */
+static const LedgerPlace *searched = NULL;
+
 /* ---------- the entry ---------- */
 
 /*
- * Lock the table and return the entry of our database, which can't go while we
- * are in it.
+ * The entry of our database, which can't go while we are in it.  The lock is
+ * held.
  */
 static Database *
-lock_own_entry(LWLockMode mode)
+own_entry(void)
 {
-	Database   *db = databases_lock_own(mode);
+	static Oid	dbid = InvalidOid;
+	Database   *db;
 
-	if (db != NULL && db->pid == MyProcPid)
-		return db;
-
-	/* our exit takes the lock */
-	if (db != NULL)
-		databases_unlock();
-	elog(FATAL, "idempotency worker of database %u has lost its entry", MyDatabaseId);
-	return NULL;				/* keep compiler quiet */
+	if (!OidIsValid(dbid))
+		dbid = DatumGetObjectId(MyBgworkerEntry->bgw_main_arg);
+	db = databases_find(dbid);
+	if (db == NULL || db->pid != MyProcPid)
+		elog(FATAL, "idempotency worker of database %u has lost its entry", dbid);
+	return db;
 }
 
 static void
@@ -198,6 +200,8 @@ leave(int code, Datum arg)
 			{
 				if (db->part == PART_EVENTS)
 					db->kept.left += SETTLE_BATCH;
+				else if (searched != NULL)
+					db->places[db->part] = *searched;
 				db->part++;
 				db->pass_failed = true;
 			}
@@ -328,7 +332,8 @@ begin_run(Run *run)
 	INSTR_TIME_SET_CURRENT(run->started);
 	run->outcome = RUN_DONE;
 
-	db = lock_own_entry(LW_EXCLUSIVE);
+	databases_lock(LW_EXCLUSIVE);
+	db = own_entry();
 	run->marks = db->marks;
 	if (db->pass_started == 0)
 	{
@@ -344,21 +349,7 @@ begin_run(Run *run)
 	memcpy(run->places, db->places, sizeof(run->places));
 	databases_unlock();
 	begin_part(run);
-}
-
-/*
- * A batch is going to be done.  If this process doesn't come back from it, the
- * next one goes on behind what it will look at: so many rows at most, or a window.
- */
-static void
-step_over(Run *run, int max_rows)
-{
-	Database   *db;
-
-	db = lock_own_entry(LW_EXCLUSIVE);
-	db->places[run->part] = run->cursor.at.place;
-	ledger_place_step_over(&db->places[run->part], max_rows);
-	databases_unlock();
+	searched = &run->cursor.at.place;
 }
 
 /* What a batch has done, for the view and for whoever goes on. */
@@ -378,7 +369,8 @@ note_batch(Run *run, ExpiryBatch *batch)
 	if (batch->finished || batch->gave_up)
 		end_part(run, batch->finished);
 
-	db = lock_own_entry(LW_EXCLUSIVE);
+	databases_lock(LW_EXCLUSIVE);
+	db = own_entry();
 	db->removed += batch->removed;
 	db->pass_refused += batch->refused;
 	db->pass_searched += batch->searched;
@@ -479,7 +471,6 @@ run_expiry(Run *run, Expiry *todo, MemoryContext context)
 		batch.cursor = &run->cursor;
 		if (!begin_batch(run))
 			return false;
-		step_over(run, batch.max_rows);
 		/* what is told of the batch has to outlive its transaction */
 		MemoryContextSwitchTo(context);
 		expiry_batch(&batch);
@@ -575,7 +566,8 @@ note_settled(Run *run, Settled *settled, instr_time started)
 	if (settled->over)
 		end_part(run, settled->at_end);
 
-	db = lock_own_entry(LW_EXCLUSIVE);
+	databases_lock(LW_EXCLUSIVE);
+	db = own_entry();
 	db->pass_refused += settled->refused;
 	db->pass_unsettled += settled->refused;
 
@@ -609,7 +601,8 @@ send_notices(Run *run)
 		return;
 	failed = true;
 	text = psprintf("could not send the notices of a prepared transaction: %s", error->message);
-	last = lock_own_entry(LW_SHARED)->error;
+	databases_lock(LW_SHARED);
+	last = own_entry()->error;
 	is_new = last[0] == '\0' || strncmp(last, text, strlen(last)) != 0;
 	databases_unlock();
 	if (run->error[0] == '\0')
@@ -641,7 +634,6 @@ run_settling(Run *run, bool events, MemoryContext context)
 		INSTR_TIME_SET_CURRENT(started);
 		if (!begin_batch(run))
 			return false;
-		step_over(run, SETTLE_BATCH);
 		(void) set_config_option("lock_timeout", CppAsString2(EXTENSION_LOCK_MS), PGC_SUSET,
 								 PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
 		/* what is told of it has to outlive its transaction */
@@ -727,7 +719,8 @@ end_run(Run *run)
 	bool		new_error;
 	int			elapsed = (int) milliseconds_since(run->started);
 
-	db = lock_own_entry(LW_EXCLUSIVE);
+	databases_lock(LW_EXCLUSIVE);
+	db = own_entry();
 	if (run->without)
 	{
 		if (db->marks == run->marks)
