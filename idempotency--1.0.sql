@@ -252,14 +252,20 @@ CREATE TABLE idempotency.stripe_webhook_events (
 	pending_key text COLLATE "C",
 	payload_snapshot jsonb,
 	payload bytea,
+	next_attempt_at timestamptz,
+	reclaimed jsonb,
 	PRIMARY KEY (account, stripe_event_id, consumer)
 ) WITH (vacuum_truncate = off, toast.vacuum_truncate = off);
 
--- what stripe_webhook_next() hands out, in its order
+-- what stripe_webhook_next() hands out, in its order: fresh events first
 CREATE INDEX stripe_webhook_events_due_idx
 	ON idempotency.stripe_webhook_events
-		(consumer, (COALESCE(lease_expires_at, processed_at, received_at)))
+		(consumer, (attempts OPERATOR(pg_catalog.>) 0), next_attempt_at)
 	WHERE success IS NOT TRUE;
+-- objects that somebody is at
+CREATE INDEX stripe_webhook_events_claimed_idx
+	ON idempotency.stripe_webhook_events (object_id, account, consumer)
+	WHERE claimed_at IS NOT NULL AND success IS NULL;
 -- superseded_by and twin_of, and what an operation's object went through
 CREATE INDEX stripe_webhook_events_object_idx
 	ON idempotency.stripe_webhook_events (object_id, account, consumer, created)
@@ -529,6 +535,12 @@ RETURNS idempotency.webhook_claim_result
 AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_reclaim'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
+CREATE FUNCTION idempotency.stripe_webhook_reclaim(stripe_event_id text, again boolean,
+	account text DEFAULT '', lease interval DEFAULT NULL, consumer text DEFAULT '')
+RETURNS idempotency.webhook_claim_result
+AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_again'
+LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
+
 --
 -- Housekeeping
 --
@@ -595,15 +607,20 @@ SELECT e.account, e.stripe_event_id, e.consumer, e.event_type, e.object_id, s.st
 		THEN pg_catalog.format('SELECT * FROM idempotency.stripe_webhook_pending'
 			' WHERE stripe_event_id = %L AND account = %L AND consumer = %L;',
 			e.stripe_event_id, e.account, e.consumer)
-		ELSE pg_catalog.format('SELECT * FROM idempotency.stripe_webhook_reclaim(%L, %L,'
-			' lease => ''5 minutes'', consumer => %L);',
-			e.stripe_event_id, e.account, e.consumer)
-	END AS next_step
+		ELSE pg_catalog.format('SELECT * FROM idempotency.stripe_webhook_reclaim(%L, account => %L,'
+			' lease => %L, consumer => %L%s);',
+			e.stripe_event_id, e.account,
+			CASE WHEN s.state OPERATOR(pg_catalog.=) 'dead' THEN '1 second' ELSE '5 minutes' END,
+			e.consumer,
+			CASE WHEN s.state OPERATOR(pg_catalog.=) 'dead' THEN ', again => true' ELSE '' END)
+	END AS next_step,
+	e.next_attempt_at
 FROM idempotency.stripe_webhook_events e,
 	LATERAL (SELECT CASE
+			WHEN e.lease_expires_at OPERATOR(pg_catalog.>) pg_catalog.clock_timestamp() THEN 'claimed'
+			WHEN e.next_attempt_at OPERATOR(pg_catalog.=) 'infinity'::timestamptz THEN 'dead'
 			WHEN NOT e.success THEN 'failed'
 			WHEN e.claimed_at IS NULL THEN 'received'
-			WHEN e.lease_expires_at OPERATOR(pg_catalog.>) pg_catalog.clock_timestamp() THEN 'claimed'
 			ELSE 'lapsed' END AS state) s
 WHERE e.success IS NOT TRUE
 ORDER BY COALESCE(e.lease_expires_at, e.processed_at, e.received_at);
@@ -1024,6 +1041,11 @@ COMMENT ON COLUMN idempotency.stripe_webhook_events.payload_snapshot IS
 	'The body as jsonb; see idempotency.webhook_payload';
 COMMENT ON COLUMN idempotency.stripe_webhook_events.payload IS
 	'The body''s bytes as they were signed; see idempotency.webhook_payload';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.next_attempt_at IS
+	'When stripe_webhook_next() may hand it out (again): longer after each failure; '
+	'infinity: it is dead, idempotency.webhook_max_attempts have failed';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.reclaimed IS
+	'Who had it run again, when, and what had come of it before: the last twenty times, or NULL';
 
 COMMENT ON TABLE idempotency.namespace IS
 	'Secrets that keys, operation UUIDs and fingerprints are derived from; in_force says which of them is';
@@ -1069,13 +1091,16 @@ COMMENT ON COLUMN idempotency.stripe_webhook_pending.consumer IS 'Who processes 
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.event_type IS 'Stripe''s type';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.object_id IS 'What it is about, or NULL';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.state IS
-	'received: nobody had it yet; claimed: somebody is at it; lapsed: and didn''t finish; failed: recorded so';
+	'received: nobody had it yet; claimed: somebody is at it; lapsed: and didn''t finish; failed: recorded so; '
+	'dead: as often as idempotency.webhook_max_attempts says, and not handed out any more';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.attempts IS 'How often it was claimed';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.received_at IS 'When it was received first';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.claimed_at IS 'When it was claimed last, or NULL';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.lease_expires_at IS 'Until when it is held, or NULL';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.last_error IS 'What the last attempt recorded, or NULL';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.next_step IS 'The statement to type';
+COMMENT ON COLUMN idempotency.stripe_webhook_pending.next_attempt_at IS
+	'When stripe_webhook_next() may hand it out; infinity: never, unless it is revived';
 COMMENT ON VIEW idempotency.workers IS
 	'Removal of expired rows in the background: this database, '
 	'and for members of pg_read_all_stats the others, too';
@@ -1323,6 +1348,11 @@ COMMENT ON FUNCTION idempotency.stripe_webhook_reclaim(text, text, interval, tex
 	'account: default ''''; '
 	'lease: how long the claim outlives COMMIT (NULL: it must be recorded before COMMIT, or IK005); '
 	'consumer: default ''''. Raises IK003, also for an event that isn''t known';
+COMMENT ON FUNCTION idempotency.stripe_webhook_reclaim(text, boolean, text, interval, text) IS
+	'For operators: again => true claims an event whatever came of it, also one that is processed or dead, '
+	'begins the count of its attempts anew and notes in "reclaimed" who has done so. '
+	'account, lease, consumer: as above. '
+	'Raises IK002 where it is processed and what it said is not kept, IK003, also for an event that is not known';
 COMMENT ON FUNCTION idempotency.expire(integer) IS
 	'Does by hand what the background workers do: removes rows whose time has come, in one batch a ledger, '
 	'and returns how many there were; call it until it returns 0. '
