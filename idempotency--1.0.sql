@@ -252,7 +252,7 @@ CREATE TABLE idempotency.stripe_webhook_events (
 	pending_key text COLLATE "C",
 	payload_snapshot jsonb,
 	payload bytea,
-	next_attempt_at timestamptz,
+	next_attempt_at timestamptz NOT NULL,
 	reclaimed jsonb,
 	PRIMARY KEY (account, stripe_event_id, consumer)
 ) WITH (vacuum_truncate = off, toast.vacuum_truncate = off);
@@ -264,7 +264,8 @@ CREATE INDEX stripe_webhook_events_due_idx
 	WHERE success IS NOT TRUE;
 -- objects that somebody is at
 CREATE INDEX stripe_webhook_events_claimed_idx
-	ON idempotency.stripe_webhook_events (object_id, account, consumer)
+	ON idempotency.stripe_webhook_events
+		(object_id, account, consumer, lease_expires_at)
 	WHERE claimed_at IS NOT NULL AND success IS NULL;
 -- superseded_by and twin_of, and what an operation's object went through
 CREATE INDEX stripe_webhook_events_object_idx

@@ -38,8 +38,8 @@
  * about it.
  *
  * stripe_webhook_next() hands out no event while another one of the same object
- * is claimed, so that what superseded_by says still holds when its claimant is
- * done.
+ * is claimed (webhook_queue.c), so that what superseded_by says still holds when
+ * its claimant is done.
  *
  * src/webhooks.c
  *
@@ -53,7 +53,6 @@
 #include "fmgr.h"
 #include "funcapi.h"
 #include "miscadmin.h"
-#include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/jsonb.h"
 #include "utils/uuid.h"
@@ -64,6 +63,7 @@
 #include "expiry.h"
 #include "json_member.h"
 #include "ledger.h"
+#include "notice.h"
 #include "open_claims.h"
 #include "result.h"
 #include "settings.h"
@@ -71,6 +71,7 @@
 #include "settle_event.h"
 #include "webhook_event.h"
 #include "webhook_payload.h"
+#include "webhook_queue.h"
 #include "webhook_secret.h"
 #include "webhook_signature.h"
 #include "webhooks.h"
@@ -91,22 +92,8 @@ PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_again);
 /* Events that wait to settle a call, looked at where none is to be handed out. */
 #define IDLE_KEPT_EVENTS 20
 
-/* Events that stripe_webhook_next() passes by because of their objects. */
-#define MAX_BUSY_OBJECTS 100
-
 /* How far apart two events of one fact may be. */
 #define TWIN_USECS USECS_PER_HOUR
-
-/* Columns of stripe_webhook_events. */
-enum
-{
-	E_TOKEN, E_RECEIVED_AT, E_CLAIMED_AT, E_LEASE_EXPIRES_AT, E_PROCESSED_AT,
-	E_CREATED, E_LEASE, E_ATTEMPTS, E_SUCCESS, E_LIVEMODE, E_ORDER_ID,
-	E_CORRELATION_ID, E_ACCOUNT, E_STRIPE_EVENT_ID, E_CONSUMER, E_EVENT_TYPE,
-	E_API_VERSION, E_OBJECT_TYPE, E_OBJECT_ID, E_REQUEST_ID, E_IDEMPOTENCY_KEY,
-	E_REFERENCE, E_CHECKOUT_SESSION_ID, E_ERROR_MESSAGE, E_PENDING_KEY,
-	E_PAYLOAD_SNAPSHOT, E_PAYLOAD, E_NEXT_ATTEMPT_AT, E_RECLAIMED, E_NCOLUMNS
-};
 
 static const char *const event_columns[E_NCOLUMNS] = {
 	"token", "received_at", "claimed_at", "lease_expires_at", "processed_at",
@@ -116,15 +103,6 @@ static const char *const event_columns[E_NCOLUMNS] = {
 	"reference", "checkout_session_id", "error_message", "pending_key",
 	"payload_snapshot", "payload", "next_attempt_at", "reclaimed"
 };
-
-#define EVENT_COLUMNS \
-	"SELECT token, received_at, claimed_at, lease_expires_at, processed_at," \
-	" created, lease, attempts, success, livemode, order_id," \
-	" correlation_id, account, stripe_event_id, consumer, event_type," \
-	" api_version, object_type, object_id, request_id, idempotency_key," \
-	" reference, checkout_session_id, error_message, pending_key," \
-	" payload_snapshot, payload, next_attempt_at, reclaimed" \
-	" FROM idempotency.stripe_webhook_events"
 
 /* Columns of webhook_claim_result. */
 enum
@@ -268,53 +246,13 @@ static OwnerStatement record_event = {
 	" order_id = COALESCE($9, order_id), correlation_id = COALESCE($10, correlation_id),"
 	" payload_snapshot = CASE WHEN $11 AND pending_key IS NULL THEN NULL ELSE payload_snapshot END,"
 	" payload = CASE WHEN $11 AND pending_key IS NULL THEN NULL ELSE payload END,"
-	" lease = NULL, lease_expires_at = NULL, next_attempt_at = "
-	NEXT_ATTEMPT("attempts", "$5", "$12", "$13")
+	" lease = NULL, lease_expires_at = NULL, next_attempt_at = CASE WHEN $6 THEN $5"
+	" ELSE " NEXT_ATTEMPT("attempts", "$5", "$12", "$13") " END"
 	WHERE_KEY
 	" AND token OPERATOR(pg_catalog.=) $4 AND claimed_at IS NOT NULL AND success IS NULL"
-	" RETURNING next_attempt_at",
+	" RETURNING next_attempt_at, attempts",
 	13, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, BOOLOID, TEXTOID,
 	TEXTOID, UUIDOID, UUIDOID, BOOLOID, INT4OID, FLOAT8OID}
-};
-
-/*
- * The event that waits longest of those that were tried ($4) or weren't, none of
- * whose object's is claimed.  $2 is the clock, $3 are tokens of claims that this
- * transaction holds, $5 tokens of events whose object others have at hand.
- */
-static OwnerStatement find_next = {
-	EVENT_COLUMNS " e"
-	" WHERE consumer OPERATOR(pg_catalog.=) $1 AND success IS NOT TRUE"
-	" AND (attempts OPERATOR(pg_catalog.>) 0) OPERATOR(pg_catalog.=) $4"
-	" AND next_attempt_at OPERATOR(pg_catalog.<=) $2"
-	" AND token OPERATOR(pg_catalog.<>) ALL ($3) AND token OPERATOR(pg_catalog.<>) ALL ($5)"
-	" AND NOT EXISTS (SELECT FROM idempotency.stripe_webhook_events o"
-	" WHERE o.object_id OPERATOR(pg_catalog.=) e.object_id"
-	" AND o.account OPERATOR(pg_catalog.=) e.account"
-	" AND o.consumer OPERATOR(pg_catalog.=) e.consumer"
-	" AND o.claimed_at IS NOT NULL AND o.success IS NULL"
-	" AND (o.lease_expires_at OPERATOR(pg_catalog.>) $2"
-	" OR o.token OPERATOR(pg_catalog.=) ANY ($3)))"
-	" ORDER BY next_attempt_at"
-	" LIMIT 1 FOR UPDATE SKIP LOCKED",
-	5, {TEXTOID, TIMESTAMPTZOID, INT8ARRAYOID, BOOLOID, INT8ARRAYOID}
-};
-
-/*
- * An object's first event that isn't processed stands for the object: whoever
- * has it locked has one of the object's events in an open transaction, which
- * can't be seen yet.
- */
-static OwnerStatement lock_object = {
-	"SELECT token FROM idempotency.stripe_webhook_events"
-	" WHERE ROW(account, stripe_event_id, consumer) OPERATOR(pg_catalog.=)"
-	" (SELECT f.account, f.stripe_event_id, f.consumer"
-	" FROM idempotency.stripe_webhook_events f"
-	" WHERE f.account OPERATOR(pg_catalog.=) $1 AND f.consumer OPERATOR(pg_catalog.=) $2"
-	" AND f.object_id OPERATOR(pg_catalog.=) $3 AND f.success IS NOT TRUE"
-	" ORDER BY f.created, f.stripe_event_id LIMIT 1)"
-	" FOR UPDATE SKIP LOCKED",
-	3, {TEXTOID, TEXTOID, TEXTOID}
 };
 
 /*
@@ -706,7 +644,7 @@ answer_relatives(EventClaim *claim, Relation rel, const WebhookEvent *event)
 	set_pointer(values, nulls, 7, data);
 	values[8] = TimestampTzGetDatum(event->created - TWIN_USECS);
 	values[9] = TimestampTzGetDatum(event->created + TWIN_USECS);
-	(void) ledger_execute(rel, &find_relatives, values, nulls, out, outnull, 2);
+	(void) ledger_execute_latest(rel, &find_relatives, values, nulls, out, outnull, 2);
 	result_copy(&claim->result, C_SUPERSEDED_BY, out[0], outnull[0]);
 	result_copy(&claim->result, C_TWIN_OF, out[1], outnull[1]);
 }
@@ -766,6 +704,7 @@ insert(LedgerClaim *base, Relation rel, TimestampTz now)
 
 	if (claim->receive)
 	{
+		hint_at_commit("idempotency_event", TextDatumGetCString(base->key[2]));
 		result_set(&claim->result, R_STORED, BoolGetDatum(true));
 		return true;
 	}
@@ -1011,79 +950,6 @@ idempotency_stripe_webhook_again(PG_FUNCTION_ARGS)
 							again ? GetUserNameFromId(GetSessionUserId(), false) : NULL));
 }
 
-static Datum
-token_array(const int64 *tokens, int n)
-{
-	Datum	   *elements = palloc(Max(n, 1) * sizeof(Datum));
-	int			i;
-
-	for (i = 0; i < n; i++)
-		elements[i] = Int64GetDatum(tokens[i]);
-	return PointerGetDatum(construct_array(elements, n, INT8OID, sizeof(int64),
-										   FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
-}
-
-/* Tokens of claims that belong to this transaction. */
-static Datum
-own_tokens(void)
-{
-	int			n;
-	int64	   *tokens = open_claims_tokens(&n);
-
-	return token_array(tokens, n);
-}
-
-/*
- * Is no other transaction at an event of this one's object?  Then none will be
- * until this transaction ends, by stripe_webhook_next().
- */
-static bool
-has_object(Relation rel, LedgerRow *row)
-{
-	Datum		values[3];
-
-	if (row->isnull[E_OBJECT_ID])
-		return true;
-	values[0] = row->values[E_ACCOUNT];
-	values[1] = row->values[E_CONSUMER];
-	values[2] = row->values[E_OBJECT_ID];
-	return ledger_execute(rel, &lock_object, values, NULL, NULL, NULL, 0) > 0;
-}
-
-/*
- * Lock the event that comes next, fresh ones first.  Returns false where there
- * is none, or none is found among MAX_BUSY_OBJECTS whose object others have.
- */
-static bool
-find_next_event(Relation rel, text *consumer, Datum own, TimestampTz now, LedgerRow *row)
-{
-	int64		busy[MAX_BUSY_OBJECTS];
-	int			nbusy = 0;
-	int			tried;
-	Datum		values[5];
-
-	values[0] = PointerGetDatum(consumer);
-	values[1] = TimestampTzGetDatum(now);
-	values[2] = own;
-	for (tried = 0; tried <= 1; tried++)
-	{
-		values[3] = BoolGetDatum(tried != 0);
-		for (;;)
-		{
-			values[4] = token_array(busy, nbusy);
-			if (ledger_execute(rel, &find_next, values, NULL, row->values, row->isnull,
-							   E_NCOLUMNS) == 0)
-				break;
-			if (has_object(rel, row))
-				return true;
-			if (nbusy == MAX_BUSY_OBJECTS)
-				return false;
-			busy[nbusy++] = DatumGetInt64(row->values[E_TOKEN]);
-		}
-	}
-	return false;
-}
-
 /*
  * stripe_webhook_next(lease, consumer)
  */
@@ -1093,7 +959,6 @@ idempotency_stripe_webhook_next(PG_FUNCTION_ARGS)
 	FuncCallContext *context;
 	EventClaim	claim;
 	text	   *consumer;
-	Datum		own;
 	Relation	rel;
 	int			races = 0;
 
@@ -1104,11 +969,11 @@ idempotency_stripe_webhook_next(PG_FUNCTION_ARGS)
 	}
 
 	PreventCommandDuringRecovery("idempotency.stripe_webhook_next()");
+	PreventCommandIfReadOnly("idempotency.stripe_webhook_next()");
 
 	memset(&claim, 0, sizeof(claim));
 	claim.lease = argument_duration(fcinfo, 0, "lease");
 	consumer = argument_label(fcinfo, 1, true, "consumer");
-	own = own_tokens();
 	context = SRF_FIRSTCALL_INIT();
 	result_begin(&claim.result, fcinfo, C_NCOLUMNS);
 
@@ -1118,7 +983,7 @@ idempotency_stripe_webhook_next(PG_FUNCTION_ARGS)
 		LedgerRow	row;
 		TimestampTz now = GetCurrentTimestamp();
 
-		if (!find_next_event(rel, consumer, own, now, &row))
+		if (!webhook_queue_next(rel, consumer, now, &row))
 			break;
 
 		/* the row is locked, so that nobody else can take it */
@@ -1199,8 +1064,8 @@ idempotency_stripe_webhook_record(PG_FUNCTION_ARGS)
 	bool		success = PG_ARGISNULL(2) ? message == NULL : PG_GETARG_BOOL(2);
 	Datum		values[13];
 	char		nulls[] = "             ";
-	Datum		next_attempt_at;
-	bool		isnull;
+	Datum		out[2];
+	bool		outnull[2];
 	Relation	rel;
 	int			races = 0;
 	int			i;
@@ -1225,13 +1090,13 @@ idempotency_stripe_webhook_record(PG_FUNCTION_ARGS)
 	for (;;)
 	{
 		values[4] = TimestampTzGetDatum(GetCurrentTimestamp());
-		if (ledger_execute(rel, &record_event, values, nulls, &next_attempt_at, &isnull, 1) > 0)
+		if (ledger_execute(rel, &record_event, values, nulls, out, outnull, 2) > 0)
 		{
-			if (!success && TIMESTAMP_IS_NOEND(DatumGetTimestampTz(next_attempt_at)))
+			if (!success && TIMESTAMP_IS_NOEND(DatumGetTimestampTz(out[0])))
 				ereport(LOG,
-						(errmsg("event %s is dead: it has failed %d times", describe_event(values),
-								webhook_max_attempts),
-						 errhint("Look at it in the view \"idempotency.stripe_webhook_pending\".")));
+						(errmsg("event %s is dead after %d attempts", describe_event(values),
+								DatumGetInt32(out[1])),
+						 errhint("The view \"idempotency.stripe_webhook_pending\" has the statement that revives it.")));
 			break;
 		}
 		if (!explain_refusal(rel, values, token, success, message))
