@@ -260,7 +260,7 @@ CREATE TABLE idempotency.stripe_webhook_events (
 -- what stripe_webhook_next() hands out, in its order: fresh events first
 CREATE INDEX stripe_webhook_events_due_idx
 	ON idempotency.stripe_webhook_events
-		(consumer, (attempts OPERATOR(pg_catalog.>) 0), next_attempt_at)
+		(consumer, (LEAST(attempts, 1)), next_attempt_at)
 	WHERE success IS NOT TRUE;
 -- objects that somebody is at
 CREATE INDEX stripe_webhook_events_claimed_idx

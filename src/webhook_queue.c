@@ -62,7 +62,7 @@
 	" AND o.claimed_at IS NOT NULL AND o.success IS NULL"
 
 #define MAY_BE_HANDED_OUT \
-	" success IS NOT TRUE AND next_attempt_at OPERATOR(pg_catalog.<=) $2" \
+	" next_attempt_at OPERATOR(pg_catalog.<=) $2" \
 	" AND (lease_expires_at IS NULL OR lease_expires_at OPERATOR(pg_catalog.<=) $2)" \
 	" AND NOT EXISTS (" SAME_OBJECT \
 	" AND o.lease_expires_at OPERATOR(pg_catalog.>) $2 OFFSET 0)" \
@@ -71,29 +71,32 @@
 	" AND NOT EXISTS (" SAME_OBJECT \
 	" AND o.token OPERATOR(pg_catalog.=) ANY ($3) OFFSET 0))"
 
-/* $1: consumer, $4: of those that were tried?, $5: things that are passed by */
+/* $1: consumer, $4: 0 for fresh ones, 1 for others, $5: things that are passed by */
 #define FIND_CANDIDATES(limit) \
 	"SELECT account, stripe_event_id, object_id FROM idempotency.stripe_webhook_events e" \
-	" WHERE consumer OPERATOR(pg_catalog.=) $1" \
-	" AND (attempts OPERATOR(pg_catalog.>) 0) OPERATOR(pg_catalog.=) $4" \
+	" WHERE consumer OPERATOR(pg_catalog.=) $1 AND success IS NOT TRUE" \
+	" AND LEAST(attempts, 1) OPERATOR(pg_catalog.=) $4" \
 	" AND COALESCE(object_id, stripe_event_id) OPERATOR(pg_catalog.<>) ALL ($5)" \
 	" AND" MAY_BE_HANDED_OUT " ORDER BY next_attempt_at LIMIT " limit
 
 static OwnerStatement find_first = {
 	FIND_CANDIDATES("1"),
-	5, {TEXTOID, TIMESTAMPTZOID, INT8ARRAYOID, BOOLOID, TEXTARRAYOID}
+	5, {TEXTOID, TIMESTAMPTZOID, INT8ARRAYOID, INT4OID, TEXTARRAYOID}
 };
 
 static OwnerStatement find_page = {
 	FIND_CANDIDATES(CppAsString2(PAGE)),
-	5, {TEXTOID, TIMESTAMPTZOID, INT8ARRAYOID, BOOLOID, TEXTARRAYOID}
+	5, {TEXTOID, TIMESTAMPTZOID, INT8ARRAYOID, INT4OID, TEXTARRAYOID}
 };
 
-/* $1: consumer, $4: account, $5: event */
+/*
+ * $1: consumer, $4: account, $5: event.  What is asked of success is put so that
+ * the planner doesn't take the queue's index for it.
+ */
 static OwnerStatement lock_event = {
 	EVENT_COLUMNS " e WHERE account OPERATOR(pg_catalog.=) $4"
 	" AND stripe_event_id OPERATOR(pg_catalog.=) $5 AND consumer OPERATOR(pg_catalog.=) $1"
-	" AND" MAY_BE_HANDED_OUT " FOR UPDATE SKIP LOCKED",
+	" AND NOT COALESCE(success, false) AND" MAY_BE_HANDED_OUT " FOR UPDATE SKIP LOCKED",
 	5, {TEXTOID, TIMESTAMPTZOID, INT8ARRAYOID, TEXTOID, TEXTOID}
 };
 
@@ -113,39 +116,52 @@ typedef struct Search
 } Search;
 
 static void
-add_candidate(HeapTuple tuple, TupleDesc desc, void *arg)
+add_candidate(Search *search, const Datum *values, const bool *isnull)
+{
+	int			n = search->ncandidates++;
+
+	memcpy(search->candidates[n], values, sizeof(search->candidates[n]));
+	search->has_object[n] = !isnull[2];
+}
+
+static void
+add_row(HeapTuple tuple, TupleDesc desc, void *arg)
 {
 	Search	   *search = arg;
 	MemoryContext old = MemoryContextSwitchTo(search->context);
-	int			n = search->ncandidates++;
-	bool		isnull;
+	Datum		values[3];
+	bool		isnull[3];
 	int			i;
 
 	for (i = 0; i < 3; i++)
 	{
-		Datum		value = heap_getattr(tuple, i + 1, desc, &isnull);
-
-		search->candidates[n][i] = isnull ? (Datum) 0 :
-			PointerGetDatum(DatumGetTextPCopy(value));
+		values[i] = heap_getattr(tuple, i + 1, desc, &isnull[i]);
+		if (!isnull[i])
+			values[i] = PointerGetDatum(DatumGetTextPCopy(values[i]));
 	}
-	search->has_object[n] = !isnull;
+	add_candidate(search, values, isnull);
 	MemoryContextSwitchTo(old);
 }
 
+/* The first candidate, or, where something is passed by, a page of them. */
 static void
-find_candidates(Search *search, bool tried)
+find_candidates(Search *search, int tried)
 {
 	Datum		values[5];
+	Datum		out[3];
+	bool		outnull[3];
 
 	values[0] = PointerGetDatum(search->consumer);
 	values[1] = TimestampTzGetDatum(search->now);
 	values[2] = search->own;
-	values[3] = BoolGetDatum(tried);
+	values[3] = Int32GetDatum(tried);
 	values[4] = PointerGetDatum(construct_array(search->passed, search->npassed, TEXTOID,
 												-1, false, TYPALIGN_INT));
 	search->ncandidates = 0;
-	owner_select(search->npassed == 0 ? &find_first : &find_page,
-				 search->rel->rd_rel->relowner, values, add_candidate, search);
+	if (search->npassed > 0)
+		owner_select(&find_page, search->rel->rd_rel->relowner, values, add_row, search);
+	else if (ledger_execute(search->rel, &find_first, values, NULL, out, outnull, 3) > 0)
+		add_candidate(search, out, outnull);
 }
 
 /* ---------- one candidate ---------- */
@@ -258,7 +274,7 @@ webhook_queue_next(Relation rel, text *consumer, TimestampTz now, LedgerRow *row
 		for (;;)
 		{
 			CHECK_FOR_INTERRUPTS();
-			find_candidates(search, tried != 0);
+			find_candidates(search, tried);
 			if (search->ncandidates == 0)
 				break;
 			for (i = 0; i < search->ncandidates; i++)
