@@ -24,13 +24,6 @@ my $calls = 100;				# in a round of one side
 my $rounds = 4 * $pairs;
 my %percentiles = (p5 => 0.05, p50 => 0.5, p99 => 0.99);
 
-sub compile
-{
-	my ($name, @options) = @_;
-	run("$dir/cc.log", 'cc', '-O2', '-o', "$dir/$name", "$here/$name.c", @options);
-	return;
-}
-
 # A responder that answers after so many milliseconds; it ends when it is
 # stopped, or with us.
 sub responder
