@@ -1326,13 +1326,14 @@ COMMENT ON FUNCTION idempotency.stripe_webhook_claim(text, text, text[], interva
 	'The same for a body that is text: its bytes in UTF-8 are what is verified. payload: the body as it came, '
 	'or its bytes as PostgreSQL writes a bytea, \x...; everything else as for the function of bytea';
 COMMENT ON FUNCTION idempotency.stripe_webhook_record(text, bigint, boolean, text, text, uuid, uuid, text, text) IS
-	'Records that a claimed event is processed, which is final, or that this has failed. '
+	'Records that a claimed event is processed, which is final, or that this has failed, so that it is due again later. '
 	'success: default true unless there is an error_message; '
 	'reference, order_id, correlation_id: kept beside the event; account, consumer: as claimed (default ''''). '
 	'Recording the same again changes nothing. Raises IK001 for a token that doesn''t hold the event, '
 	'IK002 where another result is recorded, IK003';
 COMMENT ON FUNCTION idempotency.stripe_webhook_receive(bytea, text, text[], interval, text) IS
 	'Verifies an event and keeps it for stripe_webhook_next(): answer 200 and work later. '
+	'What it stores sends NOTIFY idempotency_event, unless idempotency.webhook_notify is off. '
 	'payload, signature, secrets, tolerance: as for stripe_webhook_verify(); '
 	'consumer: who processes it (default ''''). Raises IK003, IK004 for a signature or body that is refused, '
 	'55P03 where another transaction has the event for longer than idempotency.wait_timeout';
@@ -1340,8 +1341,8 @@ COMMENT ON FUNCTION idempotency.stripe_webhook_receive(text, text, text[], inter
 	'The same for a body that is text: its bytes in UTF-8 are what is verified. payload: the body as it came, '
 	'or its bytes as PostgreSQL writes a bytea, \x...; everything else as for the function of bytea';
 COMMENT ON FUNCTION idempotency.stripe_webhook_next(interval, text) IS
-	'Claims the event that waits longest, received, failed or lapsed, which nobody else is at; '
-	'no row if there is none. '
+	'Claims the event that waits longest of those that nobody has claimed before, otherwise of those that have failed '
+	'or lapsed and are due again, but none of an object of which another event is claimed; no row if there is none. '
 	'lease: how long the claim outlives COMMIT (NULL: it must be recorded before COMMIT, or IK005); '
 	'consumer: whose events (default ''''). Raises IK003';
 COMMENT ON FUNCTION idempotency.stripe_webhook_reclaim(text, text, interval, text) IS

@@ -48,6 +48,7 @@ char	   *stripe_compare_ignore = NULL;
 int			webhook_tolerance = 300;
 int			webhook_retention = 35 * 24 * 60 * 60;
 int			webhook_max_attempts = 20;
+bool		webhook_notify = true;
 int			webhook_payload = WEBHOOK_PAYLOAD_ALL;
 int			webhook_livemode = WEBHOOK_LIVEMODE_ANY;
 char	   *webhook_secret_file = NULL;
@@ -284,6 +285,14 @@ define_settings(void)
 							20, -1, INT_MAX,
 							PGC_SUSET, 0,
 							check_webhook_max_attempts, NULL, NULL);
+
+	DefineCustomBoolVariable("idempotency.webhook_notify",
+							 "Sends NOTIFY idempotency_event when an event is received.",
+							 "PostgreSQL lets transactions that notify commit one after the other.",
+							 &webhook_notify,
+							 true,
+							 PGC_USERSET, 0,
+							 NULL, NULL, NULL);
 
 	DefineCustomEnumVariable("idempotency.webhook_payload",
 							 "What is kept of an event's body.",

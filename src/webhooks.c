@@ -704,7 +704,8 @@ insert(LedgerClaim *base, Relation rel, TimestampTz now)
 
 	if (claim->receive)
 	{
-		hint_at_commit("idempotency_event", TextDatumGetCString(base->key[2]));
+		if (webhook_notify)
+			hint_at_commit("idempotency_event", TextDatumGetCString(base->key[2]));
 		result_set(&claim->result, R_STORED, BoolGetDatum(true));
 		return true;
 	}
