@@ -58,6 +58,7 @@ OBJS = \
 	src/subtransaction.o \
 	src/webhook_event.o \
 	src/webhook_payload.o \
+	src/webhook_queue.o \
 	src/webhook_secret.o \
 	src/webhook_signature.o \
 	src/webhooks.o \

@@ -270,14 +270,21 @@ CREATE TABLE idempotency.stripe_webhook_events (
 	pending_key text COLLATE "C",
 	payload_snapshot jsonb,
 	payload bytea,
+	next_attempt_at timestamptz NOT NULL,
+	reclaimed jsonb,
 	PRIMARY KEY (account, stripe_event_id, consumer)
 ) WITH (vacuum_truncate = off, toast.vacuum_truncate = off);
 
--- what stripe_webhook_next() hands out, in its order
+-- what stripe_webhook_next() hands out, in its order: fresh events first
 CREATE INDEX stripe_webhook_events_due_idx
 	ON idempotency.stripe_webhook_events
-		(consumer, (COALESCE(lease_expires_at, processed_at, received_at)))
+		(consumer, (LEAST(attempts, 1)), next_attempt_at)
 	WHERE success IS NOT TRUE;
+-- objects that somebody is at
+CREATE INDEX stripe_webhook_events_claimed_idx
+	ON idempotency.stripe_webhook_events
+		(object_id, account, consumer, lease_expires_at)
+	WHERE claimed_at IS NOT NULL AND success IS NULL;
 -- superseded_by and twin_of, and what an operation's object went through
 CREATE INDEX stripe_webhook_events_object_idx
 	ON idempotency.stripe_webhook_events (object_id, account, consumer, created)
@@ -547,6 +554,12 @@ RETURNS idempotency.webhook_claim_result
 AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_reclaim'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
+CREATE FUNCTION idempotency.stripe_webhook_reclaim(stripe_event_id text, again boolean,
+	account text DEFAULT '', lease interval DEFAULT NULL, consumer text DEFAULT '')
+RETURNS idempotency.webhook_claim_result
+AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_again'
+LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
+
 --
 -- Housekeeping
 --
@@ -613,15 +626,20 @@ SELECT e.account, e.stripe_event_id, e.consumer, e.event_type, e.object_id, s.st
 		THEN pg_catalog.format('SELECT * FROM idempotency.stripe_webhook_pending'
 			' WHERE stripe_event_id = %L AND account = %L AND consumer = %L;',
 			e.stripe_event_id, e.account, e.consumer)
-		ELSE pg_catalog.format('SELECT * FROM idempotency.stripe_webhook_reclaim(%L, %L,'
-			' lease => ''5 minutes'', consumer => %L);',
-			e.stripe_event_id, e.account, e.consumer)
-	END AS next_step
+		ELSE pg_catalog.format('SELECT * FROM idempotency.stripe_webhook_reclaim(%L, account => %L,'
+			' lease => %L, consumer => %L%s);',
+			e.stripe_event_id, e.account,
+			CASE WHEN s.state OPERATOR(pg_catalog.=) 'dead' THEN '1 second' ELSE '5 minutes' END,
+			e.consumer,
+			CASE WHEN s.state OPERATOR(pg_catalog.=) 'dead' THEN ', again => true' ELSE '' END)
+	END AS next_step,
+	e.next_attempt_at
 FROM idempotency.stripe_webhook_events e,
 	LATERAL (SELECT CASE
+			WHEN e.lease_expires_at OPERATOR(pg_catalog.>) pg_catalog.clock_timestamp() THEN 'claimed'
+			WHEN e.next_attempt_at OPERATOR(pg_catalog.=) 'infinity'::timestamptz THEN 'dead'
 			WHEN NOT e.success THEN 'failed'
 			WHEN e.claimed_at IS NULL THEN 'received'
-			WHEN e.lease_expires_at OPERATOR(pg_catalog.>) pg_catalog.clock_timestamp() THEN 'claimed'
 			ELSE 'lapsed' END AS state) s
 WHERE e.success IS NOT TRUE
 ORDER BY COALESCE(e.lease_expires_at, e.processed_at, e.received_at);
@@ -1053,6 +1071,11 @@ COMMENT ON COLUMN idempotency.stripe_webhook_events.payload_snapshot IS
 	'The body as jsonb; see idempotency.webhook_payload';
 COMMENT ON COLUMN idempotency.stripe_webhook_events.payload IS
 	'The body''s bytes as they were signed; see idempotency.webhook_payload';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.next_attempt_at IS
+	'When stripe_webhook_next() may hand it out (again): longer after each failure; '
+	'infinity: it is dead, idempotency.webhook_max_attempts have failed';
+COMMENT ON COLUMN idempotency.stripe_webhook_events.reclaimed IS
+	'Who had it run again, when, and what had come of it before: the last twenty times, or NULL';
 
 COMMENT ON TABLE idempotency.namespace IS
 	'Secrets that keys, operation UUIDs and fingerprints are derived from; in_force says which of them is';
@@ -1098,13 +1121,16 @@ COMMENT ON COLUMN idempotency.stripe_webhook_pending.consumer IS 'Who processes 
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.event_type IS 'Stripe''s type';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.object_id IS 'What it is about, or NULL';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.state IS
-	'received: nobody had it yet; claimed: somebody is at it; lapsed: and didn''t finish; failed: recorded so';
+	'received: nobody had it yet; claimed: somebody is at it; lapsed: and didn''t finish; failed: recorded so; '
+	'dead: as often as idempotency.webhook_max_attempts says, and not handed out any more';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.attempts IS 'How often it was claimed';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.received_at IS 'When it was received first';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.claimed_at IS 'When it was claimed last, or NULL';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.lease_expires_at IS 'Until when it is held, or NULL';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.last_error IS 'What the last attempt recorded, or NULL';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.next_step IS 'The statement to type';
+COMMENT ON COLUMN idempotency.stripe_webhook_pending.next_attempt_at IS
+	'When stripe_webhook_next() may hand it out; infinity: never, unless it is revived';
 COMMENT ON VIEW idempotency.workers IS
 	'Removal of expired rows in the background: this database, '
 	'and for members of pg_read_all_stats the others, too';
@@ -1329,13 +1355,14 @@ COMMENT ON FUNCTION idempotency.stripe_webhook_claim(text, text, text[], interva
 	'The same for a body that is text: its bytes in UTF-8 are what is verified. payload: the body as it came, '
 	'or its bytes as PostgreSQL writes a bytea, \x...; everything else as for the function of bytea';
 COMMENT ON FUNCTION idempotency.stripe_webhook_record(text, bigint, boolean, text, text, uuid, uuid, text, text) IS
-	'Records that a claimed event is processed, which is final, or that this has failed. '
+	'Records that a claimed event is processed, which is final, or that this has failed, so that it is due again later. '
 	'success: default true unless there is an error_message; '
 	'reference, order_id, correlation_id: kept beside the event; account, consumer: as claimed (default ''''). '
 	'Recording the same again changes nothing. Raises IK001 for a token that doesn''t hold the event, '
 	'IK002 where another result is recorded, IK003';
 COMMENT ON FUNCTION idempotency.stripe_webhook_receive(bytea, text, text[], interval, text) IS
 	'Verifies an event and keeps it for stripe_webhook_next(): answer 200 and work later. '
+	'What it stores sends NOTIFY idempotency_event, unless idempotency.webhook_notify is off. '
 	'payload, signature, secrets, tolerance: as for stripe_webhook_verify(); '
 	'consumer: who processes it (default ''''). Raises IK003, IK004 for a signature or body that is refused, '
 	'55P03 where another transaction has the event for longer than idempotency.wait_timeout';
@@ -1343,8 +1370,8 @@ COMMENT ON FUNCTION idempotency.stripe_webhook_receive(text, text, text[], inter
 	'The same for a body that is text: its bytes in UTF-8 are what is verified. payload: the body as it came, '
 	'or its bytes as PostgreSQL writes a bytea, \x...; everything else as for the function of bytea';
 COMMENT ON FUNCTION idempotency.stripe_webhook_next(interval, text) IS
-	'Claims the event that waits longest, received, failed or lapsed, which nobody else is at; '
-	'no row if there is none. '
+	'Claims the event that waits longest of those that nobody has claimed before, otherwise of those that have failed '
+	'or lapsed and are due again, but none of an object of which another event is claimed; no row if there is none. '
 	'lease: how long the claim outlives COMMIT (NULL: it must be recorded before COMMIT, or IK005); '
 	'consumer: whose events (default ''''). Raises IK003';
 COMMENT ON FUNCTION idempotency.stripe_webhook_reclaim(text, text, interval, text) IS
@@ -1352,6 +1379,11 @@ COMMENT ON FUNCTION idempotency.stripe_webhook_reclaim(text, text, interval, tex
 	'account: default ''''; '
 	'lease: how long the claim outlives COMMIT (NULL: it must be recorded before COMMIT, or IK005); '
 	'consumer: default ''''. Raises IK003, also for an event that isn''t known';
+COMMENT ON FUNCTION idempotency.stripe_webhook_reclaim(text, boolean, text, interval, text) IS
+	'For operators: again => true claims an event whatever came of it, also one that is processed or dead, '
+	'begins the count of its attempts anew and notes in "reclaimed" who has done so. '
+	'account, lease, consumer: as above. '
+	'Raises IK002 where it is processed and what it said is not kept, IK003, also for an event that is not known';
 COMMENT ON FUNCTION idempotency.expire(integer) IS
 	'Does by hand what the background workers do: removes rows whose time has come, in one batch a ledger, '
 	'and returns how many there were; call it until it returns 0. '

@@ -369,7 +369,7 @@ DROP TRIGGER say ON idempotency.idempotency_keys;
 -- a retention of -1 keeps every event
 INSERT INTO idempotency.stripe_webhook_events
 SELECT (jsonb_populate_record(NULL::idempotency.stripe_webhook_events, jsonb_build_object('token', 1,
-	'received_at', t, 'claimed_at', t, 'success', true, 'processed_at', t, 'created', t, 'attempts', 1, 'livemode', false,
+	'received_at', t, 'next_attempt_at', t, 'claimed_at', t, 'success', true, 'processed_at', t, 'created', t, 'attempts', 1, 'livemode', false,
 	'account', '', 'consumer', '', 'event_type', 'test', 'stripe_event_id', 'evt_1'))).*
 FROM (SELECT now() - interval '100 years' AS t) t;
 SET idempotency.webhook_retention = -1;

@@ -92,6 +92,7 @@ SELECT * FROM twice($$SELECT c.verdict FROM delivery('evt_1') d,
 	idempotency.stripe_webhook_claim(d.body, d.signature, '{whsec_test}', '1000 years', '1 hour') c$$);
 SELECT * FROM twice($$SELECT idempotency.stripe_webhook_record('evt_1', e('evt_1'), error_message => 'no')::text$$);
 SELECT * FROM twice($$SELECT verdict || ' ' || attempt FROM idempotency.stripe_webhook_reclaim('evt_1', lease => '1 microsecond')$$);
+UPDATE idempotency.stripe_webhook_events SET next_attempt_at = now();
 SELECT * FROM twice($$SELECT verdict || ' ' || attempt FROM idempotency.stripe_webhook_next('1 hour')$$);
 SELECT * FROM twice($$SELECT r.stored FROM delivery('evt_2') d,
 	idempotency.stripe_webhook_receive(d.body, d.signature, '{whsec_test}', '1000 years') r$$);

@@ -41,7 +41,7 @@ SET idempotency.webhook_retention = 0;
 DELETE FROM idempotency.stripe_webhook_events;
 INSERT INTO idempotency.stripe_webhook_events
 SELECT (jsonb_populate_record(NULL::idempotency.stripe_webhook_events, jsonb_build_object('token', 1,
-	'received_at', t, 'claimed_at', CASE WHEN claimed THEN t END, 'success', success,
+	'received_at', t, 'next_attempt_at', t, 'claimed_at', CASE WHEN claimed THEN t END, 'success', success,
 	'processed_at', CASE WHEN success IS NOT NULL THEN t END, 'created', t, 'attempts', 1, 'livemode', false,
 	'account', '', 'consumer', '', 'event_type', 'test', 'payload', '\x00',
 	'stripe_event_id', concat_ws(', ', 'evt', CASE WHEN claimed THEN 'claimed' END, 'success ' || success)))).*

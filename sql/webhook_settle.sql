@@ -225,6 +225,18 @@ SELECT receive('evt_thin', 'v2.core.account.created', '{}', jsonb_build_object('
 	'reason', jsonb_build_object('type', 'request', 'request', jsonb_build_object('id', 'req_2', 'idempotency_key', key('thin')))));
 SELECT state('thin');
 
+-- a connected account's may have any key: who sees it as a context says nothing about a call that names no account
+CALL call('thinc', '/v2/core/accounts');
+SELECT receive('evt_thinc', 'v2.core.account.created', '{}', jsonb_build_object('object', 'v2.core.event', 'context', 'acct_2',
+	'related_object', obj('x', 'acct_thin') || '{"type": "v2.core.account"}',
+	'reason', jsonb_build_object('type', 'request', 'request', jsonb_build_object('id', 'req_2', 'idempotency_key', key('thinc')))));
+SELECT state('thinc');
+CALL call('thinc', '/v2/core/accounts', account => 'acct_2');
+SELECT receive('evt_thina', 'v2.core.account.created', '{}', jsonb_build_object('object', 'v2.core.event', 'context', 'acct_2',
+	'related_object', obj('x', 'acct_thin') || '{"type": "v2.core.account"}',
+	'reason', jsonb_build_object('type', 'request', 'request', jsonb_build_object('id', 'req_2', 'idempotency_key', key('thinc', 'acct_2')))));
+SELECT state('thinc', 'acct_2'), state('thinc') AS own;
+
 -- a call that isn't a POST, or whose path nobody knows
 SELECT FROM idempotency.stripe_claim('t', 'get', '{"method": "GET", "path": "/v1/refunds"}') c, idempotency.stripe_record('t', 'get', c.token);
 SELECT FROM idempotency.stripe_claim('t', 'none') c, idempotency.stripe_record('t', 'none', c.token);

@@ -150,18 +150,22 @@ SELECT verdict, stripe_event_id, account, event_type, attempt FROM idempotency.s
 SELECT verdict, stripe_event_id FROM idempotency.stripe_webhook_next();
 COMMIT;
 INSERT INTO tokens SELECT stripe_event_id, token FROM idempotency.stripe_webhook_next('1 h');
--- a failed one lets the others pass
+-- a failed one waits, and lets the others pass
 SELECT FROM idempotency.stripe_webhook_record('evt_5', token('evt_5'), success => false);
+SELECT stripe_event_id, attempt FROM idempotency.stripe_webhook_next('1 h');
+-- its pause is over (nothing sleeps here: ends of pauses are moved)
+CREATE FUNCTION due(id text) RETURNS void LANGUAGE sql AS
+	'UPDATE idempotency.stripe_webhook_events SET next_attempt_at = clock_timestamp(),
+		lease_expires_at = least(lease_expires_at, clock_timestamp()) WHERE stripe_event_id = id';
+SELECT FROM due('evt_5');
 SELECT stripe_event_id, attempt FROM idempotency.stripe_webhook_next('1 h');
 SELECT stripe_event_id, attempt FROM idempotency.stripe_webhook_next('1 h');
 SELECT stripe_event_id, attempt FROM idempotency.stripe_webhook_next('1 h');
 -- and so does one whose worker died
-UPDATE idempotency.stripe_webhook_events SET lease_expires_at = clock_timestamp()
-WHERE stripe_event_id = 'evt_6';
+SELECT FROM due('evt_6');
 SELECT stripe_event_id, account, attempt FROM idempotency.stripe_webhook_next('1 h');
 -- claimed in a savepoint that is rolled back
-UPDATE idempotency.stripe_webhook_events SET lease_expires_at = clock_timestamp()
-WHERE stripe_event_id = 'evt_5';
+SELECT FROM due('evt_5');
 BEGIN;
 SAVEPOINT a;
 SELECT stripe_event_id, attempt FROM idempotency.stripe_webhook_next();
@@ -199,6 +203,115 @@ BEGIN
 	END LOOP;
 END $$;
 SELECT state, count(*) FROM idempotency.stripe_webhook_pending GROUP BY state;
+
+--
+-- Events that fail
+--
+-- each pause is twice as long as the one before, at most an hour, less up to a half
+CREATE TEMP TABLE pauses (attempt int, pause interval);
+DO $$
+DECLARE
+	c record;
+BEGIN
+	PERFORM receive(event('evt_fails', object => '{"id": "pi_fails"}'), 'fails');
+	FOR i IN 1 .. 20 LOOP
+		SELECT * INTO STRICT c FROM idempotency.stripe_webhook_next('1 h', 'fails');
+		PERFORM idempotency.stripe_webhook_record(c.stripe_event_id, c.token, error_message => 'no', consumer => 'fails');
+		EXIT WHEN i = 20;
+		INSERT INTO pauses SELECT attempts, next_attempt_at - processed_at
+			FROM idempotency.stripe_webhook_events WHERE consumer = 'fails';
+		PERFORM due('evt_fails');
+	END LOOP;
+END $$;
+SELECT count(*), bool_and(pause <= least(2 ^ (attempt - 1), 3600) * interval '1 s') AS at_most,
+	bool_and(pause >= least(2 ^ (attempt - 1), 3600) * interval '0.5 s') AS at_least,
+	count(DISTINCT extract(epoch FROM pause) / least(2 ^ (attempt - 1), 3600)) > 1 AS jitter
+FROM pauses;
+-- after the last attempt it is dead: nobody is handed it
+SELECT count(*) FROM idempotency.stripe_webhook_next('1 h', 'fails');
+SELECT state, attempts, last_error, next_attempt_at, next_step FROM idempotency.stripe_webhook_pending
+WHERE consumer = 'fails' \gx
+-- the statement revives it, and the count begins anew
+SELECT next_step FROM idempotency.stripe_webhook_pending WHERE consumer = 'fails' \gset
+SELECT verdict, attempt, last_error
+FROM idempotency.stripe_webhook_reclaim('evt_fails', account => '', lease => '1 second', consumer => 'fails', again => true);
+SELECT FROM due('evt_fails');
+SELECT attempt FROM idempotency.stripe_webhook_next('1 h', 'fails');
+SELECT reclaimed #- '{0,at}' #- '{0,by}' #- '{0,processed_at}' AS reclaimed
+FROM idempotency.stripe_webhook_events WHERE consumer = 'fails';
+-- a lapsed claim counts, too: the pause is booked with the claim
+SELECT next_attempt_at - lease_expires_at BETWEEN '1 s' AND '2 s' AS booked
+FROM idempotency.stripe_webhook_events WHERE consumer = 'fails';
+SET idempotency.webhook_max_attempts = 3;
+SELECT FROM due('evt_fails');
+SELECT attempt FROM idempotency.stripe_webhook_next('1 microsecond', 'fails');
+SELECT state, next_attempt_at FROM idempotency.stripe_webhook_pending WHERE consumer = 'fails';
+-- what Stripe delivers is claimed as ever, and may succeed
+SELECT verdict, attempt, token AS fails_token FROM claim(event('evt_fails', object => '{"id": "pi_fails"}'), '1 h', 'fails') \gset
+SELECT FROM idempotency.stripe_webhook_record('evt_fails', :fails_token, consumer => 'fails');
+SELECT count(*) FROM idempotency.stripe_webhook_pending WHERE consumer = 'fails';
+-- without a limit
+SET idempotency.webhook_max_attempts = -1;
+INSERT INTO tokens SELECT 'evt_ever', token FROM claim(event('evt_ever'), '1 h', 'fails');
+UPDATE idempotency.stripe_webhook_events SET attempts = 1000000 WHERE stripe_event_id = 'evt_ever';
+SELECT FROM idempotency.stripe_webhook_record('evt_ever', token('evt_ever'), error_message => 'no', consumer => 'fails');
+SELECT next_attempt_at - processed_at <= '1 h' AS within_the_hour FROM idempotency.stripe_webhook_events
+WHERE stripe_event_id = 'evt_ever';
+SET idempotency.webhook_max_attempts = 0;
+SET idempotency.webhook_max_attempts = -2;
+RESET idempotency.webhook_max_attempts;
+
+-- a processed event is run again, from what is stored, and on record
+SELECT verdict FROM idempotency.stripe_webhook_reclaim('evt_fails', lease => '1 h', consumer => 'fails');
+SELECT verdict FROM idempotency.stripe_webhook_reclaim('evt_fails', again => false, lease => '1 h', consumer => 'fails');
+SELECT verdict, attempt, event ->> 'id' AS event, token AS fails_token
+FROM idempotency.stripe_webhook_reclaim('evt_fails', again => true, lease => '1 h', consumer => 'fails') \gset
+SELECT :'verdict' AS verdict, :attempt AS attempt, :'event' AS event;
+SELECT verdict FROM idempotency.stripe_webhook_reclaim('evt_fails', again => true, lease => '1 h', consumer => 'fails');
+SELECT FROM idempotency.stripe_webhook_record('evt_fails', :fails_token, consumer => 'fails');
+SELECT jsonb_array_length(reclaimed), reclaimed #>> '{1,success}' AS success, reclaimed #>> '{1,by}' = session_user AS by
+FROM idempotency.stripe_webhook_events WHERE stripe_event_id = 'evt_fails';
+DO $$
+DECLARE
+	c record;
+BEGIN
+	FOR i IN 1 .. 30 LOOP
+		c := idempotency.stripe_webhook_reclaim('evt_fails', again => true, lease => '1 h', consumer => 'fails');
+		PERFORM idempotency.stripe_webhook_record('evt_fails', c.token, consumer => 'fails');
+	END LOOP;
+END $$;
+SELECT jsonb_array_length(reclaimed), attempts FROM idempotency.stripe_webhook_events WHERE stripe_event_id = 'evt_fails';
+
+-- fresh ones aren't behind those that have failed, however many and however long ago
+INSERT INTO idempotency.stripe_webhook_events (account, stripe_event_id, consumer, event_type, token, received_at,
+	claimed_at, processed_at, attempts, success, next_attempt_at)
+SELECT '', 'evt_f' || i, 'many', 'a.b', i, now() - interval '1 day', now(), now(), 1, false, now() - interval '1 hour'
+FROM generate_series(1, 1000) i;
+SELECT stored FROM receive(event('evt_fresh'), 'many');
+SELECT stripe_event_id, attempt FROM idempotency.stripe_webhook_next('1 h', 'many');
+SELECT attempt FROM idempotency.stripe_webhook_next('1 h', 'many');
+DELETE FROM idempotency.stripe_webhook_events WHERE consumer = 'many';
+
+-- no event is handed out while another of its object is claimed
+SELECT stored FROM receive(event('evt_same1', object => '{"id": "sub_1"}'), 'same');
+SELECT stored FROM receive(event('evt_same2', object => '{"id": "sub_1"}'), 'same');
+SELECT stored FROM receive(event('evt_other', object => '{"id": "sub_2"}'), 'same');
+INSERT INTO tokens SELECT stripe_event_id, token FROM idempotency.stripe_webhook_next('1 h', 'same');
+SELECT stripe_event_id FROM idempotency.stripe_webhook_next('1 h', 'same');
+SELECT stripe_event_id FROM idempotency.stripe_webhook_next('1 h', 'same');
+SELECT FROM idempotency.stripe_webhook_record('evt_same1', token('evt_same1'), consumer => 'same');
+SELECT stripe_event_id, superseded_by FROM idempotency.stripe_webhook_next('1 h', 'same');
+-- nor by this transaction
+BEGIN;
+SELECT stored FROM receive(event('evt_own1', object => '{"id": "sub_3"}'), 'own');
+SELECT stored FROM receive(event('evt_own2', object => '{"id": "sub_3"}'), 'own');
+SELECT stripe_event_id FROM idempotency.stripe_webhook_next(consumer => 'own');
+SELECT stripe_event_id FROM idempotency.stripe_webhook_next(consumer => 'own');
+SELECT FROM idempotency.stripe_webhook_events e, idempotency.stripe_webhook_record(e.stripe_event_id, e.token, consumer => 'own')
+WHERE e.stripe_event_id = 'evt_own1';
+SELECT stripe_event_id FROM idempotency.stripe_webhook_next(consumer => 'own');
+ROLLBACK;
+DELETE FROM idempotency.stripe_webhook_events WHERE consumer IN ('fails', 'same');
 
 --
 -- Consumers and accounts have rows of their own
@@ -322,6 +435,7 @@ SELECT FROM idempotency.stripe_webhook_claim('', 't=1,v1=0', '{whsec_test}', wai
 SELECT FROM idempotency.stripe_webhook_next(consumer => NULL);
 SELECT FROM idempotency.stripe_webhook_next('-1 s');
 SELECT FROM idempotency.stripe_webhook_reclaim(NULL);
+SELECT FROM idempotency.stripe_webhook_reclaim('evt_1', again => NULL);
 SELECT FROM idempotency.stripe_webhook_reclaim('');
 SELECT FROM idempotency.stripe_webhook_reclaim('evt_1', account => NULL);
 SELECT FROM idempotency.stripe_webhook_record(NULL, 1);
@@ -381,6 +495,7 @@ SELECT verdict FROM claim(event('evt_k4'), '1 h', 'keep');
 SELECT FROM idempotency.stripe_webhook_events e,
 	idempotency.stripe_webhook_record(e.stripe_event_id, e.token, success => false, consumer => 'keep')
 WHERE e.stripe_event_id = 'evt_k4';
+SELECT FROM due('evt_k4');
 SELECT stripe_event_id, event ->> 'id' AS event FROM idempotency.stripe_webhook_next('1 h', 'keep');
 SELECT stripe_event_id, event ->> 'id' AS event FROM idempotency.stripe_webhook_next('1 h', 'keep');
 RESET idempotency.webhook_payload;
@@ -388,6 +503,7 @@ SELECT process(event('evt_k5'), 'keep');
 SELECT stripe_event_id, success, payload_snapshot IS NOT NULL AS jsonb, payload IS NOT NULL AS bytes
 FROM idempotency.stripe_webhook_events WHERE consumer = 'keep' ORDER BY 1;
 SELECT verdict, event FROM idempotency.stripe_webhook_reclaim('evt_k2', consumer => 'keep');
+SELECT verdict, event FROM idempotency.stripe_webhook_reclaim('evt_k2', consumer => 'keep', again => true);
 SELECT verdict, event ->> 'id' AS event FROM claim(event('evt_k2'), consumer => 'keep');
 
 --

@@ -47,6 +47,8 @@ int			stripe_record_timeout = 2 * 1000;
 char	   *stripe_compare_ignore = NULL;
 int			webhook_tolerance = 300;
 int			webhook_retention = 35 * 24 * 60 * 60;
+int			webhook_max_attempts = 20;
+bool		webhook_notify = true;
 int			webhook_payload = WEBHOOK_PAYLOAD_ALL;
 int			webhook_livemode = WEBHOOK_LIVEMODE_ANY;
 char	   *webhook_secret_file = NULL;
@@ -173,6 +175,18 @@ check_stripe_retention(int *newval, void **extra, GucSource source)
 	return true;
 }
 
+/* No attempt at all would be a queue that nothing leaves. */
+static bool
+check_webhook_max_attempts(int *newval, void **extra, GucSource source)
+{
+	if (*newval == 0)
+	{
+		GUC_check_errdetail("It must be at least 1, or -1, which has no limit.");
+		return false;
+	}
+	return true;
+}
+
 static void
 define_settings(void)
 {
@@ -263,6 +277,22 @@ define_settings(void)
 							35 * 24 * 60 * 60, -1, INT_MAX,
 							PGC_SUSET, GUC_UNIT_S,
 							NULL, NULL, NULL);
+
+	DefineCustomIntVariable("idempotency.webhook_max_attempts",
+							"How often an event is tried before it is handed out no more.",
+							"Counts at each failure, and where a claim has lapsed. -1 has no limit.",
+							&webhook_max_attempts,
+							20, -1, INT_MAX,
+							PGC_SUSET, 0,
+							check_webhook_max_attempts, NULL, NULL);
+
+	DefineCustomBoolVariable("idempotency.webhook_notify",
+							 "Sends NOTIFY idempotency_event when an event is received.",
+							 "PostgreSQL lets transactions that notify commit one after the other.",
+							 &webhook_notify,
+							 true,
+							 PGC_USERSET, 0,
+							 NULL, NULL, NULL);
 
 	DefineCustomEnumVariable("idempotency.webhook_payload",
 							 "What is kept of an event's body.",

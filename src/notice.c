@@ -16,6 +16,8 @@
  *
  * That takes a hook and workers.  Where the library isn't preloaded the NOTIFY is
  * sent at PREPARE TRANSACTION, too, and PostgreSQL refuses it in its own words.
+ * A hint, which spares somebody a look that he takes now and then anyway, is left
+ * out there.
  *
  * src/notice.c
  *
@@ -56,6 +58,7 @@
 typedef struct Notice
 {
 	SubTransactionId subid;		/* the innermost that isn't over */
+	bool		hint;			/* may it be left out? */
 	char	   *channel;
 	char	   *payload;
 } Notice;
@@ -180,26 +183,35 @@ send_kept_notices(void)
 /* ---------- the transaction ---------- */
 
 static void
-at_xact_event(XactEvent event, void *arg)
+send_notices(bool with_hints)
 {
 	ListCell   *lc;
 
+	foreach(lc, notices)
+	{
+		Notice	   *notice = lfirst(lc);
+
+		if (with_hints || !notice->hint)
+			Async_Notify(notice->channel, notice->payload);
+	}
+}
+
+static void
+at_xact_event(XactEvent event, void *arg)
+{
 	switch (event)
 	{
 		case XACT_EVENT_PRE_PREPARE:
-			if (notices != NIL && shmem_is_there())
+			if (shmem_is_there())
 			{
-				keep_notices();
-				break;
+				if (notices != NIL)
+					keep_notices();
 			}
-			/* FALLTHROUGH */
+			else
+				send_notices(false);
+			break;
 		case XACT_EVENT_PRE_COMMIT:
-			foreach(lc, notices)
-			{
-				Notice	   *notice = lfirst(lc);
-
-				Async_Notify(notice->channel, notice->payload);
-			}
+			send_notices(true);
 			break;
 		case XACT_EVENT_COMMIT:
 		case XACT_EVENT_ABORT:
@@ -233,11 +245,19 @@ at_subxact_event(SubXactEvent event, SubTransactionId subid,
 		notices = list_truncate(notices, n);
 }
 
-/*
- * NOTIFY, if this (sub)transaction commits.
- */
-void
-notify_at_commit(const char *channel, const char *payload)
+/* The same as the last one?  PostgreSQL would send it once anyway. */
+static bool
+is_last_notice(bool hint, const char *channel, const char *payload)
+{
+	Notice	   *last = notices == NIL ? NULL : llast(notices);
+
+	return last != NULL && last->hint == hint &&
+		last->subid == GetCurrentSubTransactionId() &&
+		strcmp(last->channel, channel) == 0 && strcmp(last->payload, payload) == 0;
+}
+
+static void
+add_notice(bool hint, const char *channel, const char *payload)
 {
 	static bool registered = false;
 	MemoryContext old;
@@ -249,14 +269,36 @@ notify_at_commit(const char *channel, const char *payload)
 		RegisterSubXactCallback(at_subxact_event, NULL);
 		registered = true;
 	}
+	if (is_last_notice(hint, channel, payload))
+		return;
 
 	old = MemoryContextSwitchTo(TopTransactionContext);
 	notice = palloc(sizeof(Notice));
 	notice->subid = GetCurrentSubTransactionId();
+	notice->hint = hint;
 	notice->channel = pstrdup(channel);
 	notice->payload = pstrdup(payload);
 	notices = lappend(notices, notice);
 	MemoryContextSwitchTo(old);
+}
+
+/*
+ * NOTIFY, if this (sub)transaction commits.
+ */
+void
+notify_at_commit(const char *channel, const char *payload)
+{
+	add_notice(false, channel, payload);
+}
+
+/*
+ * The same, for who isn't bound to hear it: a transaction that is prepared
+ * where there are no workers doesn't fail because of it.
+ */
+void
+hint_at_commit(const char *channel, const char *payload)
+{
+	add_notice(true, channel, payload);
 }
 
 /* ---------- COMMIT PREPARED ---------- */

@@ -55,6 +55,8 @@ extern int	stripe_record_timeout;	/* milliseconds */
 extern char *stripe_compare_ignore; /* comma-separated list */
 extern int	webhook_tolerance;	/* seconds */
 extern int	webhook_retention;	/* seconds; -1 keeps for ever */
+extern bool webhook_notify;
+extern int	webhook_max_attempts;	/* -1: without limit */
 extern int	webhook_payload;	/* WebhookPayload */
 extern int	webhook_livemode;	/* WebhookLivemode */
 extern char *webhook_secret_file;	/* "" where it isn't set */

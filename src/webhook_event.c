@@ -257,15 +257,23 @@ webhook_event_read(Jsonb *json, WebhookEvent *event)
 		return false;
 
 	/*
-	 * A thin event has the account as its context only; and that may be one's
-	 * own.
+	 * A thin event never has a member "account": who listens to connected
+	 * accounts is told them as its context.  The context of an event of API v1
+	 * without "account" is one's own account.
 	 */
 	event->account = json_string_member(root, "account");
-	event->connected = event->account != NULL;
 	if (event->account == NULL)
+	{
+		event->connected = thin;
 		event->account = json_string_member(root, "context");
+	}
+	else
+		event->connected = true;
 	if (event->account == NULL)
+	{
+		event->connected = false;
 		event->account = "";
+	}
 	if (!is_id(event->account, true))
 		return false;
 

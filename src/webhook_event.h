@@ -23,7 +23,7 @@ typedef struct WebhookEvent
 	char	   *id;
 	char	   *type;
 	char	   *account;		/* connected account, "" for one's own */
-	bool		connected;		/* is it surely another account's? */
+	bool		connected;		/* may it be another account's? */
 	char	   *api_version;
 	char	   *object_type;	/* what it is about */
 	char	   *object_id;

@@ -13,6 +13,13 @@
  *							lease_expires_at; lapsed afterwards
  *	none of them			received
  *
+ * next_attempt_at is when stripe_webhook_next() may hand the event out again.
+ * Each claim books it in advance, for the case that nothing is ever recorded:
+ * what fails or lapses waits twice as long each time, up to an hour.  After
+ * idempotency.webhook_max_attempts it is infinity: the event is dead, until
+ * somebody claims it.  What was never tried comes before what was, so that
+ * events that fail never keep fresh ones waiting.
+ *
  * token is the fencing token of the last claim.  A row that was only received
  * has one, too, which nobody knows.
  *
@@ -30,6 +37,10 @@
  * order of events within a second isn't known to anybody, so nothing is said
  * about it.
  *
+ * stripe_webhook_next() hands out no event while another one of the same object
+ * is claimed (webhook_queue.c), so that what superseded_by says still holds when
+ * its claimant is done.
+ *
  * src/webhooks.c
  *
  *-------------------------------------------------------------------------
@@ -38,10 +49,10 @@
 
 #include "access/xact.h"
 #include "catalog/pg_type_d.h"
+#include "common/pg_prng.h"
 #include "fmgr.h"
 #include "funcapi.h"
 #include "miscadmin.h"
-#include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/jsonb.h"
 #include "utils/uuid.h"
@@ -52,6 +63,7 @@
 #include "expiry.h"
 #include "json_member.h"
 #include "ledger.h"
+#include "notice.h"
 #include "open_claims.h"
 #include "result.h"
 #include "settings.h"
@@ -59,6 +71,7 @@
 #include "settle_event.h"
 #include "webhook_event.h"
 #include "webhook_payload.h"
+#include "webhook_queue.h"
 #include "webhook_secret.h"
 #include "webhook_signature.h"
 #include "webhooks.h"
@@ -74,6 +87,7 @@ PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_receive);
 PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_receive_text);
 PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_next);
 PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_reclaim);
+PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_again);
 
 /* Events that wait to settle a call, looked at where none is to be handed out. */
 #define IDLE_KEPT_EVENTS 20
@@ -81,34 +95,14 @@ PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_reclaim);
 /* How far apart two events of one fact may be. */
 #define TWIN_USECS USECS_PER_HOUR
 
-/* Columns of stripe_webhook_events. */
-enum
-{
-	E_TOKEN, E_RECEIVED_AT, E_CLAIMED_AT, E_LEASE_EXPIRES_AT, E_PROCESSED_AT,
-	E_CREATED, E_LEASE, E_ATTEMPTS, E_SUCCESS, E_LIVEMODE, E_ORDER_ID,
-	E_CORRELATION_ID, E_ACCOUNT, E_STRIPE_EVENT_ID, E_CONSUMER, E_EVENT_TYPE,
-	E_API_VERSION, E_OBJECT_TYPE, E_OBJECT_ID, E_REQUEST_ID, E_IDEMPOTENCY_KEY,
-	E_REFERENCE, E_CHECKOUT_SESSION_ID, E_ERROR_MESSAGE, E_PENDING_KEY,
-	E_PAYLOAD_SNAPSHOT, E_PAYLOAD, E_NCOLUMNS
-};
-
 static const char *const event_columns[E_NCOLUMNS] = {
 	"token", "received_at", "claimed_at", "lease_expires_at", "processed_at",
 	"created", "lease", "attempts", "success", "livemode", "order_id",
 	"correlation_id", "account", "stripe_event_id", "consumer", "event_type",
 	"api_version", "object_type", "object_id", "request_id", "idempotency_key",
 	"reference", "checkout_session_id", "error_message", "pending_key",
-	"payload_snapshot", "payload"
+	"payload_snapshot", "payload", "next_attempt_at", "reclaimed"
 };
-
-#define EVENT_COLUMNS \
-	"SELECT token, received_at, claimed_at, lease_expires_at, processed_at," \
-	" created, lease, attempts, success, livemode, order_id," \
-	" correlation_id, account, stripe_event_id, consumer, event_type," \
-	" api_version, object_type, object_id, request_id, idempotency_key," \
-	" reference, checkout_session_id, error_message, pending_key," \
-	" payload_snapshot, payload" \
-	" FROM idempotency.stripe_webhook_events"
 
 /* Columns of webhook_claim_result. */
 enum
@@ -129,6 +123,19 @@ enum
 	" WHERE account OPERATOR(pg_catalog.=) $1" \
 	" AND stripe_event_id OPERATOR(pg_catalog.=) $2" \
 	" AND consumer OPERATOR(pg_catalog.=) $3"
+
+/*
+ * When an event may be handed out again that was tried "attempts" times, last
+ * until "since": after a second, doubled with each attempt, up to an hour.
+ * "limit" is idempotency.webhook_max_attempts; "jitter", from 0.5 to 1, keeps
+ * those apart that have failed together.
+ */
+#define NEXT_ATTEMPT(attempts, since, limit, jitter) \
+	"CASE WHEN " limit " OPERATOR(pg_catalog.>=) 0 AND " attempts " OPERATOR(pg_catalog.>=) " limit \
+	" THEN 'infinity'::pg_catalog.timestamptz" \
+	" ELSE " since " OPERATOR(pg_catalog.+) pg_catalog.make_interval(secs => " jitter \
+	" OPERATOR(pg_catalog.*) LEAST(pg_catalog.power(2::pg_catalog.float8," \
+	" (LEAST(" attempts ", 13) OPERATOR(pg_catalog.-) 1)::pg_catalog.float8), 3600::pg_catalog.float8)) END"
 
 Ledger		webhook_events = {
 	"stripe_webhook_events", event_columns, E_NCOLUMNS,
@@ -187,32 +194,47 @@ static OwnerStatement insert_event = {
 	" (account, stripe_event_id, consumer, token, received_at, claimed_at,"
 	" lease_expires_at, lease, attempts, pending_key, payload_snapshot, payload,"
 	" created, livemode, order_id, correlation_id, event_type, api_version,"
-	" object_type, object_id, request_id, idempotency_key, reference, checkout_session_id)"
+	" object_type, object_id, request_id, idempotency_key, reference, checkout_session_id,"
+	" next_attempt_at)"
 	" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15,"
-	" $16, $17, $18, $19, $20, $21, $22, $23, $24)"
+	" $16, $17, $18, $19, $20, $21, $22, $23, $24,"
+	" CASE WHEN $9 OPERATOR(pg_catalog.=) 0 THEN $5"
+	" ELSE " NEXT_ATTEMPT("$9", "COALESCE($7, $5)", "$25", "$26") " END)"
 	" ON CONFLICT (account, stripe_event_id, consumer) DO NOTHING",
-	24, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TIMESTAMPTZOID,
+	26, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TIMESTAMPTZOID,
 		TIMESTAMPTZOID, INTERVALOID, INT4OID, TEXTOID, JSONBOID, BYTEAOID,
 		TIMESTAMPTZOID, BOOLOID, UUIDOID, UUIDOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID,
-	TEXTOID, TEXTOID, TEXTOID, TEXTOID}
+	TEXTOID, TEXTOID, TEXTOID, TEXTOID, INT4OID, FLOAT8OID}
 };
 
-/* $11: the token that is taken over; $5 is the clock, too */
+/*
+ * $11: the token that is taken over; $5 is the clock, too.  $12: the attempt;
+ * $15: who has an event run again, or NULL.  The last 20 times of that are kept.
+ */
 static OwnerStatement take_event = {
 	"UPDATE idempotency.stripe_webhook_events SET token = $4, claimed_at = $5,"
-	" lease_expires_at = $6, lease = $7, attempts = attempts OPERATOR(pg_catalog.+) 1,"
+	" lease_expires_at = $6, lease = $7, attempts = $12,"
 	" success = NULL, processed_at = NULL, pending_key = $8,"
-	" payload_snapshot = COALESCE(payload_snapshot, $9), payload = COALESCE(payload, $10)"
+	" payload_snapshot = COALESCE(payload_snapshot, $9), payload = COALESCE(payload, $10),"
+	" next_attempt_at = " NEXT_ATTEMPT("$12", "COALESCE($6, $5)", "$13", "$14") ","
+	" reclaimed = CASE WHEN $15 IS NULL THEN reclaimed ELSE"
+	" CASE WHEN pg_catalog.jsonb_array_length(reclaimed) OPERATOR(pg_catalog.>=) 20"
+	" THEN reclaimed OPERATOR(pg_catalog.-) 0"
+	" ELSE COALESCE(reclaimed, '[]'::pg_catalog.jsonb) END OPERATOR(pg_catalog.||)"
+	" pg_catalog.jsonb_build_object('at', $5, 'by', $15, 'success', success,"
+	" 'attempts', attempts, 'processed_at', processed_at, 'error', error_message) END"
 	WHERE_KEY
-	" AND token OPERATOR(pg_catalog.=) $11 AND success IS NOT TRUE"
-	" AND (lease_expires_at IS NULL OR lease_expires_at OPERATOR(pg_catalog.<=) $5)"
-	" RETURNING attempts",
-	11, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TIMESTAMPTZOID,
-	INTERVALOID, TEXTOID, JSONBOID, BYTEAOID, INT8OID}
+	" AND token OPERATOR(pg_catalog.=) $11 AND (success IS NOT TRUE OR $15 IS NOT NULL)"
+	" AND (lease_expires_at IS NULL OR lease_expires_at OPERATOR(pg_catalog.<=) $5)",
+	15, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TIMESTAMPTZOID,
+		INTERVALOID, TEXTOID, JSONBOID, BYTEAOID, INT8OID, INT4OID, INT4OID,
+	FLOAT8OID, TEXTOID}
 };
 
 static OwnerStatement renew_claim = {
-	"UPDATE idempotency.stripe_webhook_events SET claimed_at = $5, lease_expires_at = $6"
+	"UPDATE idempotency.stripe_webhook_events SET claimed_at = $5, lease_expires_at = $6,"
+	" next_attempt_at = next_attempt_at OPERATOR(pg_catalog.+)"
+	" ($6 OPERATOR(pg_catalog.-) lease_expires_at)"
 	WHERE_KEY " AND token OPERATOR(pg_catalog.=) $4",
 	6, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TIMESTAMPTZOID}
 };
@@ -224,26 +246,13 @@ static OwnerStatement record_event = {
 	" order_id = COALESCE($9, order_id), correlation_id = COALESCE($10, correlation_id),"
 	" payload_snapshot = CASE WHEN $11 AND pending_key IS NULL THEN NULL ELSE payload_snapshot END,"
 	" payload = CASE WHEN $11 AND pending_key IS NULL THEN NULL ELSE payload END,"
-	" lease = NULL, lease_expires_at = NULL"
+	" lease = NULL, lease_expires_at = NULL, next_attempt_at = CASE WHEN $6 THEN $5"
+	" ELSE " NEXT_ATTEMPT("attempts", "$5", "$12", "$13") " END"
 	WHERE_KEY
-	" AND token OPERATOR(pg_catalog.=) $4 AND claimed_at IS NOT NULL AND success IS NULL",
-	11, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, BOOLOID, TEXTOID,
-	TEXTOID, UUIDOID, UUIDOID, BOOLOID}
-};
-
-/*
- * The event that waits longest: since it was received, has failed, or has
- * lapsed, so that one that fails again and again lets the others pass.  $2
- * is the clock, $3 are tokens of claims that this transaction holds.
- */
-static OwnerStatement find_next = {
-	EVENT_COLUMNS
-	" WHERE consumer OPERATOR(pg_catalog.=) $1 AND success IS NOT TRUE"
-	" AND COALESCE(lease_expires_at, processed_at, received_at) OPERATOR(pg_catalog.<=) $2"
-	" AND token OPERATOR(pg_catalog.<>) ALL ($3)"
-	" ORDER BY COALESCE(lease_expires_at, processed_at, received_at)"
-	" LIMIT 1 FOR UPDATE SKIP LOCKED",
-	3, {TEXTOID, TIMESTAMPTZOID, INT8ARRAYOID}
+	" AND token OPERATOR(pg_catalog.=) $4 AND claimed_at IS NOT NULL AND success IS NULL"
+	" RETURNING next_attempt_at, attempts",
+	13, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, BOOLOID, TEXTOID,
+	TEXTOID, UUIDOID, UUIDOID, BOOLOID, INT4OID, FLOAT8OID}
 };
 
 /*
@@ -459,6 +468,7 @@ typedef struct EventClaim
 {
 	LedgerClaim base;
 	bool		receive;		/* keep the event only, don't claim it */
+	const char *again_by;		/* who has it run again, whatever came of it */
 	const WebhookEvent *event;	/* NULL: as stored */
 	bytea	   *payload;
 	const char *pending_key;	/* how it may settle a call later */
@@ -539,11 +549,17 @@ decide(LedgerClaim *base, LedgerRow *row, TimestampTz now)
 	result_reset(&claim->result);
 	answer_event(claim, row);
 
-	if (is_processed(row))
+	if (is_processed(row) && claim->again_by == NULL)
 	{
 		result_set_enum(&claim->result, C_VERDICT, "replay");
 		return LEDGER_ANSWER;
 	}
+	if (is_processed(row) && row->isnull[E_PAYLOAD_SNAPSHOT])
+		ereport(ERROR,
+				(errcode(ERRCODE_CONTRADICTS_RECORD),
+				 errmsg("what event %s said is not kept", describe_event(base->key)),
+				 errdetail("idempotency.webhook_payload was \"none\" when it was processed."),
+				 errhint("Have Stripe send it again, or look at the object at Stripe.")));
 
 	if (!row->isnull[E_LEASE_EXPIRES_AT] &&
 		DatumGetTimestampTz(row->values[E_LEASE_EXPIRES_AT]) > now)
@@ -572,6 +588,14 @@ claim_parameters(EventClaim *claim, Datum *values, char *nulls)
 	memset(nulls, ' ', OWNER_STATEMENT_MAX_ARGS);
 	memcpy(values, claim->base.key, sizeof(claim->base.key));
 	values[3] = Int64GetDatum(claim->token);
+}
+
+/* The limit of attempts, and the jitter of the next one. */
+static void
+set_back_off(Datum *values, int i)
+{
+	values[i] = Int32GetDatum(webhook_max_attempts);
+	values[i + 1] = Float8GetDatum(1.0 - pg_prng_double(&pg_global_prng_state) / 2);
 }
 
 static void
@@ -620,7 +644,7 @@ answer_relatives(EventClaim *claim, Relation rel, const WebhookEvent *event)
 	set_pointer(values, nulls, 7, data);
 	values[8] = TimestampTzGetDatum(event->created - TWIN_USECS);
 	values[9] = TimestampTzGetDatum(event->created + TWIN_USECS);
-	(void) ledger_execute(rel, &find_relatives, values, nulls, out, outnull, 2);
+	(void) ledger_execute_latest(rel, &find_relatives, values, nulls, out, outnull, 2);
 	result_copy(&claim->result, C_SUPERSEDED_BY, out[0], outnull[0]);
 	result_copy(&claim->result, C_TWIN_OF, out[1], outnull[1]);
 }
@@ -641,7 +665,7 @@ insert(LedgerClaim *base, Relation rel, TimestampTz now)
 {
 	EventClaim *claim = (EventClaim *) base;
 	const WebhookEvent *event = claim->event;
-	Datum		values[24];
+	Datum		values[26];
 	char		nulls[OWNER_STATEMENT_MAX_ARGS];
 
 	if (event == NULL)
@@ -674,11 +698,14 @@ insert(LedgerClaim *base, Relation rel, TimestampTz now)
 	set_text(values, nulls, 21, event->idempotency_key);
 	set_text(values, nulls, 22, event->reference);
 	set_text(values, nulls, 23, event->checkout_session_id);
+	set_back_off(values, 24);
 	if (ledger_execute(rel, &insert_event, values, nulls, NULL, NULL, 0) == 0)
 		return false;
 
 	if (claim->receive)
 	{
+		if (webhook_notify)
+			hint_at_commit("idempotency_event", TextDatumGetCString(base->key[2]));
 		result_set(&claim->result, R_STORED, BoolGetDatum(true));
 		return true;
 	}
@@ -704,10 +731,10 @@ take(LedgerClaim *base, Relation rel, LedgerRow *row, TimestampTz now)
 	const WebhookEvent *event = claim->event;
 	const char *pending_key = claim->pending_key;
 	WebhookEvent stored;
-	Datum		values[11];
+	Datum		values[15];
 	char		nulls[OWNER_STATEMENT_MAX_ARGS];
-	Datum		attempt;
-	bool		isnull;
+	int			attempt = claim->again_by != NULL ? 1 :
+		DatumGetInt32(row->values[E_ATTEMPTS]) + 1;
 
 	if (event == NULL)
 	{
@@ -728,10 +755,13 @@ take(LedgerClaim *base, Relation rel, LedgerRow *row, TimestampTz now)
 	set_text(values, nulls, 7, pending_key);
 	set_payload(claim, values, nulls, 8);
 	values[10] = row->values[E_TOKEN];
-	if (ledger_execute(rel, &take_event, values, nulls, &attempt, &isnull, 1) == 0)
+	values[11] = Int32GetDatum(attempt);
+	set_back_off(values, 12);
+	set_text(values, nulls, 14, claim->again_by);
+	if (ledger_execute(rel, &take_event, values, nulls, NULL, NULL, 0) == 0)
 		return false;
 
-	answer_claimed(claim, rel, event, DatumGetInt32(attempt));
+	answer_claimed(claim, rel, event, attempt);
 	return true;
 }
 
@@ -869,22 +899,24 @@ idempotency_stripe_webhook_receive_text(PG_FUNCTION_ARGS)
 }
 
 /*
- * stripe_webhook_reclaim(stripe_event_id, account, lease, consumer)
+ * Claim an event from what is stored.  Arguments account, lease and consumer
+ * begin at "first".
  */
-Datum
-idempotency_stripe_webhook_reclaim(PG_FUNCTION_ARGS)
+static Datum
+reclaim(FunctionCallInfo fcinfo, int first, const char *again_by)
 {
 	EventClaim	claim;
 	text	   *id = argument_label(fcinfo, 0, false, "stripe_event_id");
-	text	   *account = argument_label(fcinfo, 1, true, "account");
-	text	   *consumer = argument_label(fcinfo, 3, true, "consumer");
+	text	   *account = argument_label(fcinfo, first, true, "account");
+	text	   *consumer = argument_label(fcinfo, first + 2, true, "consumer");
 	Relation	rel;
 
 	PreventCommandDuringRecovery("idempotency.stripe_webhook_reclaim()");
 
 	memset(&claim, 0, sizeof(claim));
 	claim.base.wait = true;
-	claim.lease = argument_duration(fcinfo, 2, "lease");
+	claim.again_by = again_by;
+	claim.lease = argument_duration(fcinfo, first + 1, "lease");
 	begin_claim(&claim, PointerGetDatum(account), PointerGetDatum(id),
 				PointerGetDatum(consumer));
 	result_begin(&claim.result, fcinfo, C_NCOLUMNS);
@@ -894,22 +926,29 @@ idempotency_stripe_webhook_reclaim(PG_FUNCTION_ARGS)
 	ledger_close(rel);
 	end_claim(&claim);
 
-	PG_RETURN_DATUM(result_end(&claim.result));
+	return result_end(&claim.result);
 }
 
-/* Tokens of claims that belong to this transaction, as an array. */
-static Datum
-own_tokens(void)
+/*
+ * stripe_webhook_reclaim(stripe_event_id, account, lease, consumer)
+ */
+Datum
+idempotency_stripe_webhook_reclaim(PG_FUNCTION_ARGS)
 {
-	int			n;
-	int64	   *tokens = open_claims_tokens(&n);
-	Datum	   *elements = palloc(Max(n, 1) * sizeof(Datum));
-	int			i;
+	PG_RETURN_DATUM(reclaim(fcinfo, 1, NULL));
+}
 
-	for (i = 0; i < n; i++)
-		elements[i] = Int64GetDatum(tokens[i]);
-	return PointerGetDatum(construct_array(elements, n, INT8OID, sizeof(int64),
-										   FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+/*
+ * stripe_webhook_reclaim(stripe_event_id, again, account, lease, consumer): a
+ * function of its own, so that EXECUTE tells operators from others.
+ */
+Datum
+idempotency_stripe_webhook_again(PG_FUNCTION_ARGS)
+{
+	bool		again = argument_bool(fcinfo, 1, "again");
+
+	PG_RETURN_DATUM(reclaim(fcinfo, 2,
+							again ? GetUserNameFromId(GetSessionUserId(), false) : NULL));
 }
 
 /*
@@ -921,7 +960,6 @@ idempotency_stripe_webhook_next(PG_FUNCTION_ARGS)
 	FuncCallContext *context;
 	EventClaim	claim;
 	text	   *consumer;
-	Datum		tokens;
 	Relation	rel;
 	int			races = 0;
 
@@ -932,11 +970,11 @@ idempotency_stripe_webhook_next(PG_FUNCTION_ARGS)
 	}
 
 	PreventCommandDuringRecovery("idempotency.stripe_webhook_next()");
+	PreventCommandIfReadOnly("idempotency.stripe_webhook_next()");
 
 	memset(&claim, 0, sizeof(claim));
 	claim.lease = argument_duration(fcinfo, 0, "lease");
 	consumer = argument_label(fcinfo, 1, true, "consumer");
-	tokens = own_tokens();
 	context = SRF_FIRSTCALL_INIT();
 	result_begin(&claim.result, fcinfo, C_NCOLUMNS);
 
@@ -945,13 +983,8 @@ idempotency_stripe_webhook_next(PG_FUNCTION_ARGS)
 	{
 		LedgerRow	row;
 		TimestampTz now = GetCurrentTimestamp();
-		Datum		values[3];
 
-		values[0] = PointerGetDatum(consumer);
-		values[1] = TimestampTzGetDatum(now);
-		values[2] = tokens;
-		if (ledger_execute(rel, &find_next, values, NULL, row.values, row.isnull,
-						   E_NCOLUMNS) == 0)
+		if (!webhook_queue_next(rel, consumer, now, &row))
 			break;
 
 		/* the row is locked, so that nobody else can take it */
@@ -1030,8 +1063,10 @@ idempotency_stripe_webhook_record(PG_FUNCTION_ARGS)
 	int64		token = argument_token(fcinfo, 1);
 	char	   *message = PG_ARGISNULL(3) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(3));
 	bool		success = PG_ARGISNULL(2) ? message == NULL : PG_GETARG_BOOL(2);
-	Datum		values[11];
-	char		nulls[] = "           ";
+	Datum		values[13];
+	char		nulls[] = "             ";
+	Datum		out[2];
+	bool		outnull[2];
 	Relation	rel;
 	int			races = 0;
 	int			i;
@@ -1050,13 +1085,21 @@ idempotency_stripe_webhook_record(PG_FUNCTION_ARGS)
 		nulls[i + 3] = PG_ARGISNULL(i) ? 'n' : ' ';
 	}
 	values[10] = BoolGetDatum(success && webhook_payload == WEBHOOK_PAYLOAD_NONE);
+	set_back_off(values, 11);
 
 	rel = ledger_open(&webhook_events, RowExclusiveLock, false);
 	for (;;)
 	{
 		values[4] = TimestampTzGetDatum(GetCurrentTimestamp());
-		if (ledger_execute(rel, &record_event, values, nulls, NULL, NULL, 0) > 0)
+		if (ledger_execute(rel, &record_event, values, nulls, out, outnull, 2) > 0)
+		{
+			if (!success && TIMESTAMP_IS_NOEND(DatumGetTimestampTz(out[0])))
+				ereport(LOG,
+						(errmsg("event %s is dead after %d attempts", describe_event(values),
+								DatumGetInt32(out[1])),
+						 errhint("The view \"idempotency.stripe_webhook_pending\" has the statement that revives it.")));
 			break;
+		}
 		if (!explain_refusal(rel, values, token, success, message))
 			break;
 		ledger_lost_race(&webhook_events, &races);

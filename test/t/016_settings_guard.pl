@@ -110,7 +110,7 @@ my %values = (
 	stripe_compare_ignore => 'amount', max_response_size => 1, stripe_log_level => 'off',
 	stripe_body_retention => 1, stripe_retention => -1, abandoned_retention => 1, expiry => 'off',
 	expiry_interval => 1, expiry_batch_size => 1, webhook_livemode => 'any', webhook_payload => 'all',
-	webhook_retention => 0, webhook_secret_file => '/x');
+	webhook_max_attempts => -1, webhook_retention => 0, webhook_secret_file => '/x');
 my $guarded = sql($node, q{LOAD 'idempotency'; SELECT string_agg(substr(name, 13), ' ' ORDER BY name) FROM pg_settings
 	WHERE name LIKE 'idempotency.%' AND context = 'superuser' AND name <> 'idempotency.stripe_allowed_paths'});
 is($guarded, join(' ', sort keys %values), 'every setting that needs a privilege');

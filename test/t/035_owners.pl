@@ -35,8 +35,8 @@ sql($node, q{
 			RETURN COALESCE(NEW, OLD);
 		END $$;
 	INSERT INTO idempotency.stripe_webhook_events
-		(token, received_at, attempts, account, stripe_event_id, consumer, event_type)
-	VALUES (1, now(), 0, '', 'evt_1', '', 'x')});
+		(token, received_at, next_attempt_at, attempts, account, stripe_event_id, consumer, event_type)
+	VALUES (1, now(), now(), 0, '', 'evt_1', '', 'x')});
 
 # Something for a worker to do in the transaction of another owner: an event
 # that waits for a call, and can't be read any more.

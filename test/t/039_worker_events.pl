@@ -41,9 +41,9 @@ sub foreign_events
 	my ($from, $to, $key) = @_;
 
 	sql($node, qq{
-		INSERT INTO idempotency.stripe_webhook_events (token, received_at, attempts, success, processed_at, account, stripe_event_id,
+		INSERT INTO idempotency.stripe_webhook_events (token, received_at, next_attempt_at, attempts, success, processed_at, account, stripe_event_id,
 			consumer, event_type, pending_key, payload_snapshot)
-		SELECT i, now(), 1, true, now(), '', 'evt_' || i, '', 'refund.created', $key,
+		SELECT i, now(), now(), 1, true, now(), '', 'evt_' || i, '', 'refund.created', $key,
 			jsonb_build_object('id', 'evt_' || i, 'object', 'event', 'type', 'refund.created',
 				'request', jsonb_build_object('idempotency_key', $key),
 				'data', '{"object": {"id": "re_1", "object": "refund", "status": "succeeded"}}'::jsonb)

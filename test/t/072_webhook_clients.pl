@@ -339,17 +339,28 @@ print("receive", receive(conn, body, signature), receive(conn, body, signature))
 print("refused", receive(conn, body + b" ", signature), receive(conn, body, None))
 print("work", work(conn, handlers), work(conn, handlers))
 print("receive", receive(conn, *event("evt_p2", "17")))
-print("failed", work(conn, handlers))
+print("failed", work(conn, handlers), work(conn, handlers))
 # a handler that is mended
+due = "UPDATE idempotency.stripe_webhook_events SET next_attempt_at = now() WHERE success IS NOT TRUE AND claimed_at IS NOT NULL"
+conn.execute(due)
 print("again", work(conn, {"payment_intent.succeeded": lambda conn, e: None}), work(conn, handlers))
 # somebody else's
 receive(conn, *event("evt_p4", "17", {}))
 receive(conn, *event("evt_p5", order + "5", {"shop": "another"}))
 print("others", work(conn, handlers), work(conn, handlers))
+# what can't be written down as it is
+for n, error in enumerate((Exception("a\0b"), Exception("\udce9"), Exception(), Exception("x" * 100000))):
+    def broken(conn, e):
+        raise error
+    receive(conn, *event("evt_z%d" % n, order + "5"))
+    print("error", work(conn, {"payment_intent.succeeded": broken}), conn.execute(
+        "SELECT octet_length(error_message) FROM idempotency.stripe_webhook_events WHERE stripe_event_id = %s", ("evt_z%d" % n,)).fetchone()[0])
+conn.execute("DELETE FROM idempotency.stripe_webhook_events WHERE stripe_event_id LIKE 'evt_z%'")
 # it overtakes the transaction that caused it
 receive(conn, *event("evt_p3", order + "a"))
 print("early", work(conn, handlers))
 conn.execute("INSERT INTO orders (id) VALUES (%s)", (order + "a",))
+conn.execute(due)
 print("in time", work(conn, handlers), work(conn, handlers))
 
 # a body as bytes and as a string, with what either needs escapes for
@@ -379,9 +390,13 @@ receive 200 200
 refused 400 400
 work True None
 receive 200
-failed False
+failed False None
 again True None
 others True True
+error False 19
+error False 19
+error False 11
+error False 2000
 early False
 in time True None
 body valid valid valid valid
