@@ -769,15 +769,15 @@ sub misfortunes_of
 	is(arrivals($key->('impatient')), 1, "$name: by one request");
 
 	# more payments at once than the program has connections
-	$number = $stripe->fault('hang_before', %intents, times => 25);
-	my @many = map { send_checkout($path, $key->("many-$_")) } 1 .. 25;
-	$stripe->wait_fault($number, holding => $path eq '/checkout' ? 20 : 25);
+	$number = $stripe->fault('hang_before', %intents, times => 22);
+	my @many = map { send_checkout($path, $key->("many-$_")) } 1 .. 22;
+	$stripe->wait_fault($number, holding => $path eq '/checkout' ? 20 : 22);
 	is(prompt_statuses($ben->($key->('one more'))), $path eq '/checkout' ? 503 : 201,
 		"$name: one more, where " . ($path eq '/checkout' ? 'no connection is to be had' : 'no connection is held'));
 	$stripe->clear_faults;
 	is(scalar(grep { answer_of($_)->{status} !~ /^(201|503)$/ } @many), 0, "$name: all are told something") or diag($log);
-	is(scalar(grep { persistent_checkout($path, $key->("many-$_"))->{status} != 201 } 1 .. 25), 0, "$name: and all pay");
-	is(scalar(grep { charges($key->("many-$_")) != 1 } 1 .. 25), 0, "$name: once");
+	is(scalar(grep { persistent_checkout($path, $key->("many-$_"))->{status} != 201 } 1 .. 22), 0, "$name: and all pay");
+	is(scalar(grep { charges($key->("many-$_")) != 1 } 1 .. 22), 0, "$name: once");
 	sql($node, q{ALTER ROLE shop RESET idempotency.wait_timeout; ALTER ROLE shop RESET idempotency.stripe_timeout});
 	terminate_backends();
 
@@ -812,7 +812,6 @@ sub misfortunes_of
 		is(checkout($path, $key->($what))->{status}, 503, "$name: Stripe says $what");
 		is_paid_once(persistent_checkout($path, $key->($what)), $key->($what), "$name: and pays when that is mended");
 	}
-	is(scalar(deliver_events()), 0, "$name: all its events are taken");
 	return;
 }
 
@@ -936,12 +935,12 @@ What happens to programs meanwhile.
 
 sub in_a_shop
 {
-	my ($given, $work) = @_;
+	my ($given, $work, %endpoint) = @_;
 	my $dir = PostgreSQL::Test::Utils::tempdir();
 
 	$command = $given;
 	$stripe = FakeStripe->start;
-	$stripe->webhook_endpoint(secrets => ['whsec_test_checkout']);
+	$stripe->webhook_endpoint(secrets => ['whsec_test_checkout'], %endpoint);
 	append_to_file("$dir/webhook_secrets", "whsec_test_checkout\n");
 	chmod 0600, "$dir/webhook_secrets";
 	$node = stripe_node('shop', $stripe, preload => 1,
@@ -1008,7 +1007,7 @@ sub test_misfortunes
 	in_a_shop($given, sub {
 		misfortunes_of(@$_) foreach ways($sdk);
 		misfortunes_of_events();
-	});
+	}, enabled_events => ['payment_intent.succeeded']);
 	return;
 }
 
