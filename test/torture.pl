@@ -80,7 +80,11 @@ sql($node, 'CREATE TABLE handled (event text, session text)');
 sql($node, 'CREATE DATABASE small TEMPLATE template0');
 sql($node, 'CREATE EXTENSION idempotency; CREATE VIEW depends AS SELECT key FROM idempotency.idempotency_keys', db => 'small');
 # more databases than there are places for their recorders
-sql($node, "CREATE DATABASE crowd$_ TEMPLATE small") foreach 0 .. 11;
+foreach my $database (map { "crowd$_" } 0 .. 11)
+{
+	sql($node, "CREATE DATABASE $database");
+	sql($node, 'CREATE EXTENSION idempotency', db => $database);
+}
 
 # Another server, where dumps are restored.  It has an API key of its own, so that what it sends is told apart.
 use constant ELSEWHERE_KEY => 'sk_test_elsewhere';
