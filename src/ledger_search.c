@@ -116,6 +116,16 @@ first_block(const LedgerPlace *place)
 	return ItemPointerIsValid(&place->tid) ? ItemPointerGetBlockNumber(&place->tid) : 0;
 }
 
+/* Behind the window that is going to be read. */
+void
+ledger_place_step_over(LedgerPlace *place)
+{
+	BlockNumber start = first_block(place);
+
+	if (start < MaxBlockNumber - SEARCH_WINDOW_BLOCKS)
+		ItemPointerSet(&place->tid, start + SEARCH_WINDOW_BLOCKS - 1, MaxOffsetNumber);
+}
+
 /* ---------- rows ---------- */
 
 /* Copied into the current memory context. */
@@ -192,6 +202,7 @@ ledger_search_window(Relation rel, LedgerCursor *cursor, LedgerRowCallback row, 
 	cursor->resumed = false;
 	if (start >= nblocks)
 		return true;
+	cursor->place.at = 0;
 	end = start + Min(nblocks - start, SEARCH_WINDOW_BLOCKS);
 	ItemPointerSet(&cursor->place.tid, end - 1, MaxOffsetNumber);
 
@@ -300,6 +311,7 @@ ledger_search_index(Relation rel, Relation index, LedgerCursor *cursor, Timestam
 	ScanKeyInit(&keys[nkeys++], time_column, BTLessEqualStrategyNumber, F_TIMESTAMPTZ_LE,
 				TimestampTzGetDatum(until));
 	cursor->resumed = false;
+	place->left = 0;
 
 	row_context = AllocSetContextCreate(CurrentMemoryContext, "idempotency search",
 										ALLOCSET_SMALL_SIZES);

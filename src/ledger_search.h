@@ -26,7 +26,7 @@
 typedef struct LedgerPlace
 {
 	ItemPointerData tid;		/* the last row seen, or invalid */
-	TimestampTz at;				/* and, by an index, its time there */
+	TimestampTz at;				/* and, by an index, its time there; or 0 */
 	bool		flag;			/* which half of an index that has two */
 	int64		left;			/* where the table isn't read directly: rows
 								 * seen that are still there */
@@ -64,6 +64,7 @@ extern void ledger_cursor_reset(LedgerCursor *cursor);
 extern void ledger_cursor_resume(LedgerCursor *cursor, const LedgerPlace *place);
 extern bool ledger_cursor_at_start(const LedgerCursor *cursor);
 extern void ledger_cursor_move(LedgerCursor *cursor, Ledger *ledger, const LedgerHit *hit);
+extern void ledger_place_step_over(LedgerPlace *place);
 
 extern void ledger_hit_set(LedgerHit *hit, Ledger *ledger, TupleTableSlot *slot,
 						   const LedgerPlace *place);
