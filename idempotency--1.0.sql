@@ -223,6 +223,24 @@ CREATE INDEX stripe_idempotency_keys_unsettled_idx
 	ON idempotency.stripe_idempotency_keys (resource_id)
 	WHERE outcome OPERATOR(pg_catalog.=) 'unknown'::idempotency.outcome
 		OR outcome OPERATOR(pg_catalog.=) 'in_progress'::idempotency.outcome;
+-- what somebody has to see to: the views stripe_unknown, stripe_orphans and
+-- open_claims repeat this condition, as the planner wants it (and src/settle.c)
+CREATE INDEX stripe_idempotency_keys_open_idx
+	ON idempotency.stripe_idempotency_keys (claimed_at)
+	WHERE outcome OPERATOR(pg_catalog.=) 'unknown'::idempotency.outcome
+		OR outcome OPERATOR(pg_catalog.=) 'in_progress'::idempotency.outcome
+		OR outcome OPERATOR(pg_catalog.=) 'mismatch'::idempotency.outcome
+		OR (outcome OPERATOR(pg_catalog.=) 'completed'::idempotency.outcome
+			AND callers IS NOT NULL AND acknowledged IS NULL)
+		OR pg_catalog.cardinality(callers) OPERATOR(pg_catalog.>) 0;
+-- what expires, with a body and without one (src/stripe_expiry.c)
+CREATE INDEX stripe_idempotency_keys_settled_idx
+	ON idempotency.stripe_idempotency_keys
+		((request IS NOT NULL OR body IS NOT NULL OR response IS NOT NULL OR error IS NOT NULL),
+		recorded_at)
+	WHERE outcome OPERATOR(pg_catalog.=) 'failed'::idempotency.outcome
+		OR (outcome OPERATOR(pg_catalog.=) 'completed'::idempotency.outcome
+			AND (callers IS NULL OR acknowledged IS NOT NULL));
 
 CREATE TABLE idempotency.stripe_webhook_events (
 	token bigint NOT NULL,
@@ -376,7 +394,7 @@ LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
 CREATE FUNCTION idempotency.stripe_release(operation_type text, operation_id text, token bigint,
 	account text DEFAULT '')
-RETURNS void
+RETURNS boolean
 AS 'MODULE_PATHNAME', 'idempotency_stripe_release'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
@@ -426,13 +444,13 @@ LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE ROWS 20;
 CREATE FUNCTION idempotency.stripe_settle(operation_type text, operation_id text,
 	outcome idempotency.outcome, resource_id text DEFAULT NULL, note text DEFAULT NULL,
 	account text DEFAULT '', response jsonb DEFAULT NULL)
-RETURNS void
+RETURNS boolean
 AS 'MODULE_PATHNAME', 'idempotency_stripe_settle'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
 CREATE FUNCTION idempotency.stripe_acknowledge(operation_type text, operation_id text,
 	note text, account text DEFAULT '')
-RETURNS void
+RETURNS boolean
 AS 'MODULE_PATHNAME', 'idempotency_stripe_acknowledge'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
@@ -454,7 +472,7 @@ AS 'MODULE_PATHNAME', 'idempotency_stripe_callers_fate'
 LANGUAGE C STABLE CALLED ON NULL INPUT PARALLEL RESTRICTED;
 
 CREATE FUNCTION idempotency.stripe_namespace(choice text)
-RETURNS void
+RETURNS boolean
 AS 'MODULE_PATHNAME', 'idempotency_stripe_namespace'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
@@ -507,7 +525,7 @@ CREATE FUNCTION idempotency.stripe_webhook_record(stripe_event_id text, token bi
 	success boolean DEFAULT NULL, error_message text DEFAULT NULL,
 	reference text DEFAULT NULL, order_id uuid DEFAULT NULL,
 	correlation_id uuid DEFAULT NULL, account text DEFAULT '', consumer text DEFAULT '')
-RETURNS void
+RETURNS boolean
 AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_record'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
@@ -547,7 +565,7 @@ LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 --
 
 CREATE FUNCTION idempotency.grant_role(role regrole, kind text)
-RETURNS void
+RETURNS boolean
 AS 'MODULE_PATHNAME', 'idempotency_grant_role'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
@@ -664,6 +682,9 @@ FROM (
 		END AS reason
 	FROM idempotency.stripe_idempotency_keys s,
 		LATERAL (SELECT (s.reconciled OPERATOR(pg_catalog.->>) 'at')::timestamptz AS reconciled_at) a
+	WHERE s.outcome OPERATOR(pg_catalog.=) 'unknown'::idempotency.outcome
+		OR s.outcome OPERATOR(pg_catalog.=) 'in_progress'::idempotency.outcome
+		OR s.outcome OPERATOR(pg_catalog.=) 'mismatch'::idempotency.outcome
 ) u
 WHERE u.reason IS NOT NULL
 ORDER BY u.first_sent_at;
@@ -671,7 +692,9 @@ ORDER BY u.first_sent_at;
 CREATE VIEW idempotency.stripe_orphans WITH (security_barrier) AS
 SELECT o.account, o.operation_type, o.operation_id, o.outcome, o.fate, o.resource_id,
 	o.resource_type, o.livemode, o.claimed_at, o.recorded_at,
-	pg_catalog.format('SELECT idempotency.stripe_acknowledge(%L, %L, note => %L, account => %L);',
+	pg_catalog.format('/* best: run again what called it, in a transaction that commits; '
+		'what was undone or booked instead: */ '
+		'SELECT idempotency.stripe_acknowledge(%L, %L, note => %L, account => %L);',
 		o.operation_type, o.operation_id, '<what was done about it>', o.account) AS next_step
 FROM (
 	SELECT s.account, s.operation_type, s.operation_id, s.resource_id, s.resource_type,
@@ -683,7 +706,13 @@ FROM (
 			ELSE s.outcome
 		END AS outcome
 	FROM idempotency.stripe_idempotency_keys s
-	WHERE s.callers IS NOT NULL AND s.acknowledged IS NULL
+	WHERE (s.outcome OPERATOR(pg_catalog.=) 'unknown'::idempotency.outcome
+			OR s.outcome OPERATOR(pg_catalog.=) 'in_progress'::idempotency.outcome
+			OR s.outcome OPERATOR(pg_catalog.=) 'mismatch'::idempotency.outcome
+			OR (s.outcome OPERATOR(pg_catalog.=) 'completed'::idempotency.outcome
+				AND s.callers IS NOT NULL AND s.acknowledged IS NULL)
+			OR pg_catalog.cardinality(s.callers) OPERATOR(pg_catalog.>) 0)
+		AND s.callers IS NOT NULL AND s.acknowledged IS NULL
 ) o
 WHERE (o.fate OPERATOR(pg_catalog.=) 'rolled back' OR o.fate OPERATOR(pg_catalog.=) 'not known')
 	AND (o.outcome OPERATOR(pg_catalog.=) 'completed'::idempotency.outcome
@@ -1165,7 +1194,7 @@ COMMENT ON COLUMN idempotency.stripe_orphans.livemode IS 'Stripe''s livemode, or
 COMMENT ON COLUMN idempotency.stripe_orphans.claimed_at IS 'When it was claimed last';
 COMMENT ON COLUMN idempotency.stripe_orphans.recorded_at IS 'When its outcome was recorded, or NULL';
 COMMENT ON COLUMN idempotency.stripe_orphans.next_step IS
-	'The statement to type, once somebody has seen to it';
+	'What to do: run it again, which adopts it; or, once it is undone or booked, the statement to type';
 
 COMMENT ON FUNCTION idempotency.claim(text, text, jsonb, interval, interval, boolean) IS
 	'Claims a key: says whether the caller runs the operation, or what came of it. '

@@ -73,10 +73,18 @@ SELECT path, method, first, answer(method || path || first, first, CASE WHEN fir
 FROM (VALUES ('/v1/customers/cus_1'), ('/v2/core/accounts/acct_1')) p (path), unnest('{POST,DELETE}'::text[]) method,
 	unnest('{503,429}'::int[]) first
 ORDER BY path, method, first;
--- not by somebody else's word, and not for another reason
+-- not by somebody else's word; a refusal for another reason may follow from what that
+-- attempt has done, but not where there is a key, which Stripe would have answered by
 SELECT answer('gone', 503, NULL, 'DELETE', '/v1/customers/cus_1'), again('gone', 404, '{"error": "resource_missing"}'), again('gone', 404);
 SELECT again('gone', 404, '{"error": {"type": "invalid_request_error", "code": "no_such_path"}}');
--- what an attempt before has done, the answer to that attempt itself doesn't tell of
+SELECT verdict, outcome FROM idempotency.stripe_claim('answers', 'gone');
+SELECT method, path, first, answer('again ' || method || path || first, first,
+		CASE WHEN first = 429 THEN '{"error": {"type": "invalid_request_error"}}'::jsonb END, method, path),
+	again('again ' || method || path || first, 400, '{"error": {"type": "invalid_request_error"}}')
+FROM (VALUES ('/v1/customers/cus_1'), ('/v2/core/accounts/acct_1')) p (path), unnest('{POST,DELETE}'::text[]) method,
+	unnest('{503,429}'::int[]) first
+ORDER BY path, method, first;
+-- an attempt that was overtaken may have been refused for what the other one has done
 SELECT token AS first FROM idempotency.stripe_claim('answers', 'overtaken', '{"method": "DELETE", "path": "/v1/customers/cus_1"}') \gset
 UPDATE idempotency.stripe_idempotency_keys SET lease_expires_at = clock_timestamp() WHERE operation_id = 'overtaken';
 SELECT verdict FROM idempotency.stripe_claim('answers', 'overtaken');

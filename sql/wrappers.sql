@@ -55,7 +55,7 @@ BEGIN
         RETURN api.problem(400, 'The Idempotency-Key header is malformed.');
     END IF;
 
-    SELECT * INTO c FROM idempotency.claim(key, user_id,
+    SELECT * INTO c FROM idempotency.claim(key, user_id, wait => false,
         request => jsonb_build_object('method', 'POST', 'path', '/orders', 'body', body));
 
     CASE c.verdict
@@ -251,12 +251,19 @@ RESET SESSION AUTHORIZATION;
 --
 CREATE FUNCTION api.handle_event(e idempotency.webhook_claim_result)
 RETURNS void
-LANGUAGE sql
+LANGUAGE plpgsql
 AS $$
-    UPDATE public.orders
-       SET payment = e.object_id
-     WHERE e.event_type = 'payment_intent.succeeded'
-       AND id = (e.event #>> '{data,object,metadata,order_id}')::uuid;
+DECLARE
+    metadata jsonb := e.event #> '{data,object,metadata}';
+BEGIN
+    -- ours is what carries our mark; others may use the same account of Stripe's
+    IF e.event_type = 'payment_intent.succeeded' AND metadata ->> 'shop' = 'example' THEN
+        UPDATE public.orders SET payment = e.object_id WHERE id = (metadata ->> 'order_id')::uuid;
+        IF NOT FOUND THEN
+            RAISE EXCEPTION 'there is no order %, or not yet', metadata ->> 'order_id';
+        END IF;
+    END IF;
+END
 $$;
 
 CREATE FUNCTION rest.stripe_webhook(json)
@@ -268,7 +275,8 @@ DECLARE
 BEGIN
     SELECT * INTO e FROM idempotency.stripe_webhook_claim(
         convert_to($1::text, 'UTF8'),
-        NULLIF(current_setting('request.headers', true), '')::json ->> 'stripe-signature');
+        NULLIF(current_setting('request.headers', true), '')::json ->> 'stripe-signature',
+        wait => false);
 
     IF e.verdict = 'in_progress' THEN
         PERFORM set_config('response.status', '409', true);
@@ -280,7 +288,7 @@ BEGIN
         EXCEPTION WHEN OTHERS THEN
             PERFORM idempotency.stripe_webhook_record(e.stripe_event_id, e.token, account => e.account,
                 error_message => SQLERRM);
-            PERFORM set_config('response.status', '500', true);
+            PERFORM set_config('response.status', '503', true);
         END;
     END IF;
 END
@@ -313,7 +321,7 @@ SELECT set_config('idempotency.webhook_secret_file', current_setting('data_direc
 
 -- spacing as odd as JSON allows
 SELECT id AS order_id FROM orders ORDER BY id LIMIT 1 \gset
-SELECT E'\t{"id"  :"evt_1" ,\r\n "object": "event","type":"payment_intent.succeeded"  , "data":{ "object" :{"id":"pi_\\u00fc\u00fc","object":"payment_intent", "metadata": {"order_id": "' || :'order_id' || E'"}}}\n\n}\n ' AS body \gset
+SELECT E'\t{"id"  :"evt_1" ,\r\n "object": "event","type":"payment_intent.succeeded"  , "data":{ "object" :{"id":"pi_\\u00fc\u00fc","object":"payment_intent", "metadata": {"shop": "example", "order_id": "' || :'order_id' || E'"}}}\n\n}\n ' AS body \gset
 SELECT api.sign(:'body') AS signature \gset
 SELECT json_build_object('stripe-signature', :'signature', 'accept', '*/*') AS headers \gset
 
@@ -361,8 +369,8 @@ SELECT rest.stripe_webhook(:'body');
 ROLLBACK;
 \set VERBOSITY terse
 
--- what fails is recorded, and 500 makes Stripe deliver it again
-SELECT '{"id": "evt_3", "object": "event", "type": "payment_intent.succeeded", "data": {"object": {"metadata": {"order_id": "17"}}}}' AS body \gset
+-- what fails is recorded, and 503 makes Stripe deliver it again
+SELECT '{"id": "evt_3", "object": "event", "type": "payment_intent.succeeded", "data": {"object": {"metadata": {"shop": "example", "order_id": "17"}}}}' AS body \gset
 SELECT json_build_object('stripe-signature', api.sign(:'body')) AS headers \gset
 BEGIN;
 SET LOCAL ROLE regress_web_user;
@@ -371,6 +379,20 @@ SELECT rest.stripe_webhook(:'body');
 SELECT current_setting('response.status', true) AS status;
 COMMIT;
 SELECT stripe_event_id, attempts, success, error_message FROM idempotency.stripe_webhook_events ORDER BY stripe_event_id;
+
+-- what isn't ours is processed; ours whose order isn't there is told to come again
+SELECT '{"id": "evt_4", "object": "event", "type": "payment_intent.succeeded", "data": {"object": {"metadata": {"order_id": "17"}}}}' AS others \gset
+SELECT '{"id": "evt_5", "object": "event", "type": "payment_intent.succeeded", "data": {"object": {"metadata": {"shop": "example", "order_id": "018c2b5e-0000-7000-8000-000000000000"}}}}' AS early \gset
+BEGIN;
+SET LOCAL ROLE regress_web_user;
+SELECT set_config('request.headers', json_build_object('stripe-signature', api.sign(:'others'))::text, true) IS NOT NULL AS set;
+SELECT rest.stripe_webhook(:'others');
+SELECT current_setting('response.status', true) AS status;
+SELECT set_config('request.headers', json_build_object('stripe-signature', api.sign(:'early'))::text, true) IS NOT NULL AS set;
+SELECT rest.stripe_webhook(:'early');
+SELECT current_setting('response.status', true) AS status;
+COMMIT;
+SELECT stripe_event_id, success, error_message FROM idempotency.stripe_webhook_events WHERE stripe_event_id IN ('evt_4', 'evt_5') ORDER BY 1;
 
 -- somebody else is at it
 SELECT verdict FROM idempotency.stripe_webhook_reclaim('evt_3', lease => '1 hour');

@@ -42,6 +42,7 @@
 #include "storage/proc.h"
 #include "utils/timestamp.h"
 
+#include "clock.h"
 #include "databases.h"
 
 #define KNOWN_FILE PGSTAT_STAT_PERMANENT_DIRECTORY "/idempotency.databases"
@@ -95,6 +96,24 @@ databases_find(Oid dbid)
 			return &databases->entries[i];
 	}
 	return NULL;
+}
+
+/*
+ * Lock the table and return the entry of this process's database; or return NULL,
+ * with nothing locked, where there is none, or no table.
+ */
+Database *
+databases_lock_own(LWLockMode mode)
+{
+	Database   *db;
+
+	if (databases == NULL)
+		return NULL;
+	databases_lock(mode);
+	db = databases_find(MyDatabaseId);
+	if (db == NULL)
+		databases_unlock();
+	return db;
 }
 
 /*
@@ -247,14 +266,11 @@ databases_note_use(void)
 void
 databases_note_notices(void)
 {
-	Database   *db;
+	Database   *db = databases_lock_own(LW_EXCLUSIVE);
 
-	if (databases == NULL)
+	if (db == NULL)
 		return;
-	databases_lock(LW_EXCLUSIVE);
-	db = databases_find(MyDatabaseId);
-	if (db != NULL)
-		db->notices = true;
+	db->notices = true;
 	databases_unlock();
 }
 
@@ -266,16 +282,16 @@ databases_note_notices(void)
 void
 databases_send_notices_soon(void)
 {
-	Database   *db;
+	Database   *db = databases_lock_own(LW_EXCLUSIVE);
 
-	if (databases == NULL)
+	if (db == NULL)
 		return;
-	databases_lock(LW_EXCLUSIVE);
-	db = databases_find(MyDatabaseId);
-	if (db != NULL && db->notices && db->failures == 0)
+	if (db->notices && db->failures == 0)
 	{
-		db->next_run = Min(db->next_run, Max(GetCurrentTimestamp(),
-											 db->last_run + NOTICES_GAP));
+		TimestampTz now = GetCurrentTimestamp();
+
+		db->next_run = Min(db->next_run, is_over(db->last_run, NOTICES_GAP, now) ? now :
+						   db->last_run + NOTICES_GAP);
 		databases_wake_launcher();
 	}
 	databases_unlock();
@@ -288,28 +304,22 @@ databases_send_notices_soon(void)
 void
 databases_read_kept_place(KeptPlace *place)
 {
-	Database   *db;
+	Database   *db = databases_lock_own(LW_SHARED);
 
-	if (databases == NULL)
+	if (db == NULL)
 		return;
-	databases_lock(LW_SHARED);
-	db = databases_find(MyDatabaseId);
-	if (db != NULL)
-		*place = db->kept;
+	*place = db->kept;
 	databases_unlock();
 }
 
 void
 databases_write_kept_place(const KeptPlace *place)
 {
-	Database   *db;
+	Database   *db = databases_lock_own(LW_EXCLUSIVE);
 
-	if (databases == NULL)
+	if (db == NULL)
 		return;
-	databases_lock(LW_EXCLUSIVE);
-	db = databases_find(MyDatabaseId);
-	if (db != NULL)
-		db->kept = *place;
+	db->kept = *place;
 	databases_unlock();
 }
 

@@ -103,6 +103,7 @@ extern void databases_attach(void *area, LWLockPadded *locks);
 
 extern void databases_lock(LWLockMode mode);
 extern void databases_unlock(void);
+extern Database *databases_lock_own(LWLockMode mode);
 extern Database *databases_find(Oid dbid);
 extern Database *databases_add(Oid dbid, bool evict);
 extern void databases_forget(Database *db);

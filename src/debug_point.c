@@ -11,6 +11,7 @@
  *			served meanwhile
  *	error	raise an error, once
  *	errors	raise an error, each time
+ *	numbered	the same, with another number in its text each time
  *	fatal	end the session, once
  *	kill	kill the process, and with it the server, once
  *
@@ -83,6 +84,13 @@ debug_point(const char *name)
 
 	if (strcmp(action, "errors") == 0)
 		ereport(ERROR, (errmsg("debug point \"%s\"", name)));
+
+	if (strcmp(action, "numbered") == 0)
+	{
+		static int	number = 0;
+
+		ereport(ERROR, (errmsg("debug point \"%s\", number %d", name, ++number)));
+	}
 
 	/* whoever comes first */
 	if (unlink(path) != 0)

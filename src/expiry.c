@@ -10,7 +10,8 @@
  * The search reads the table itself, window by window, and remembers where it
  * got to (ledger_search.c).  (LIMIT n over a scan from the start would step over
  * all that was removed before, and an index on expires_at would have to be paid
- * for by every claim and would keep record() from being a HOT update.)
+ * for by every claim and would keep record() from being a HOT update.)  Of what is
+ * kept for ever it reads no more than what is due, by an index.
  *
  * What the search finds are hints.  The removal is a statement of its own for
  * each row, by the whole key, that repeats the token and the condition: a row
@@ -138,7 +139,7 @@ expiry_row_is_locked(TupleTableSlot *slot)
 
 /* Is this row to be removed? */
 static bool
-consider_row(TupleTableSlot *slot, void *arg)
+consider_row(TupleTableSlot *slot, const LedgerPlace *place, void *arg)
 {
 	Work	   *work = arg;
 	ExpiryBatch *batch = work->batch;
@@ -156,7 +157,7 @@ consider_row(TupleTableSlot *slot, void *arg)
 	}
 
 	context = MemoryContextSwitchTo(work->context);
-	ledger_hit_set(&candidate->hit, batch->expiry->ledger, slot);
+	ledger_hit_set(&candidate->hit, batch->expiry->ledger, slot, place);
 	MemoryContextSwitchTo(context);
 	return ++work->ncandidates < batch->max_rows;
 }
@@ -176,8 +177,45 @@ add_candidate(HeapTuple tuple, TupleDesc desc, void *arg)
 											  false, -1);
 	candidate->hit.token = SPI_getbinval(tuple, desc, nkeys + 1, &isnull);
 	candidate->since = DatumGetTimestampTz(SPI_getbinval(tuple, desc, nkeys + 2, &isnull));
-	ItemPointerSetInvalid(&candidate->hit.tid);
+	memset(&candidate->hit.place, 0, sizeof(candidate->hit.place));
 	note_oldest(&work->batch->oldest, candidate->since);
+}
+
+/*
+ * Entries of the index, whose time is that of the first cutoff.  Those without
+ * its flag come first.
+ */
+static bool
+search_by_index(Work *work, Relation index)
+{
+	Expiry	   *expiry = work->batch->expiry;
+	LedgerCursor *cursor = &work->batch->cursor->at;
+
+	cursor->place.flag = cursor->place.flag || expiry->flag;
+	while (ledger_search_index(work->rel, index, cursor, work->cutoffs[0], consider_row, work))
+	{
+		if (cursor->place.flag)
+			return true;
+		ledger_cursor_reset(cursor);
+		cursor->place.flag = true;
+	}
+	return false;
+}
+
+static void
+search_table(Work *work)
+{
+	ExpiryBatch *batch = work->batch;
+	const LedgerIndex *description = batch->expiry->index;
+	Relation	index = description == NULL ? NULL : ledger_index_open(work->rel, description);
+
+	if (index != NULL)
+	{
+		batch->finished = search_by_index(work, index);
+		index_close(index, NoLock);
+	}
+	else
+		batch->finished = ledger_search_window(work->rel, &batch->cursor->at, consider_row, work);
 }
 
 /* The same by a SELECT, for a table that the planner has to be asked about. */
@@ -401,7 +439,7 @@ expiry_batch(ExpiryBatch *batch)
 
 	INSTR_TIME_SET_CURRENT(started);
 	if (ledger->direct)
-		batch->finished = ledger_search_window(work.rel, &batch->cursor->at, consider_row, &work);
+		search_table(&work);
 	else
 		search_by_select(&work);
 
@@ -411,6 +449,11 @@ expiry_batch(ExpiryBatch *batch)
 
 	if (work.ncandidates > 0)
 	{
+		LedgerPlace *place = &batch->cursor->at.place;
+
+		/* if one of them ends the process, the next one steps over all of them */
+		if (!ledger->direct)
+			place->left += work.ncandidates;
 		reached = remove_candidates(&work);
 		if (reached < work.ncandidates)
 		{
@@ -418,7 +461,7 @@ expiry_batch(ExpiryBatch *batch)
 			batch->finished = false;
 		}
 		if (!ledger->direct)
-			batch->cursor->at.place.left += reached - batch->removed;
+			place->left -= work.ncandidates - reached + batch->removed;
 	}
 
 	ledger_close(work.rel);

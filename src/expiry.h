@@ -40,6 +40,10 @@ typedef struct Expiry
 
 	OwnerStatement find;		/* keys, token, since when; by key */
 	OwnerStatement remove;
+
+	/* what has the rows that may be due, or NULL: the table is read */
+	const LedgerIndex *index;
+	bool		flag;			/* only those that have its flag */
 } Expiry;
 
 extern Expiry *const expiries[];

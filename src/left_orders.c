@@ -11,9 +11,14 @@
  * at the end of a DROP DATABASE and when a recorder ends before its work is done;
  * and every second as long as there is anything.
  *
- * It asks again until a recorder runs, with a pause that grows where one was
- * started and hasn't come.  What is left of a database that isn't there any more
- * is discarded, and the log says what.
+ * It asks again until a recorder runs, with a pause that grows where one was asked
+ * for and hasn't come.  One that has come is known by the oldest of these orders,
+ * which it has done, or has taken at least; that it was terminated then is no
+ * reason to have the next one wait.  Where there is no place it looks more often,
+ * as callers do, so as not to lose its turn.
+ *
+ * What is left of a database that isn't there any more is discarded, and the log
+ * says what.
  *
  * src/left_orders.c
  *
@@ -37,8 +42,9 @@
 #include "left_orders.h"
 #include "recorder_queue.h"
 
-/* How often to look while there are such orders. */
+/* How often to look while there are such orders, and where there is no place. */
 #define LOOK_MS 1000
+#define PLACE_LOOK_MS 50
 
 /* The longest pause between two recorders that don't come. */
 #define LAST_PAUSE_MS (30 * 1000)
@@ -46,10 +52,18 @@
 /* After that what was tried for a database is forgotten. */
 #define FORGET_USECS (60 * USECS_PER_SEC)
 
-/* A database, and when a recorder was last asked for there. */
-typedef struct Tried
+/* A database that has such orders, and the oldest of them. */
+typedef struct Left
 {
 	Oid			database;
+	uint64		number;
+	int			tries;
+} Left;
+
+/* What was found when a recorder was last asked for there, and when that was. */
+typedef struct Tried
+{
+	Left		left;
 	TimestampTz asked;
 	int			pause_ms;
 } Tried;
@@ -73,7 +87,7 @@ static bool no_place_logged = false;
  * to wait for the end of that.
  */
 static int
-find_databases(Oid *list)
+find_databases(Left *list)
 {
 	int			n = 0;
 	int			i;
@@ -87,13 +101,18 @@ find_databases(Oid *list)
 
 		if (!queue_is_left(order))
 			continue;
-		for (j = 0; j < n && list[j] != order->database; j++)
+		for (j = 0; j < n && list[j].database != order->database; j++)
 			;
-		if (j < n)
+		if (j < n && list[j].number < order->number)
 			continue;
 		slot = queue_slot(order->database, false);
-		if (slot == NULL || (slot->procno < 0 && !slot->blocked))
-			list[n++] = order->database;
+		if (slot != NULL && (slot->procno >= 0 || slot->blocked))
+			continue;
+		list[j].database = order->database;
+		list[j].number = order->number;
+		list[j].tries = order->tries;
+		if (j == n)
+			n++;
 	}
 	LWLockRelease(queue_lock);
 	return n;
@@ -163,7 +182,7 @@ discard_orders(Oid database)
 
 /* What was tried for a database; new where that was long ago. */
 static Tried *
-find_tried(Oid database)
+find_tried(const Left *left)
 {
 	TimestampTz now = GetCurrentTimestamp();
 	int			kept = 0;
@@ -173,19 +192,20 @@ find_tried(Oid database)
 		tried = MemoryContextAlloc(TopMemoryContext, queue_norders() * sizeof(Tried));
 	for (i = 0; i < ntried; i++)
 	{
-		if (tried[i].database == database || !is_over(tried[i].asked, FORGET_USECS, now))
+		if (tried[i].left.database == left->database ||
+			!is_over(tried[i].asked, FORGET_USECS, now))
 			tried[kept++] = tried[i];
 	}
 	ntried = kept;
 
 	for (i = 0; i < ntried; i++)
 	{
-		if (tried[i].database == database)
+		if (tried[i].left.database == left->database)
 			return &tried[i];
 	}
 	if (ntried == queue_norders())
 		ntried = 0;
-	tried[ntried].database = database;
+	tried[ntried].left = *left;
 	tried[ntried].asked = 0;
 	tried[ntried].pause_ms = 0;
 	return &tried[ntried++];
@@ -196,11 +216,17 @@ find_tried(Oid database)
  * no place for it.
  */
 static bool
-see_to_database(Oid database)
+see_to_database(const Left *left)
 {
-	Tried	   *last = find_tried(database);
+	Oid			database = left->database;
+	Tried	   *last = find_tried(left);
 	TimestampTz now = GetCurrentTimestamp();
 	TimestampTz since;
+
+	/* has one come since? */
+	if (last->left.number != left->number || last->left.tries != left->tries)
+		last->pause_ms = 0;
+	last->left = *left;
 
 	if (!is_over(last->asked, last->pause_ms * INT64CONST(1000), now))
 		return true;
@@ -231,17 +257,17 @@ see_to_database(Oid database)
 long
 see_to_left_orders(void)
 {
-	Oid		   *databases = palloc(queue_norders() * sizeof(Oid));
-	int			n = find_databases(databases);
+	Left	   *left = palloc(queue_norders() * sizeof(Left));
+	int			n = find_databases(left);
 	bool		no_place = false;
 	int			i;
 
 	for (i = 0; i < n; i++)
 	{
-		if (!see_to_database(databases[i]))
+		if (!see_to_database(&left[i]))
 			no_place = true;
 	}
-	pfree(databases);
+	pfree(left);
 
 	if (no_place && !no_place_logged)
 		ereport(LOG,
@@ -250,5 +276,7 @@ see_to_left_orders(void)
 				 errdetail("What is known of some is recorded as soon as there is one."),
 				 errhint("Consider increasing \"max_worker_processes\".")));
 	no_place_logged = no_place;
+	if (no_place)
+		return PLACE_LOOK_MS;
 	return n > 0 ? LOOK_MS : LONG_MAX;
 }

@@ -514,8 +514,11 @@ idempotency_namespace_comes(PG_FUNCTION_ARGS)
 	if (isnull[NS_VALUE] || isnull[NS_SYSTEM] || isnull[NS_DATABASE] || isnull[NS_IN_FORCE])
 		return PointerGetDatum(trigger->tg_trigtuple);
 
-	/* one decision at a time */
-	LockRelation(rel, ShareRowExclusiveLock);
+	/*
+	 * One decision at a time.  Not by the table's own lock: whoever inserts has a
+	 * weaker one already, and two that do couldn't both have a stronger one.
+	 */
+	LockDatabaseObject(RelationRelationId, RelationGetRelid(rel), 0, ShareRowExclusiveLock);
 	rows = read_latest_namespaces(rel, &nrows);
 	find_rows_made_here(rows, nrows);
 	carried = !comes_from_here(rows, nrows, (uint64) DatumGetInt64(values[NS_SYSTEM]),
@@ -607,5 +610,5 @@ idempotency_stripe_namespace(PG_FUNCTION_ARGS)
 	owner_execute(&insert_namespace, owner, values, NULL, false, NULL, NULL, 0);
 
 	table_close(rel, NoLock);
-	PG_RETURN_VOID();
+	PG_RETURN_BOOL(true);
 }

@@ -199,7 +199,7 @@ idempotency_grant_role(PG_FUNCTION_ARGS)
 	}
 	SPI_finish();
 
-	PG_RETURN_VOID();
+	PG_RETURN_BOOL(true);
 }
 
 /*

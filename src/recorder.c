@@ -68,10 +68,11 @@
 #define FIRST_WAIT_MS		10
 #define NEXT_WAIT_MS		100
 
+/* There was no place for a recorder: how soon to ask again. */
+#define PLACE_WAIT_MS		25
+
 /* A recorder that was asked for and doesn't run after this is asked for again. */
 #define START_PATIENCE_MS	1000
-
-#define SEGMENT_MIN			(16 * 1024)
 
 /* What a record needs besides the bodies: ids of limited length. */
 #define ANSWER_OVERHEAD		(8 * 1024)
@@ -168,6 +169,28 @@ stop_waiting(void)
 	}
 }
 
+/*
+ * Give back the room of a large request or answer: many sessions stay connected
+ * that call now and then.
+ */
+static void
+give_back_room(void)
+{
+	dsm_segment *segment = my_segment;
+	dsm_handle	handle;
+
+	if (segment == NULL || dsm_segment_map_length(segment) <= ORDER_SEGMENT_MIN)
+		return;
+
+	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	handle = my_order->segment;
+	my_order->segment = DSM_HANDLE_INVALID;
+	LWLockRelease(queue_lock);
+	my_segment = NULL;
+	dsm_detach(segment);
+	dsm_unpin_segment(handle);
+}
+
 /* Whatever was under way has come to its end. */
 static void
 clean_up(void)
@@ -175,6 +198,8 @@ clean_up(void)
 	recorder_gave_up();
 	if (my_order != NULL && my_order->state != ORDER_OWNED)
 		stop_waiting();
+	if (my_order != NULL)
+		give_back_room();
 }
 
 static void
@@ -291,7 +316,7 @@ static void
 reserve(Size size)
 {
 	ErrorContextCallback context;
-	Size		rounded = SEGMENT_MIN;
+	Size		rounded = ORDER_SEGMENT_MIN;
 	dsm_segment *segment;
 	dsm_handle	old;
 
@@ -335,30 +360,44 @@ ask_for_recorder(Oid database, TimestampTz *since, BackgroundWorkerHandle **hand
 	TimestampTz now = GetCurrentTimestamp();
 	RecorderAsked result = RECORDER_COMES;
 	bool		ask = false;
-
-	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
-	slot = queue_slot(database, true);
-	if (slot == NULL)
-		result = RECORDER_HAS_NO_PLACE;
-	else if (slot->procno >= 0)
-		result = RECORDER_RUNS;
-	else if (slot->blocked)
-		result = RECORDER_IS_BLOCKED;
-	else
-		ask = is_over(slot->started, START_PATIENCE_MS * 1000, now);
-	if (ask)
-		*since = slot->started = now;
-	LWLockRelease(queue_lock);
-
-	if (!ask || background_start("recorder", database, handle))
-		return result;
+	bool		started;
 
 	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
 	slot = queue_slot(database, false);
-	if (slot != NULL && slot->procno < 0 && !slot->blocked)
-		slot->database = InvalidOid;
+	if (slot != NULL && slot->procno >= 0)
+		result = RECORDER_RUNS;
+	else if (slot != NULL && slot->blocked)
+		result = RECORDER_IS_BLOCKED;
+	else if (slot == NULL || is_over(slot->started, START_PATIENCE_MS * 1000, now))
+	{
+		slot = queue_is_next(database) ? queue_slot(database, true) : NULL;
+		ask = slot != NULL;
+		if (ask)
+			*since = slot->started = now;
+		else
+		{
+			result = RECORDER_HAS_NO_PLACE;
+			queue_ask_for_room(database);
+		}
+	}
 	LWLockRelease(queue_lock);
-	return RECORDER_HAS_NO_PLACE;
+	if (!ask)
+		return result;
+
+	started = background_start("recorder", database, handle);
+	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	if (started)
+		queue_stop_wanting(database, true);
+	else
+	{
+		result = RECORDER_HAS_NO_PLACE;
+		slot = queue_slot(database, false);
+		if (slot != NULL && slot->procno < 0 && !slot->blocked)
+			slot->database = InvalidOid;
+		queue_ask_for_room(database);
+	}
+	LWLockRelease(queue_lock);
+	return result;
 }
 
 /*
@@ -431,7 +470,14 @@ wait_for_answer(bool before_send)
 
 		left = stripe_record_timeout - (long) milliseconds_since(begin);
 		if (left <= 0)
-			return no_place ? WAIT_NO_WORKER : WAIT_TIMED_OUT;
+		{
+			if (!no_place)
+				return WAIT_TIMED_OUT;
+			LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+			queue_stop_wanting(MyDatabaseId, false);
+			LWLockRelease(queue_lock);
+			return WAIT_NO_WORKER;
+		}
 
 		if (!running)
 		{
@@ -460,7 +506,7 @@ wait_for_answer(bool before_send)
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
 						 Min(left, nap), wait_event);
 		ResetLatch(MyLatch);
-		nap = NEXT_WAIT_MS;
+		nap = no_place ? PLACE_WAIT_MS : NEXT_WAIT_MS;
 	}
 }
 
@@ -869,7 +915,7 @@ recorder_claim(const StripeCall *call, StripeCallClaim *answer)
 				(errcode(ERRCODE_NOT_IN_TRANSACTION),
 				 errmsg("Stripe cannot be called without a recorder"),
 				 errdetail("What is noted of a call must be committed before anything is sent, which takes a process of its own."),
-				 errhint("Add \"idempotency\" to shared_preload_libraries and restart the server, or set idempotency.stripe_ledger to \"transaction\" and rely on the derived key alone.")));
+				 errhint("Add \"idempotency\" to shared_preload_libraries and restart the server.")));
 	if (flight.active)
 		elog(ERROR, "a call to Stripe is in progress already");
 

@@ -18,6 +18,12 @@
  * Processes are stored by number, not by pointers to their latches: setting
  * the latch of a process that took over the number is harmless.
  *
+ * Where there are more databases than places for processes, recorders take turns.
+ * Whose recorder finds no place has an idle one asked to leave, and tries again,
+ * soon and often, until there is a place or its time is over; those who have waited
+ * longest come first.  Nobody is told that there is one: it is the postmaster that
+ * has it back, and other extensions want it, too.
+ *
  * Locking: one LWLock for all of it, held for a few stores, or for a pass over
  * the orders by a recorder that looks for work.
  *
@@ -36,6 +42,18 @@
 #include "clock.h"
 #include "compat.h"
 #include "recorder_queue.h"
+
+/*
+ * A recorder stays that long, so that databases that take turns don't spend their
+ * time on starting processes.
+ */
+#define SHORTEST_STAY_USECS (50 * INT64CONST(1000))
+
+/* One that was asked to make room has gone after this. */
+#define ROOM_USECS (100 * INT64CONST(1000))
+
+/* Who wants a place asks more often than that. */
+#define WANT_USECS (500 * INT64CONST(1000))
 
 LWLock	   *queue_lock = NULL;
 static RecorderQueue *queue = NULL;
@@ -151,6 +169,8 @@ queue_post(Order *order, OrderVerb verb)
 	order->refusals = 0;
 	order->failed_at = 0;
 	order->pause_ms = 0;
+	order->tries = 0;
+	order->lease = 0;
 }
 
 /*
@@ -194,6 +214,121 @@ queue_wake_recorder(Oid database)
 
 	if (slot != NULL && slot->procno >= 0)
 		SetLatch(&GetPGProcByNumber(slot->procno)->procLatch);
+}
+
+/* ---------- places for recorders ---------- */
+
+/* What is noted of a database that wants a place, or NULL. */
+static RecorderWant *
+find_want(Oid database)
+{
+	int			i;
+
+	for (i = 0; i < RECORDER_WANTS; i++)
+	{
+		if (queue->wants[i].database == database)
+			return &queue->wants[i];
+	}
+	return NULL;
+}
+
+/* The one that has waited longest, or NULL.  Who doesn't ask any more is out. */
+static RecorderWant *
+next_want(void)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	RecorderWant *next = NULL;
+	int			i;
+
+	for (i = 0; i < RECORDER_WANTS; i++)
+	{
+		RecorderWant *want = &queue->wants[i];
+
+		if (!OidIsValid(want->database))
+			continue;
+		if (is_over(want->seen, WANT_USECS, now))
+			want->database = InvalidOid;
+		else if (next == NULL || want->number < next->number)
+			next = want;
+	}
+	return next;
+}
+
+/*
+ * Somebody wants a recorder for this database: note that, and tell whether it is
+ * this one's turn where there is a place.  To be asked again and again, until
+ * there is one.  Under the exclusive lock.
+ */
+bool
+queue_is_next(Oid database)
+{
+	RecorderWant *next = next_want();
+	RecorderWant *want = find_want(database);
+
+	if (want == NULL)
+	{
+		want = find_want(InvalidOid);
+		if (want == NULL)
+			return false;
+		memset(want, 0, sizeof(RecorderWant));
+		want->database = database;
+		want->number = ++queue->last_want;
+	}
+	want->seen = GetCurrentTimestamp();
+	want->procno = MY_PROC_NUMBER;
+	return next == NULL || next == want;
+}
+
+/*
+ * This database has found its place, or this process doesn't wait for it any more
+ * (another one may): the next one may try.  Under the exclusive lock.
+ */
+void
+queue_stop_wanting(Oid database, bool found)
+{
+	RecorderWant *want = find_want(database);
+
+	if (want == NULL || (!found && want->procno != MY_PROC_NUMBER))
+		return;
+	want->database = InvalidOid;
+	want = next_want();
+	if (want != NULL)
+		SetLatch(&GetPGProcByNumber(want->procno)->procLatch);
+}
+
+/*
+ * A database wants a place, and there is none: ask the recorder that has had
+ * nothing to do for longest to leave.  That takes it a moment, in which the next
+ * one isn't asked for the same.  It stays where it has something to do by now,
+ * and then counts as just used.  Under the exclusive lock.
+ */
+void
+queue_ask_for_room(Oid database)
+{
+	RecorderWant *want = find_want(database);
+	TimestampTz now = GetCurrentTimestamp();
+	RecorderSlot *idlest = NULL;
+	int			i;
+
+	if (want == NULL || !is_over(want->asked, ROOM_USECS, now))
+		return;
+	for (i = 0; i < queue->nslots; i++)
+	{
+		RecorderSlot *slot = &queue->slots[i];
+
+		if (slot->procno < 0 || slot->make_room || slot->blocked ||
+			TransactionIdIsValid(slot->xid) ||
+			!is_over(slot->came, SHORTEST_STAY_USECS, now))
+			continue;
+		if (idlest == NULL || slot->used < idlest->used)
+			idlest = slot;
+	}
+	if (idlest == NULL)
+		return;
+
+	want->asked = now;
+	idlest->make_room = true;
+	SetLatch(&GetPGProcByNumber(idlest->procno)->procLatch);
 }
 
 /* Does nobody but a recorder see to this order?  Under the lock. */

@@ -21,6 +21,9 @@
 #define ORDER_LABEL_LEN		256 /* account, stored key */
 #define ORDER_MESSAGE_LEN	512
 
+/* What a session that has called keeps of shared memory; longer ones go again. */
+#define ORDER_SEGMENT_MIN	(16 * 1024)
+
 /* Most orders in one commit: each is a subtransaction, and 64 are cached. */
 #define ORDER_BATCH			60
 
@@ -66,11 +69,12 @@ typedef struct Order
 								 * claimed is released */
 	bool		alone;			/* has failed in company */
 	bool		committed;		/* done, but for the wait for a standby, which
-								 * was cut short */
+								 * was cut short, or for its full lease */
 	int			failures;		/* tries in vain */
 	int			refusals;		/* those in which the row refused */
 	TimestampTz failed_at;		/* when it was last tried in vain */
 	int			pause_ms;		/* how long not to try it again */
+	int			tries;			/* how often a recorder has taken it */
 	uint64		number;			/* in order of posting */
 	Oid			database;
 	int			procno;			/* of the owner, while not detached */
@@ -80,6 +84,8 @@ typedef struct Order
 	char		type[STRIPE_OPERATION_MAX + 1];
 	char		id[STRIPE_OPERATION_MAX + 1];
 	int64		token;			/* set by a claim */
+	int64		lease;			/* that a claim was given, or 0; microseconds */
+	TimestampTz leased_until;
 	FullTransactionId caller_xid;
 
 	/* arguments, as datumSerialize() leaves them */
@@ -101,15 +107,33 @@ typedef struct RecorderSlot
 	int			procno;			/* -1: doesn't run (yet) */
 	TransactionId xid;			/* of the batch in progress */
 	TimestampTz started;		/* when it was last asked for */
+	TimestampTz came;			/* when it began */
+	TimestampTz used;			/* when it last had something to do */
+	bool		make_room;		/* another database wants its place */
 	bool		blocked;		/* the database is being dropped: leave, and
 								 * let nobody in */
 } RecorderSlot;
+
+/* Databases that wait in line; where there are more, the rest waits for that. */
+#define RECORDER_WANTS 64
+
+/* A database whose recorder finds no place. */
+typedef struct RecorderWant
+{
+	Oid			database;		/* InvalidOid: free */
+	uint64		number;			/* who came first is next */
+	TimestampTz seen;			/* when somebody last asked for it */
+	TimestampTz asked;			/* when another one was last asked to make room */
+	int			procno;			/* who asked last */
+} RecorderWant;
 
 typedef struct RecorderQueue
 {
 	int			norders;
 	int			nslots;
 	uint64		last_number;
+	uint64		last_want;
+	RecorderWant wants[RECORDER_WANTS];
 	RecorderSlot slots[FLEXIBLE_ARRAY_MEMBER];
 	/* then the orders */
 } RecorderQueue;
@@ -161,6 +185,9 @@ extern void queue_free_order(Order *order);
 extern void queue_post(Order *order, OrderVerb verb);
 extern RecorderSlot *queue_slot(Oid database, bool create);
 extern void queue_wake_recorder(Oid database);
+extern bool queue_is_next(Oid database);
+extern void queue_ask_for_room(Oid database);
+extern void queue_stop_wanting(Oid database, bool found);
 extern bool queue_is_left(const Order *order);
 extern bool queue_block(Oid database);
 extern void queue_unblock(Oid database);

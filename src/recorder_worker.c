@@ -5,7 +5,8 @@
  *	  transaction: the process that commits it.
  *
  * One recorder per database, started by the first caller that needs it, gone
- * after two idle seconds (DROP and RENAME DATABASE wait five).
+ * after two idle seconds (DROP and RENAME DATABASE wait five), or as soon as it
+ * is idle where another database wants its place.
  *
  * It takes what is posted, up to 60 orders, in one transaction: the commit is
  * what costs.  Each order is a subtransaction under a short lock_timeout, so
@@ -17,10 +18,13 @@
  * An order's answer counts once the transaction has committed, hence only then
  * is it DONE.  Where commits wait for a standby, the end of that wait is what
  * counts; a process that is terminated cuts it short.  Such orders are posted
- * again, as "committed", and are done when a later commit was waited for.  If the commit itself fails, its orders are tried again one by
- * one, so that each gets its own error.  If this process is terminated, its
- * orders are as if they had never been taken, and the callers start another
- * one.
+ * again, as "committed", and are done when a later commit was waited for.  So is
+ * a claim whose lease was running out while its commit took its time: it is
+ * given its lease anew, and what its caller is told of is nearly all of it.
+ *
+ * If the commit itself fails, its orders are tried again one by one, so that
+ * each gets its own error.  If this process is terminated, its orders are as if
+ * they had never been taken, and the callers start another one.
  *
  * What must be recorded after a send is tried again until it succeeds, without
  * limit where it is a lock that is in the way.  It is given up where the ledger
@@ -102,6 +106,13 @@ PGDLLEXPORT void idempotency_recorder_main(Datum arg);
 #define MAX_NOTES			2048
 #define MAX_NOTE_TRIES		20
 
+/*
+ * A claim's lease runs from when the caller is told of it, but for this part.
+ * One that is shorter than a commit may take isn't renewed.
+ */
+#define LEASE_PART			10
+#define LEASE_LEAST			USECS_PER_SEC
+
 /* An order of the current batch. */
 typedef struct BatchEntry
 {
@@ -118,6 +129,7 @@ typedef struct Note
 	char	   *id;
 	TransactionId xid;
 	int			tries;
+	bool		done;			/* in the transaction in progress */
 } Note;
 
 static bool have_slot = false;
@@ -169,6 +181,16 @@ map_segment(Order *order)
 	return dsm_segment_address(mappings[i]);
 }
 
+/* An order is done: its caller gives a large segment back, so we do. */
+static void
+unmap_large_segment(Order *order)
+{
+	int			i = order - queue_order(0);
+
+	if (mappings[i] != NULL && dsm_segment_map_length(mappings[i]) > ORDER_SEGMENT_MIN)
+		unmap_segment(i);
+}
+
 /* Let go of what callers have replaced or freed. */
 static void
 unmap_stale_segments(void)
@@ -215,6 +237,7 @@ add_note(Order *order)
 	memcpy(note->id, order->id, id);
 	note->xid = XidFromFullTransactionId(order->caller_xid);
 	note->tries = 0;
+	note->done = false;
 	nnotes++;
 }
 
@@ -292,6 +315,7 @@ static void
 do_claim(Order *order, Operation *op, Relation rel)
 {
 	char	   *from = map_segment(order);
+	TimestampTz now = GetCurrentTimestamp();
 	StripeClaim claim;
 
 	memset(&claim, 0, sizeof(claim));
@@ -315,12 +339,45 @@ do_claim(Order *order, Operation *op, Relation rel)
 	settle_or_claim(&claim, rel);
 
 	order->token = claim.token;
+	order->lease = 0;
 	if (claim.verdict == STRIPE_CLAIMED)
+	{
 		order->answer = ORDER_OK;
+		order->lease = claim.lease;
+		order->leased_until = now + claim.lease;
+	}
 	else if (claim.verdict == STRIPE_BUSY && !claim.known)
 		order->answer = ORDER_LOCKED;
 	else
 		order->answer = ORDER_REFUSED;
+}
+
+/* Has the commit of a claim taken what was to be the caller's time? */
+static bool
+lease_runs_out(Order *order, TimestampTz now)
+{
+	return order->verb == ORDER_CLAIM && order->answer == ORDER_OK &&
+		order->lease >= LEASE_LEAST &&
+		order->leased_until - now < order->lease - order->lease / LEASE_PART;
+}
+
+/*
+ * A claim is committed, and its caller hasn't been told yet: its lease begins
+ * anew.  It is longer by what the last commit took, as this one may take.
+ */
+static void
+renew_lease(Order *order, Operation *op, Relation rel)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	int64		took = now - (order->leased_until - order->lease);
+
+	order->leased_until = now + order->lease + Min(Max(took, 0), order->lease);
+	if (!stripe_renew_run(rel, op, order->token, order->leased_until))
+	{
+		/* it had run out, and somebody has taken over */
+		order->answer = ORDER_REFUSED;
+		order->lease = 0;
+	}
 }
 
 static void
@@ -381,7 +438,10 @@ do_order(Order *order, bool *opened)
 	switch (order->verb)
 	{
 		case ORDER_CLAIM:
-			do_claim(order, &op, rel);
+			if (order->committed)
+				renew_lease(order, &op, rel);
+			else
+				do_claim(order, &op, rel);
 			break;
 		case ORDER_REOPEN:
 			do_reopen(order, &op, rel);
@@ -445,7 +505,7 @@ order_failed(BatchEntry *entry, ErrorData *edata, bool opened)
 	int			sqlstate = edata->sqlerrcode;
 	bool		is_lock = is_lock_failure(sqlstate);
 
-	if (is_tried_again(order->verb) && !is_final_refusal(sqlstate, opened) &&
+	if ((is_tried_again(order->verb) || order->committed) && !is_final_refusal(sqlstate, opened) &&
 		(!counts_as_refusal(edata) || order->refusals++ < MAX_REFUSALS))
 	{
 		entry->retry = true;
@@ -513,7 +573,6 @@ note_work(void *arg)
 static void
 run_notes(int room)
 {
-	int			kept = 0;
 	int			i;
 
 	if (nnotes == 0 || !is_over(last_notes, NOTE_INTERVAL_MS * 1000, GetCurrentTimestamp()))
@@ -529,17 +588,40 @@ run_notes(int room)
 			room--;
 			work.note = note;
 			work.done = false;
-			if ((in_subtransaction(note_work, &work) == NULL && work.done) ||
-				++note->tries >= MAX_NOTE_TRIES)
-			{
-				pfree(note->account);
-				continue;
-			}
+			note->tries++;
+			note->done = in_subtransaction(note_work, &work) == NULL && work.done;
 		}
+	}
+	if (room > 0)
+		last_notes = GetCurrentTimestamp();
+}
+
+/*
+ * The transaction has ended: forget the notes that are written down now, and
+ * those that were tried often enough, which are left to settle_note_fates().
+ */
+static void
+end_notes(bool committed)
+{
+	int			kept = 0;
+	int			i;
+
+	for (i = 0; i < nnotes; i++)
+	{
+		Note	   *note = &notes[i];
+
+		if ((note->done && committed) || note->tries >= MAX_NOTE_TRIES)
+		{
+			pfree(note->account);
+			continue;
+		}
+		note->done = false;
 		notes[kept++] = *note;
 	}
 	nnotes = kept;
-	if (room > 0)
+
+	/* not at once what has just failed */
+	if (!committed)
 		last_notes = GetCurrentTimestamp();
 }
 
@@ -624,11 +706,14 @@ take_batch(TransactionId xid)
 		if (candidates[i]->alone && nbatch > 0)
 			continue;
 		candidates[i]->state = ORDER_TAKEN;
+		candidates[i]->tries++;
 		memset(&batch[nbatch], 0, sizeof(BatchEntry));
 		batch[nbatch++].order = candidates[i];
 		if (candidates[i]->alone)
 			break;
 	}
+	if (nbatch > 0)
+		slot->used = now;
 	LWLockRelease(queue_lock);
 	pfree(candidates);
 }
@@ -663,6 +748,7 @@ end_batch(bool committed, bool durable, ErrorData *edata)
 
 	nbatch = 0;
 	batch_xid = InvalidTransactionId;
+	end_notes(committed);
 
 	for (i = 0; i < n; i++)
 	{
@@ -670,6 +756,7 @@ end_batch(bool committed, bool durable, ErrorData *edata)
 		Order	   *order = entry->order;
 		bool		free_it = false;
 
+		unmap_large_segment(order);
 		if (!committed)
 		{
 			entry->retry = true;
@@ -691,7 +778,7 @@ end_batch(bool committed, bool durable, ErrorData *edata)
 			queue_post(order, ORDER_RELEASE);	/* claimed in vain */
 		else if (order->detached && is_before_send(order->verb))
 			free_it = true;		/* nobody wants it any more */
-		else if (committed && !durable && !entry->retry)
+		else if (committed && !entry->retry && (!durable || lease_runs_out(order, now)))
 		{
 			order->state = ORDER_POSTED;
 			order->committed = true;
@@ -734,21 +821,38 @@ end_batch(bool committed, bool durable, ErrorData *edata)
 
 /* ---------- errors outside of orders ---------- */
 
+/* A string that may be missing, in a buffer; has it been another one before? */
+static bool
+changes_to(char *buffer, Size size, const char *string)
+{
+	char	   *old = pstrdup(buffer);
+
+	strlcpy(buffer, string != NULL ? string : "", size);
+	return strcmp(buffer, old) != 0;
+}
+
 /*
- * Log an error unless that has just been done: what fails is tried again.
+ * Log an error unless that has just been done: what fails is tried again.  It is
+ * the same where it comes from the same place; its text may tell of a block or of
+ * a transaction, and be another one each time.
  */
 static void
 log_error(ErrorData *edata)
 {
-	static char last_message[ORDER_MESSAGE_LEN] = "";
+	static int	last_sqlstate = 0;
+	static int	last_line = 0;
+	static char last_file[MAXPGPATH] = "";
+	static char last_format[ORDER_MESSAGE_LEN] = "";
 	static TimestampTz last_logged = 0;
 	TimestampTz now = GetCurrentTimestamp();
-	char		message[ORDER_MESSAGE_LEN];
+	bool		is_new = edata->sqlerrcode != last_sqlstate || edata->lineno != last_line;
 
-	copy_message(message, edata->message);
-	if (strcmp(message, last_message) == 0 && !is_over(last_logged, LOG_AGAIN_USECS, now))
+	last_sqlstate = edata->sqlerrcode;
+	last_line = edata->lineno;
+	is_new = changes_to(last_file, sizeof(last_file), edata->filename) || is_new;
+	is_new = changes_to(last_format, sizeof(last_format), edata->message_id) || is_new;
+	if (!is_new && !is_over(last_logged, LOG_AGAIN_USECS, now))
 		return;
-	strlcpy(last_message, message, sizeof(last_message));
 	last_logged = now;
 	EmitErrorReport();
 }
@@ -859,7 +963,8 @@ run_batch(void)
 			{
 				/* a commit that has written nothing waits for no standby */
 				log_message_compat("idempotency");
-				continue;
+				if (batch[i].order->lease == 0)
+					continue;
 			}
 			work.order = batch[i].order;
 			work.opened = false;
@@ -876,6 +981,8 @@ run_batch(void)
 
 		if (nbatch > 0)
 			DEBUG_POINT("recorder-before-commit");
+		else
+			DEBUG_POINT("notes-before-commit");
 		choose_durability();
 
 		/*
@@ -896,7 +1003,7 @@ run_batch(void)
 	{
 		ErrorData  *edata;
 		bool		committed;
-		bool		taken = nbatch > 0;
+		bool		taken = TransactionIdIsValid(batch_xid);
 
 		pqsignal(SIGINT, StatementCancelHandler);
 		HOLD_INTERRUPTS();
@@ -985,6 +1092,8 @@ take_slot(void)
 	{
 		slot->procno = MY_PROC_NUMBER;
 		slot->xid = InvalidTransactionId;
+		slot->came = slot->used = GetCurrentTimestamp();
+		slot->make_room = false;
 		have_slot = true;
 	}
 	LWLockRelease(queue_lock);
@@ -1013,6 +1122,19 @@ leave_if_idle(void)
 	}
 	LWLockRelease(queue_lock);
 	return !have_slot;
+}
+
+/* Stay, though another database wants our place: there is something to do. */
+static void
+decline_to_leave(void)
+{
+	RecorderSlot *slot;
+
+	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	slot = queue_slot(MyDatabaseId, false);
+	slot->make_room = false;
+	slot->used = GetCurrentTimestamp();
+	LWLockRelease(queue_lock);
 }
 
 static void
@@ -1054,8 +1176,10 @@ idempotency_recorder_main(Datum arg)
 	last_order = GetCurrentTimestamp();
 	for (;;)
 	{
+		RecorderSlot *slot;
 		bool		due;
 		bool		blocked;
+		bool		make_room;
 		int			posted;
 		int			pause;
 		int			rest;
@@ -1071,7 +1195,9 @@ idempotency_recorder_main(Datum arg)
 
 		LWLockAcquire(queue_lock, LW_SHARED);
 		posted = look_for_orders(&due, &pause);
-		blocked = queue_slot(MyDatabaseId, false)->blocked;
+		slot = queue_slot(MyDatabaseId, false);
+		blocked = slot->blocked;
+		make_room = slot->make_room;
 		LWLockRelease(queue_lock);
 
 		if (blocked)
@@ -1088,9 +1214,11 @@ idempotency_recorder_main(Datum arg)
 
 		unmap_stale_segments();
 		nap = IDLE_EXIT_MS - TimestampDifferenceMilliseconds(last_order, GetCurrentTimestamp());
+		if (posted > 0 && make_room)
+			decline_to_leave();
 		if (posted > 0)
 			nap = pause;
-		else if (nap <= 0 && leave_if_idle())
+		else if ((nap <= 0 || make_room) && leave_if_idle())
 			proc_exit(0);
 		if (nnotes > 0)
 			nap = Min(nap, NOTE_INTERVAL_MS);

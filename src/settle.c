@@ -97,6 +97,9 @@ static OwnerStatement find_calls = {
 	6, {TEXTOID, TEXTOID, TEXTOID, INT8OID, INT8OID, INT8OID}
 };
 
+/* It has the rows of find_calls, and those of the views stripe_unknown and stripe_orphans. */
+static const LedgerIndex open_index = {"stripe_idempotency_keys_open_idx", false};
+
 static void
 set_text(Datum *values, char *nulls, int i, const char *string)
 {
@@ -334,7 +337,7 @@ idempotency_stripe_settle(PG_FUNCTION_ARGS)
 
 	(void) settle_operation(&op, &settlement);
 
-	PG_RETURN_VOID();
+	PG_RETURN_BOOL(true);
 }
 
 /*
@@ -398,7 +401,7 @@ idempotency_stripe_acknowledge(PG_FUNCTION_ARGS)
 	(void) ledger_execute_latest(rel, &acknowledge, values, NULL, NULL, NULL, 0);
 	ledger_close(rel);
 
-	PG_RETURN_VOID();
+	PG_RETURN_BOOL(true);
 }
 
 /* ---------- what nobody else comes to do ---------- */
@@ -481,7 +484,7 @@ is_open(TupleTableSlot *slot, Work *work)
 }
 
 static bool
-consider_row(TupleTableSlot *slot, void *arg)
+consider_row(TupleTableSlot *slot, const LedgerPlace *place, void *arg)
 {
 	Work	   *work = arg;
 	bool		callers_isnull;
@@ -500,7 +503,7 @@ consider_row(TupleTableSlot *slot, void *arg)
 	{
 		MemoryContext context = MemoryContextSwitchTo(work->context);
 
-		ledger_hit_set(&candidate->hit, &stripe_calls, slot);
+		ledger_hit_set(&candidate->hit, &stripe_calls, slot, place);
 		MemoryContextSwitchTo(context);
 	}
 	return work->ncandidates < work->batch->max_rows;
@@ -520,7 +523,7 @@ consider_tuple(HeapTuple tuple, TupleDesc desc, void *arg)
 		values[i] = SPI_getbinval(tuple, desc, i + 1, &isnull[i]);
 	for (i = 0; i < 3; i++)
 		hit.key[i] = SPI_datumTransfer(values[i], false, -1);
-	ItemPointerSetInvalid(&hit.tid);
+	memset(&hit.place, 0, sizeof(hit.place));
 
 	candidate = new_candidate(work, !isnull[3] && !isnull[4] &&
 							  fate_is_news(DatumGetArrayTypeP(values[3]),
@@ -532,6 +535,22 @@ consider_tuple(HeapTuple tuple, TupleDesc desc, void *arg)
 	/* the last one is where the search goes on */
 	work->nrows++;
 	ledger_cursor_move(work->batch->cursor, &stripe_calls, &hit);
+}
+
+static void
+search_table(Work *work)
+{
+	SettleBatch *batch = work->batch;
+	Relation	index = ledger_index_open(work->rel, &open_index);
+
+	if (index != NULL)
+	{
+		batch->finished = ledger_search_index(work->rel, index, batch->cursor, DT_NOEND,
+											  consider_row, work);
+		index_close(index, NoLock);
+	}
+	else
+		batch->finished = ledger_search_window(work->rel, batch->cursor, consider_row, work);
 }
 
 static void
@@ -604,10 +623,14 @@ settle_calls(SettleBatch *batch)
 
 		work.unknown = DatumGetObjectId(enum_datum(type, "unknown"));
 		work.in_progress = DatumGetObjectId(enum_datum(type, "in_progress"));
-		batch->finished = ledger_search_window(work.rel, batch->cursor, consider_row, &work);
+		search_table(&work);
 	}
 	else
 		search_by_select(&work);
+
+	/* if one of them ends the process, the next one steps over all of them */
+	if (!stripe_calls.direct)
+		batch->cursor->place.left += work.nrows;
 
 	for (i = 0; i < work.ncandidates; i++)
 	{
@@ -630,6 +653,6 @@ settle_calls(SettleBatch *batch)
 	}
 
 	if (!stripe_calls.direct)
-		batch->cursor->place.left += work.nrows - batch->settled;
+		batch->cursor->place.left -= batch->settled;
 	ledger_close(work.rel);
 }

@@ -189,15 +189,27 @@ is_genuine(const StripeReceived *received, const StripeBody *body)
 }
 
 /*
- * API v1 has no idempotency for DELETE: where an attempt before may have
- * deleted the object, that it isn't there is what was wanted.
+ * Does Stripe pay no regard to the key?  API v1 has no idempotency for DELETE, so
+ * that each attempt is executed anew, and what it is told may follow from what
+ * another one has done.  With a key that can't be: a request that was executed is
+ * answered by its own answer, marked as replayed, whatever else has become true; a
+ * refusal that isn't says that none was.
+ */
+static bool
+has_no_key(const StripeReceived *received)
+{
+	return is_delete(received) && received->path != NULL && !path_is_v2(received->path);
+}
+
+/*
+ * Where an attempt before may have deleted the object, that it isn't there is
+ * what was wanted.
  */
 static bool
 is_gone_already(const StripeReceived *received, const StripeAnswer *answer)
 {
 	return answer->genuine && received->http_status == HTTP_NOT_FOUND &&
-		received->uncertain && is_delete(received) &&
-		received->path != NULL && !path_is_v2(received->path) &&
+		received->uncertain && has_no_key(received) &&
 		answer->error_code != NULL && strcmp(answer->error_code, "resource_missing") == 0;
 }
 
@@ -212,6 +224,11 @@ stripe_judge(const StripeReceived *received, StripeBody *body, StripeAnswer *ans
 	static const StripeClass gone_already = {
 		STRIPE_COMPLETED, false, false, gettext_noop("it is gone already")
 	};
+	static const StripeClass in_doubt = {
+		STRIPE_UNKNOWN, false, false,
+		gettext_noop("Stripe refused the request, and another attempt may be why")
+	};
+	StripeClass class;
 
 	answer->http_status = received->http_status;
 	answer->sent = received->sent;
@@ -230,5 +247,9 @@ stripe_judge(const StripeReceived *received, StripeBody *body, StripeAnswer *ans
 
 	if (is_gone_already(received, answer))
 		return gone_already;
-	return stripe_classify(answer);
+	class = stripe_classify(answer);
+	if (class.outcome == STRIPE_FAILED && has_no_key(received) &&
+		(received->uncertain || received->overtaken))
+		return in_doubt;
+	return class;
 }

@@ -46,6 +46,7 @@ typedef struct StripeReceived
 	const char *method;			/* of the call, or NULL where it isn't known */
 	const char *path;			/* likewise */
 	bool		uncertain;		/* may an attempt before have been executed? */
+	bool		overtaken;		/* has another attempt been made since? */
 } StripeReceived;
 
 extern char *stripe_object_status(JsonbContainer *object);

@@ -99,6 +99,9 @@ is_body_due(TupleTableSlot *slot, const TimestampTz *cutoffs, TimestampTz *since
 	return is_row_due(slot, cutoffs, since);
 }
 
+/* IS_SETTLED is its condition, HAS_BODY its flag, recorded_at the time. */
+static const LedgerIndex settled_index = {"stripe_idempotency_keys_settled_idx", true};
+
 Expiry		stripe_body_expiry = {
 	"stripe_body", &stripe_calls, body_cutoffs, is_body_due,
 	{
@@ -114,7 +117,8 @@ Expiry		stripe_body_expiry = {
 		STRIPE_WHERE_KEY " AND token OPERATOR(pg_catalog.=) $4"
 		" AND " IS_SETTLED("$5") " AND " HAS_BODY,
 		6, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TIMESTAMPTZOID}
-	}
+	},
+	&settled_index, true
 };
 
 Expiry		stripe_expiry = {
@@ -128,5 +132,6 @@ Expiry		stripe_expiry = {
 		STRIPE_WHERE_KEY " AND token OPERATOR(pg_catalog.=) $4"
 		" AND " IS_SETTLED("$5"),
 		6, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TIMESTAMPTZOID}
-	}
+	},
+	&settled_index, false
 };

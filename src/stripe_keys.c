@@ -89,7 +89,7 @@ commits_by_recorder(const char *function)
 					(errcode(ERRCODE_NOT_IN_TRANSACTION),
 					 errmsg("%s can't run inside a transaction block", function),
 					 errdetail("What it notes must be committed before anything is sent to Stripe, and this transaction may still roll back."),
-					 errhint("Add \"idempotency\" to shared_preload_libraries and restart the server, so that a process of its own can commit it; or run it as a statement of its own; or set idempotency.stripe_ledger to \"transaction\" and rely on the derived key alone.")));
+					 errhint("Add \"idempotency\" to shared_preload_libraries and restart the server, so that a process of its own can commit it; or run it as a statement of its own.")));
 	}
 
 	/* whatever synchronous_commit says: committed means on disk */
@@ -244,7 +244,7 @@ idempotency_stripe_release(PG_FUNCTION_ARGS)
 	}
 	ledger_close(rel);
 
-	PG_RETURN_VOID();
+	PG_RETURN_BOOL(true);
 }
 
 /*

@@ -163,7 +163,7 @@ static OwnerStatement take_over = {
 
 static OwnerStatement renew_claim = {
 	"UPDATE idempotency.stripe_idempotency_keys SET lease_expires_at = $5"
-	STRIPE_WHERE_KEY " AND token OPERATOR(pg_catalog.=) $4",
+	STRIPE_WHERE_KEY " AND token OPERATOR(pg_catalog.=) $4 AND " OUTCOME_IS("in_progress"),
 	5, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID}
 };
 
@@ -494,7 +494,10 @@ answer_is_sticky(LedgerRow *row)
 	received.sent = received.whole = true;
 	received.path = sent_to(row);
 	class = stripe_judge(&received, &body, &answer);
-	return class.outcome == STRIPE_UNKNOWN && !class.resend;
+
+	/* a refusal that is in doubt for an attempt before comes again, too */
+	return class.outcome == STRIPE_FAILED ||
+		(class.outcome == STRIPE_UNKNOWN && !class.resend);
 }
 
 /*
@@ -936,7 +939,8 @@ read_answer(StripeReceived *received, Jsonb *response, StripeResult *result)
  * An answer to an operation's call, as the holder of a token tells it.  What no
  * content and a refusal mean takes to know the call, so that the row is looked at
  * for these alone.  Whether an attempt before may have been executed, the row
- * says of its latest attempt only.
+ * says of its latest attempt only.  A token of 0 is a person's word for all of
+ * them.
  */
 void
 stripe_read_answer_of(Relation rel, Operation *op, int64 token, Jsonb *response, int http_status,
@@ -954,8 +958,11 @@ stripe_read_answer_of(Relation rel, Operation *op, int64 token, Jsonb *response,
 		if (row.found == FOUND_ROW)
 		{
 			received_for(&row, &received);
-			if (DatumGetInt64(row.values[S_TOKEN]) != token)
+			if (token != 0 && DatumGetInt64(row.values[S_TOKEN]) != token)
+			{
 				received.uncertain = false;
+				received.overtaken = true;
+			}
 		}
 	}
 	read_answer(&received, response, result);
@@ -1097,6 +1104,21 @@ stripe_record_run(Relation rel, Operation *op, int64 token, StripeResult *result
 			return enum_label(row.values[S_OUTCOME]);
 		ledger_lost_race(&stripe_calls, &races);
 	}
+}
+
+/*
+ * Give a claim its lease anew, before its holder knows of it.  Returns false where
+ * it isn't in progress with this token any more.
+ */
+bool
+stripe_renew_run(Relation rel, Operation *op, int64 token, TimestampTz until)
+{
+	Datum		values[5];
+
+	memcpy(values, op->key, sizeof(op->key));
+	values[3] = Int64GetDatum(token);
+	values[4] = TimestampTzGetDatum(until);
+	return ledger_execute_latest(rel, &renew_claim, values, NULL, NULL, NULL, 0) > 0;
 }
 
 /*

@@ -167,6 +167,7 @@ extern void stripe_refuse_own_row(Relation rel, Operation *op);
 extern void stripe_claim_fetch(StripeClaim *claim, Relation rel);
 
 extern const char *stripe_record_run(Relation rel, Operation *op, int64 token, StripeResult *result);
+extern bool stripe_renew_run(Relation rel, Operation *op, int64 token, TimestampTz until);
 extern bool stripe_release_run(Relation rel, Operation *op, int64 token);
 extern TimestampTz stripe_extend_run(Relation rel, Operation *op, int64 token, int64 lease,
 									 TimestampTz now);

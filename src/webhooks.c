@@ -1107,5 +1107,5 @@ idempotency_stripe_webhook_record(PG_FUNCTION_ARGS)
 	ledger_close(rel);
 	open_claims_remove(token);
 
-	PG_RETURN_VOID();
+	PG_RETURN_BOOL(true);
 }

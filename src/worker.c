@@ -142,6 +142,9 @@ enum
 
 static bool wrote_result = false;
 
+/* Where this worker's search has got to, which is behind what it is at. */
+static const LedgerPlace *searched = NULL;
+
 /* ---------- the entry ---------- */
 
 /*
@@ -197,6 +200,8 @@ leave(int code, Datum arg)
 			{
 				if (db->part == PART_EVENTS)
 					db->kept.left += SETTLE_BATCH;
+				else if (searched != NULL)
+					db->places[db->part] = *searched;
 				db->part++;
 				db->pass_failed = true;
 			}
@@ -344,22 +349,7 @@ begin_run(Run *run)
 	memcpy(run->places, db->places, sizeof(run->places));
 	databases_unlock();
 	begin_part(run);
-}
-
-/*
- * A batch is going to be done.  If this process doesn't come back from it, the
- * next one goes on behind what it will look at.
- */
-static void
-step_over(Run *run)
-{
-	Database   *db;
-
-	databases_lock(LW_EXCLUSIVE);
-	db = own_entry();
-	db->places[run->part] = run->cursor.at.place;
-	ledger_place_step_over(&db->places[run->part]);
-	databases_unlock();
+	searched = &run->cursor.at.place;
 }
 
 /* What a batch has done, for the view and for whoever goes on. */
@@ -481,7 +471,6 @@ run_expiry(Run *run, Expiry *todo, MemoryContext context)
 		batch.cursor = &run->cursor;
 		if (!begin_batch(run))
 			return false;
-		step_over(run);
 		/* what is told of the batch has to outlive its transaction */
 		MemoryContextSwitchTo(context);
 		expiry_batch(&batch);
@@ -645,7 +634,6 @@ run_settling(Run *run, bool events, MemoryContext context)
 		INSTR_TIME_SET_CURRENT(started);
 		if (!begin_batch(run))
 			return false;
-		step_over(run);
 		(void) set_config_option("lock_timeout", CppAsString2(EXTENSION_LOCK_MS), PGC_SUSET,
 								 PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
 		/* what is told of it has to outlive its transaction */

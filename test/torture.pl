@@ -39,7 +39,8 @@ my $seconds = $ENV{TORTURE_SECONDS} || 120;
 my $seed = $ENV{TORTURE_SEED} || int(rand(1_000_000_000));
 my $sessions = abs_path(dirname(__FILE__)) . '/torture';
 my @kinds = ([ keys => 4 ], [ paying => 4 ], [ sending => 2 ], [ late => 1 ], [ reconciling => 1 ], [ person => 1 ],
-	[ bulk => 1 ], [ detached => 2 ], [ dumping => 1 ], [ events => 2 ]);
+	[ bulk => 1 ], [ detached => 2 ], [ crowd => 3 ],
+	[ dumping => 1 ], [ events => 2 ]);
 # how long a lull is
 my $lull = 8;
 my $webhook_secret = 'whsec_torture';
@@ -78,6 +79,12 @@ sql($node, PAYING_APPLICATION);
 sql($node, 'CREATE TABLE handled (event text, session text)');
 sql($node, 'CREATE DATABASE small TEMPLATE template0');
 sql($node, 'CREATE EXTENSION idempotency; CREATE VIEW depends AS SELECT key FROM idempotency.idempotency_keys', db => 'small');
+# more databases than there are places for their recorders
+foreach my $database (map { "crowd$_" } 0 .. 11)
+{
+	sql($node, "CREATE DATABASE $database");
+	sql($node, 'CREATE EXTENSION idempotency', db => $database);
+}
 
 # Another server, where dumps are restored.  It has an API key of its own, so that what it sends is told apart.
 use constant ELSEWHERE_KEY => 'sk_test_elsewhere';
@@ -522,6 +529,15 @@ sub hold
 	return;
 }
 
+# Those of many databases go on, while the others don't.
+sub let_crowd
+{
+	my ($signal) = @_;
+
+	kill $signal, grep { $children{$_} =~ /^crowd/ } keys %children;
+	return;
+}
+
 # The server's life, as sessions write it down
 sub server_life
 {
@@ -603,6 +619,12 @@ my %hushes = (
 		keep_database(1);
 		lull($lull);
 	},
+	# many databases want the few places there are
+	crowd => sub {
+		let_crowd('CONT');
+		lull($lull);
+		let_crowd('STOP');
+	},
 	# other databases are, and calls go on
 	dropped => sub {
 		drop_eight();
@@ -641,7 +663,7 @@ my %hushes = (
 		kill 'CONT', @receiver;
 		succeed();
 	});
-my @hushes = (qw(crash places refused behind dropped crash places));
+my @hushes = (qw(crash places refused crowd behind dropped crash crowd places));
 
 # All but the recorder's callers are held, and something is done to it.
 sub hush

@@ -12,11 +12,16 @@ import http from 'node:http';
 import pg from 'pg';
 import Stripe from 'stripe';
 
-const pool = new pg.Pool();     // PGHOST, PGDATABASE and so on say where
+// PGHOST, PGDATABASE and so on say where.  Who gets no connection in time is told to repeat.
+const pool = new pg.Pool({ max: 20, connectionTimeoutMillis: 5_000 });
+// A connection can end at any time, idle or in the middle of a request.  Without a
+// listener of its own, each of the two would end this program.
 pool.on('error', error => console.error(error.message));
+pool.on('connect', db => db.on('error', error => console.error(error.message)));
 
 const api = new URL(process.env.STRIPE_API_BASE ?? 'https://api.stripe.com');
 const stripe = new Stripe(process.env.STRIPE_API_KEY ?? 'sk_test_none', {
+    httpClient: Stripe.createFetchHttpClient(send),
     protocol: api.protocol.slice(0, -1),
     host: api.hostname,
     port: api.port || '443',
@@ -26,21 +31,35 @@ const stripe = new Stripe(process.env.STRIPE_API_KEY ?? 'sk_test_none', {
     timeout: 20_000,
 });
 
+// Left alone, the library sends again where a connection closes, in spite of the 0, and
+// ends this program on JSON that is no object.  Nor is a redirect to be followed.
+async function send(url, options) {
+    const response = await fetch(url, { ...options, redirect: 'error' });
+    const body = await response.json();
+    if (typeof body !== 'object' || !body || Array.isArray(body))
+        throw new Error('This is no answer of Stripe\'s.');
+    return Response.json(body, response);
+}
+
 // longer than the library's timeout: until then nobody else takes over
 const lease = '2 minutes';
 
+// by this a payment is known as ours: others may use the same account of Stripe's
+const shop = 'checkout-example';
+
 async function transaction(work) {
     const db = await pool.connect();
+    let broken;
     try {
         await db.query('BEGIN');
         const result = await work(db);
         await db.query('COMMIT');
         return result;
     } catch (error) {
-        await db.query('ROLLBACK').catch(() => {});
+        await db.query('ROLLBACK').catch(e => { broken = e; });
         throw error;
     } finally {
-        db.release();
+        db.release(broken);     // a broken one isn't used again
     }
 }
 
@@ -57,14 +76,17 @@ function problem(status, detail, retryAfter) {
 // Claim the client's key, and see to it that there is an order.  Comes back
 // with an answer for the client, or with token and order.
 //
+// It doesn't wait for another request with the key: each that waits keeps a
+// connection, and impatient clicks of one customer would take them from all.
+//
 async function begin(db, ask, lease) {
     const { rows: [c] } = await db.query(
-        'SELECT * FROM idempotency.claim($1, $2, request => $3, lease => $4)',
+        'SELECT * FROM idempotency.claim($1, $2, request => $3, lease => $4, wait => false)',
         [ask.key, ask.user, { method: 'POST', path: ask.path, body: ask.body }, lease]);
 
     switch (c.verdict) {
         case 'replay':
-            return { answer: { status: c.http_status, headers: { 'Idempotent-Replayed': 'true' }, body: c.response } };
+            return { answer: { status: c.http_status, headers: { 'Idempotent-Replayed': 'true' }, body: c.response ?? undefined } };
         case 'in_progress':
             return { answer: problem(c.http_status, 'This request is being processed.', c.retry_after) };
         case 'mismatch':
@@ -97,7 +119,7 @@ function paymentOf(order) {
     return {
         amount: order.amount, currency: 'eur', confirm: true, payment_method: order.payment_method,
         automatic_payment_methods: { enabled: true, allow_redirects: 'never' },
-        metadata: { order_id: order.id },
+        metadata: { shop, order_id: order.id },
     };
 }
 
@@ -197,7 +219,7 @@ async function checkoutBySdk(ask) {
     const { rows: [claim] } = await pool.query(
         `SELECT * FROM idempotency.stripe_claim('payment', $1, request => $2, lease => $3)`,
         [order.id, { method: 'POST', path: '/v1/payment_intents', params: paymentOf(order) }, lease]);
-    const sent = claim.verdict === 'claimed' ? await send(claim) : undefined;
+    const sent = claim.verdict === 'claimed' ? await pay(claim) : undefined;
 
     return transaction(async db => {
         let result = { ...claim, outcome: claim.verdict === 'replay' ? claim.outcome : claim.verdict };
@@ -226,12 +248,12 @@ async function retrieve(id) {
 }
 
 // Send what the claim says, with the key that it says.  No answer: no status.
-async function send(claim) {
+async function pay(claim) {
     try {
         const intent = await stripe.paymentIntents.create(claim.request.params, { idempotencyKey: claim.idempotency_key });
         return {
             status: intent.lastResponse.statusCode, requestId: intent.lastResponse.requestId,
-            body: Array.isArray(intent) ? null : intent,
+            body: intent,
         };
     } catch (error) {
         if (!(error instanceof Stripe.errors.StripeError))
@@ -256,7 +278,7 @@ async function send(claim) {
 async function webhook(body, signature) {
     return transaction(async db => {
         const { rows: [e] } = await db.query(
-            'SELECT * FROM idempotency.stripe_webhook_claim($1::bytea, $2)', [body, signature]);
+            'SELECT * FROM idempotency.stripe_webhook_claim($1::bytea, $2, wait => false)', [body, signature]);
 
         if (e.verdict === 'in_progress')
             return problem(409, 'This event is being processed.', e.retry_after);
@@ -272,14 +294,12 @@ async function webhook(body, signature) {
 
 // What an event means for us: undefined, or why it has to come again.
 async function handleEvent(db, e) {
-    if (e.event_type !== 'payment_intent.succeeded')
-        return undefined;
-    const orderId = e.event.data.object.metadata?.order_id;
-    if (!orderId)
+    const { metadata } = e.event.data?.object ?? {};
+    if (e.event_type !== 'payment_intent.succeeded' || metadata?.shop !== shop)
         return undefined;
 
     const { rowCount } = await db.query(
-        `UPDATE orders SET state = 'paid', payment = $2 WHERE id::text = $1`, [orderId, e.object_id]);
+        `UPDATE orders SET state = 'paid', payment = $2 WHERE id::text = $1`, [metadata.order_id, e.object_id]);
     // an event can be faster than the transaction that pays
     return rowCount === 0 ? 'There is no such order, or not yet.' : undefined;
 }
@@ -330,13 +350,17 @@ const refusals = {
     '55P03': [409, 'This request is being processed.', 1],
 };
 
+// The database is away, or has no place for us.  What was done until then may be anything.
+const isAway = error => /^(08|53|57P|E[A-Z]+$)/.test(error.code)
+    || /^(Connection terminated|timeout exceeded)/.test(error.message);
+
 http.createServer(async (request, response) => {
     let answer;
     try {
         answer = await handle(request);
     } catch (error) {
-        answer = problem(...(refusals[error.code] ?? [500, 'Please repeat the request.']));
-        if (answer.status === 500)
+        answer = problem(...(refusals[error.code] ?? [isAway(error) ? 503 : 500, 'Please repeat the request.', 5]));
+        if (!refusals[error.code])
             console.error(error.message);
     }
     response.writeHead(answer.status, { 'Content-Type': 'application/json', ...answer.headers });

@@ -14,6 +14,8 @@ import json
 import os
 import re
 import sys
+import threading
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import psycopg
@@ -21,6 +23,7 @@ from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
 try:
+    import requests
     import stripe
     try:
         from stripe import RequestsClient, StripeError
@@ -33,16 +36,33 @@ except ImportError:
 if stripe:
     stripe.api_key = os.environ.get("STRIPE_API_KEY", "sk_test_none")
     stripe.api_base = os.environ.get("STRIPE_API_BASE", stripe.api_base)
-    stripe.max_network_retries = 2  # with the same key each
-    stripe.default_http_client = RequestsClient(timeout=20)
+    # The ledger repeats, at the client's next try.  A refusal after an attempt that
+    # got no answer would be recorded as that of the payment.
+    stripe.max_network_retries = 0
+    session = requests.Session()
+    session.max_redirects = 0  # what answers by one isn't Stripe
+    stripe.default_http_client = RequestsClient(timeout=20, session=session)
 
-# longer than all attempts of the library: until then nobody else takes over
+# longer than the library's timeout: until then nobody else takes over
 LEASE = "2 minutes"
 
+# by this a payment is known as ours: others may use the same account of Stripe's
+SHOP = "checkout-example"
 
+# how many connections there are at most; who gets none in time is told to repeat
+PLACES = threading.BoundedSemaphore(20)
+
+
+@contextmanager
 def connect(**options):
     """A connection; PGHOST, PGDATABASE and so on say where.  Leaving it commits, an error rolls back."""
-    return psycopg.connect(row_factory=dict_row, client_encoding="utf8", **options)
+    if not PLACES.acquire(timeout=5):
+        raise psycopg.OperationalError("all connections are in use")
+    try:
+        with psycopg.connect(row_factory=dict_row, client_encoding="utf8", **options) as db:
+            yield db
+    finally:
+        PLACES.release()
 
 
 def problem(status, detail, retry_after=None):
@@ -57,9 +77,12 @@ def begin(db, ask, lease=None):
     """
     Claim the client's key, and see to it that there is an order.  Comes back
     with an answer for the client, or with token and order.
+
+    It doesn't wait for another request with the key: each that waits keeps a
+    connection, and impatient clicks of one customer would take them from all.
     """
     c = db.execute(
-        "SELECT * FROM idempotency.claim(%s, %s, request => %s, lease => %s)",
+        "SELECT * FROM idempotency.claim(%s, %s, request => %s, lease => %s, wait => false)",
         (ask["key"], ask["user"], Jsonb({"method": "POST", "path": ask["path"], "body": ask["body"]}), lease)).fetchone()
 
     if c["verdict"] == "replay":
@@ -95,7 +118,7 @@ def payment_of(order):
     return {
         "amount": order["amount"], "currency": "eur", "confirm": True, "payment_method": order["payment_method"],
         "automatic_payment_methods": {"enabled": True, "allow_redirects": "never"},
-        "metadata": {"order_id": str(order["id"])},
+        "metadata": {"shop": SHOP, "order_id": str(order["id"])},
     }
 
 
@@ -174,7 +197,7 @@ def checkout(ask):
 
 
 def checkout_by_sdk(ask):
-    """Stripe's library calls, between two short transactions."""
+    """Stripe's library calls, between two short transactions; meanwhile no connection is held."""
     with connect(autocommit=True) as db:
         with db.transaction():
             answer, token, order = begin(db, ask, LEASE)
@@ -186,22 +209,23 @@ def checkout_by_sdk(ask):
         claim = db.execute(
             "SELECT * FROM idempotency.stripe_claim('payment', %s, request => %s, lease => %s)",
             (operation, Jsonb(request), LEASE)).fetchone()
-        sent = send(claim) if claim["verdict"] == "claimed" else None
 
-        with db.transaction():
-            if sent:
-                db.execute(
-                    """SELECT idempotency.stripe_record('payment', %s, %s,
-                                  http_status => %s, request_id => %s, response => %s)""",
-                    (operation, claim["token"], *sent))
-                # what is recorded now: this answer, or a better one that was there before
-                result = db.execute(
-                    "SELECT * FROM idempotency.stripe_lookup('payment', %s)", (operation,)).fetchone()
-            elif claim["verdict"] == "replay":
-                result = claim
-            else:
-                result = {**claim, "outcome": claim["verdict"]}
-            return conclude(db, ask, token, order, with_status(result, retrieve))
+    sent = send(claim) if claim["verdict"] == "claimed" else None
+
+    with connect() as db:
+        if sent:
+            db.execute(
+                """SELECT idempotency.stripe_record('payment', %s, %s,
+                              http_status => %s, request_id => %s, response => %s)""",
+                (operation, claim["token"], *sent))
+            # what is recorded now: this answer, or a better one that was there before
+            result = db.execute(
+                "SELECT * FROM idempotency.stripe_lookup('payment', %s)", (operation,)).fetchone()
+        elif claim["verdict"] == "replay":
+            result = claim
+        else:
+            result = {**claim, "outcome": claim["verdict"]}
+        return conclude(db, ask, token, order, with_status(result, retrieve))
 
 
 def retrieve(payment):
@@ -239,7 +263,8 @@ def webhook(body, signature):
     settles a call whose answer was lost: the client's retry finds it settled.
     """
     with connect() as db:
-        e = db.execute("SELECT * FROM idempotency.stripe_webhook_claim(%s, %s)", (body, signature)).fetchone()
+        e = db.execute("SELECT * FROM idempotency.stripe_webhook_claim(%s, %s, wait => false)",
+                       (body, signature)).fetchone()
 
         if e["verdict"] == "in_progress":
             return problem(409, "This event is being processed.", e["retry_after"])
@@ -256,11 +281,12 @@ def handle_event(db, e):
     """What an event means for us: None, or why it has to come again."""
     if e["event_type"] != "payment_intent.succeeded":
         return None
-    order = (e["event"]["data"]["object"].get("metadata") or {}).get("order_id")
-    if order is None:
+    metadata = e["event"]["data"]["object"].get("metadata") or {}
+    if metadata.get("shop") != SHOP:
         return None
 
-    done = db.execute("UPDATE orders SET state = 'paid', payment = %s WHERE id::text = %s", (e["object_id"], order))
+    done = db.execute("UPDATE orders SET state = 'paid', payment = %s WHERE id::text = %s",
+                      (e["object_id"], metadata.get("order_id")))
     # an event can be faster than the transaction that pays
     return None if done.rowcount else "There is no such order, or not yet."
 
@@ -310,14 +336,18 @@ REFUSALS = {
 
 
 class Handler(BaseHTTPRequestHandler):
+    timeout = 60  # a client that has left in the middle of its request may not say so
+
     def do_POST(self):
-        raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         try:
+            raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             status, headers, body = handle(self.path, self.headers, raw)
         except Exception as error:
-            refusal = REFUSALS.get(getattr(error, "sqlstate", None), (500, "Please repeat the request."))
-            status, headers, body = problem(*refusal)
-            if status == 500:
+            # the database is away, or has no place for us: what was done until then may be anything
+            away = isinstance(error, psycopg.OperationalError)
+            refusal = REFUSALS.get(getattr(error, "sqlstate", None))
+            status, headers, body = problem(*refusal or (503 if away else 500, "Please repeat the request.", 5))
+            if not refusal:
                 print(error, file=sys.stderr)
 
         try:
@@ -325,7 +355,8 @@ class Handler(BaseHTTPRequestHandler):
             for name, value in {"Content-Type": "application/json", **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(json.dumps(body).encode())
+            if body is not None:
+                self.wfile.write(json.dumps(body).encode())
         except ConnectionError:
             pass  # the client has left; its retry is told the same
 

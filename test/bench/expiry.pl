@@ -22,26 +22,6 @@ my $expiry_options = '-c fsync=on -c autovacuum=on -c shared_buffers=512MB'
 	. ' -c max_wal_size=16GB -c checkpoint_timeout=1h -c max_connections=100'
 	. ' -c shared_preload_libraries=idempotency -c log_autovacuum_min_duration=0';
 
-# A number that the database says.
-sub ask
-{
-	my ($query) = @_;
-	my $answer = psql('-c', $query);
-	chomp $answer;
-	return $answer;
-}
-
-sub wait_until
-{
-	my ($query, $timeout) = @_;
-	for (1 .. 10 * $timeout)
-	{
-		return if ask($query) eq 't';
-		select(undef, undef, undef, 0.1);
-	}
-	die "not in $timeout s: $query\n";
-}
-
 sub switch_expiry
 {
 	my ($on) = @_;

@@ -10,6 +10,9 @@
 #              and the differences are those of one round
 #   clients    100 sessions at once, one recorder
 #   replay     instructions of a recorded call, to stripe_lookup()'s
+#   written    what a call writes, whose transaction commits right after it
+#
+# Its sections can be named, to have only some.
 #
 use strict;
 use warnings;
@@ -283,6 +286,36 @@ sub replay
 	return;
 }
 
+# WAL and row versions of a call, up to when it is known that its caller has committed.
+sub written
+{
+	my ($data) = @_;
+	my $responder = responder(0);
+	my $known = q{SELECT NOT EXISTS (SELECT FROM idempotency.stripe_idempotency_keys WHERE callers IS NOT NULL)};
+	my $so_far = q{SELECT concat_ws(' ', pg_current_wal_insert_lsn() - '0/0', n_tup_ins + n_tup_upd, n_tup_hot_upd)
+		FROM pg_stat_user_tables WHERE relname = 'stripe_idempotency_keys'};
+	my $n = 2000;
+
+	start_server($data, join(' ', stripe_options($responder->{url}), '-c', 'fsync=off', '-c', 'full_page_writes=off',
+		'-c', 'idempotency.max_workers=0'));
+	psql('-c', "CALL bench.stripe_calls($calls)");
+	wait_until($known, 60);
+	# the recorder says what it has done when it has nothing to do
+	select(undef, undef, undef, 2);
+	my @before = split(/ /, ask($so_far));
+	psql('-c', 'CALL bench.stripe_calls(' . ($n - 20) . ')');
+	wait_until($known, 60);
+	select(undef, undef, undef, 2);
+	my @after = split(/ /, ask($so_far));
+	stop_server();
+	stop_responder($responder);
+
+	report_head('What a call writes', 'calls, one after the other', 'WAL, bytes a call', 'row versions a call', 'of them HOT');
+	report_line($n, commas(($after[0] - $before[0]) / $n),
+		map { sprintf('%.2f', ($after[$_] - $before[$_]) / $n) } 1, 2);
+	return;
+}
+
 sub stripe
 {
 	my $responder;
@@ -305,9 +338,10 @@ sub stripe
 	psql('-f', "$here/stripe.sql");
 	stop_server();
 
-	overhead($data);
-	clients($data);
-	replay($data);
+	overhead($data) if wanted('overhead');
+	clients($data) if wanted('clients');
+	replay($data) if wanted('replay');
+	written($data) if wanted('written');
 	remove_tree($data);
 	return;
 }

@@ -16,21 +16,24 @@ package CheckoutTest;
 
 use strict;
 use warnings;
+use feature 'state';
 
 use Exporter 'import';
 use FakeStripe;
 use IdempotencyTest;
+use IO::Select;
 use IO::Socket::INET;
 use IPC::Run;
 use JSON::PP;
 use MIME::Base64;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
+use Socket qw(SOL_SOCKET SO_LINGER);
 use StripeTest;
 use Test::More;
 use Time::HiRes ();
 
-our @EXPORT = qw(test_checkouts run_program);
+our @EXPORT = qw(test_checkouts test_misfortunes example_in_node example_in_python run_program node_lacks);
 
 my $json = JSON::PP->new->utf8->canonical;
 my ($node, $stripe, $port, $application, $command, $log);
@@ -62,6 +65,72 @@ sub run_program
 	};
 
 	return ($stdout . $stderr . ($@ // ''), $ok);
+}
+
+=pod
+
+=item node_lacks($directory)
+
+What keeps programs in it from running by Node, with pg and Stripe's library, which are
+fetched: a reason, or undef.
+
+=cut
+
+sub node_lacks
+{
+	my ($dir) = @_;
+
+	foreach my $program ('node', 'npm')
+	{
+		return "$program is not installed" if system("command -v $program >/dev/null 2>&1") != 0;
+	}
+	my ($version) = `node --version` =~ /^v(\d+)/;
+	return 'node is older than 18' if ($version // 0) < 18;
+
+	my ($output, $ok) = run_program('npm', 'install', '--prefix', $dir, '--no-audit', '--no-fund', '--loglevel=error',
+		'--ignore-scripts', '--fetch-retries=0', '--fetch-timeout=15000', 'stripe@23', 'pg@8');
+	$output =~ s/\s+/ /g;
+	return $ok ? undef : 'npm cannot fetch stripe and pg: ' . substr($output, 0, 200);
+}
+
+=pod
+
+=item example_in_node(), example_in_python()
+
+The command that starts an example, and whether Stripe's library is there; or undef, and what it lacks.
+
+=cut
+
+my $examples = "$FindBin::RealBin/../../examples";
+
+sub example_in_node
+{
+	foreach my $program ('node', 'npm')
+	{
+		my (undef, $ok) = run_program($program, '--version');
+		return (undef, "$program is not installed") unless $ok;
+	}
+	my ($version) = run_program('node', '--version');
+	return (undef, 'node is older than 20') if ($version =~ /^v(\d+)/)[0] < 20;
+
+	# as it stands there, with the libraries that its lock file names
+	my $dir = PostgreSQL::Test::Utils::tempdir() . '/checkout-node';
+	my ($output, $ok) = run_program('cp', '-R', "$examples/checkout-node", $dir);
+	die $output unless $ok;
+	($output, $ok) = run_program('npm', 'ci', '--prefix', $dir, '--no-audit', '--no-fund', '--loglevel=error',
+		'--ignore-scripts', '--fetch-retries=0', '--fetch-timeout=15000');
+	$output =~ s/\s+/ /g;
+	return $ok ? ([ 'node', "$dir/server.mjs" ], 1) : (undef, 'npm cannot fetch stripe and pg: ' . substr($output, 0, 200));
+}
+
+sub example_in_python
+{
+	my (undef, $psycopg) = run_program('python3', '-c', 'import psycopg');
+	return (undef, 'python3 has no psycopg') unless $psycopg;
+
+	my (undef, $sdk) = run_program('python3', '-c', 'import stripe');
+	note("python3 has no stripe: /checkout-by-sdk isn't tested") unless $sdk;
+	return ([ 'python3', '-B', "$examples/checkout-python/server.py" ], $sdk);
 }
 
 #
@@ -120,7 +189,37 @@ sub answer_of
 	my %headers = map { lc($_->[0]) => $_->[1] } map { [ split /: /, $_, 2 ] } split /\r\n/, $head =~ s/^[^\r]*\r\n//r;
 
 	$body = join '', $body =~ /\A(?:[0-9a-f]+\r\n(.*?)\r\n)+0\r\n/s if ($headers{'transfer-encoding'} // '') eq 'chunked';
-	return { status => $status, headers => \%headers, body => $json->decode($body) };
+	return { status => $status, headers => \%headers, body => ($body // '') eq '' ? undef : $json->allow_nonref->decode($body) };
+}
+
+# The statuses that they are told within half a minute; "none" where somebody has to wait.
+sub prompt_statuses
+{
+	my @sockets = @_;
+	my $until = Time::HiRes::time() + 30;
+	my @statuses;
+
+	foreach my $socket (@sockets)
+	{
+		my $left = $until - Time::HiRes::time();
+
+		push @statuses, IO::Select->new($socket)->can_read($left > 0 ? $left : 0) ? answer_of($socket)->{status} : 'none';
+	}
+	return join(' ', @statuses);
+}
+
+sub is_alive
+{
+	my ($name) = @_;
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+
+	# a process that ends needs a moment for it
+	Time::HiRes::usleep(200_000);
+	my $status = eval { checkout('/nothing', undef)->{status} } // 'none';
+	my $alive = $application->pumpable && $status eq '404';
+	ok($alive, $name) or diag("status $status\n$log");
+	start_application() unless $alive;
+	return;
 }
 
 sub send_checkout
@@ -212,11 +311,21 @@ sub is_paid_once
 # What goes wrong, for one of the two ways to pay
 #
 
+# How often Stripe is asked within a request of the client's: the database repeats, the
+# library doesn't.
+sub tries
+{
+	my ($path) = @_;
+
+	return $path eq '/checkout' ? 3 : 1;
+}
+
 sub test_checkout
 {
 	my ($path, $name) = @_;
 	my $key = sub { "$name-$_[0]" };
 	my %intents = (match => { path => '/v1/payment_intents' });
+	my %always = (%intents, times => tries($path));
 	my ($answer, $again, $number);
 
 	note($path);
@@ -259,8 +368,9 @@ sub test_checkout
 	is("$answer->{status} $answer->{body}{state}", '201 requires_action', "$name: a payment to be confirmed");
 
 	# all answers lost, as often as it is tried
-	$stripe->fault('close_after', %intents, times => 3);
+	$stripe->fault('close_after', %always);
 	$answer = checkout($path, $key->('lost'));
+	is(arrivals($key->('lost')), tries($path), "$name: Stripe is asked as often as it should");
 	is($answer->{status}, 503, "$name: a lost answer") or diag($log);
 	cmp_ok($answer->{headers}{'retry-after'} // 0, '>=', 1, "$name: with Retry-After");
 	is(state_of($key->('lost')), 'checking', "$name: the order is being checked");
@@ -271,15 +381,24 @@ sub test_checkout
 		422, "$name: and whatever else differs, though it goes neither to the order nor to Stripe");
 	is_paid_once(checkout($path, $key->('lost')), $key->('lost'), "$name: the retry after a lost answer");
 
-	# one lost answer, which is asked for again before the client hears of it
+	# one lost answer, which is asked for again, before the client hears of it or when it repeats
 	$stripe->fault('reset_after', %intents);
-	is_paid_once(checkout($path, $key->('lost-once')), $key->('lost-once'), "$name: one lost answer");
+	is_paid_once(persistent_checkout($path, $key->('lost-once')), $key->('lost-once'), "$name: one lost answer");
 	is(arrivals($key->('lost-once')), 2, "$name: two requests");
+
+	# a refusal after a lost answer is none of the payment
+	$stripe->fault('close_after', %intents, nth => 1);
+	$stripe->fault('429', %intents, nth => 2, times => 0);
+	is(checkout($path, $key->('refused-later'))->{status}, 503, "$name: refused after a lost answer");
+	is(sql($node, q{SELECT outcome FROM idempotency.stripe_lookup('payment', } . literal(order_id($key->('refused-later'))) . ')'),
+		'unknown', "$name: nobody knows, whatever came later");
+	$stripe->clear_faults;
+	is_paid_once(checkout($path, $key->('refused-later')), $key->('refused-later'), "$name: the retry");
 
 	# answers that aren't Stripe's
 	foreach my $what (qw(not_json cut 502))
 	{
-		$stripe->fault($what, %intents, times => 3);
+		$stripe->fault($what, %always);
 		checkout($path, $key->($what));
 		$stripe->clear_faults;
 		is_paid_once(persistent_checkout($path, $key->($what)), $key->($what), "$name: $what");
@@ -293,7 +412,11 @@ sub test_checkout
 		'likely object' => [ 402, '{"error": {"code": 402, "message": "payment required", "status": "PAYMENT_REQUIRED"}}' ],
 		json => [ 404, '{"message": "no such route", "id": "route_1"}' ],
 		string => [ 401, '{"error": "unauthorized"}' ],
-		success => [ 200, '{"error": "upstream timed out"}' ]);
+		success => [ 200, '{"error": "upstream timed out"}' ],
+		'no body' => [ 200, '' ],
+		null => [ 200, 'null' ],
+		number => [ 200, '7' ],
+		list => [ 200, '[]' ]);
 	foreach my $what (sort keys %gateway)
 	{
 		my ($status, $body) = @{ $gateway{$what} };
@@ -301,7 +424,7 @@ sub test_checkout
 		$stripe->fault('not_json', %intents, times => 0, status => $status, body => $body);
 		$answer = checkout($path, $key->("gateway-$what"));
 		$stripe->clear_faults;
-		is($answer->{status}, 503, "$name: a gateway's $status ($what) is no refusal")
+		is($answer->{status}, 503, "$name: a gateway's $status ($what) is no answer")
 		  or diag($json->encode($answer), "\n$log");
 		is(state_of($key->("gateway-$what")), 'checking', "$name: the order is being checked");
 		is(charges($key->("gateway-$what")), 1, "$name: although it is charged");
@@ -310,6 +433,14 @@ sub test_checkout
 		is_paid_once(checkout($path, $key->("gateway-$what")), $key->("gateway-$what"),
 			"$name: the retry after a gateway's $status ($what)");
 	}
+
+	# something on the way sends it elsewhere, where there is an answer that looks like one
+	$stripe->fault('redirect', %intents, times => 0, status => 303, location => $stripe->url . '/v1/customers', effect => JSON::PP::true);
+	$answer = checkout($path, $key->('redirect'));
+	$stripe->clear_faults;
+	is($answer->{status}, 503, "$name: a redirect is no answer") or diag($json->encode($answer), "\n$log");
+	is(charges($key->('redirect')), 1, "$name: although it is charged");
+	is_paid_once(checkout($path, $key->('redirect')), $key->('redirect'), "$name: the retry after a redirect");
 
 	# Stripe does nothing
 	$stripe->fault('429', %intents, times => 0);
@@ -360,7 +491,7 @@ sub test_checkout
 	{
 		my $this = $key->("event-$what");
 
-		$stripe->fault($what, %intents, times => 3, $what eq '500' ? (effect => JSON::PP::true) : ());
+		$stripe->fault($what, %always, $what eq '500' ? (effect => JSON::PP::true) : ());
 		is(checkout($path, $this)->{status}, 503, "$name: no answer but $what");
 		$stripe->clear_faults;
 		is(checkout($path, $this)->{status}, 503, "$name: the retry after a 500") if $what eq '500';
@@ -374,11 +505,14 @@ sub test_checkout
 	# an event while it is asked again: the doubt that follows doesn't overwrite it
 	if ($path ne '/checkout')
 	{
-		$number = $stripe->fault('close_after', %intents, times => 3);
+		$stripe->fault('close_after', %intents, times => 2);
+		is(checkout($path, $key->('meanwhile'))->{status}, 503, "$name: a lost answer");
+		$number = $stripe->fault('hang_before', %intents);
 		my $socket = send_checkout($path, $key->('meanwhile'));
-		$stripe->wait_fault($number, fired => 1);
-		is(scalar(deliver_events()), 0, "$name: an event between two attempts");
-		is(answer_of($socket)->{status}, 503, "$name: none of which is answered");
+		$stripe->wait_fault($number, holding => 1);
+		is(scalar(deliver_events()), 0, "$name: an event while Stripe is asked again");
+		$stripe->release($number);
+		is(answer_of($socket)->{status}, 503, "$name: and doesn't answer again");
 		is(state_of($key->('meanwhile')), 'paid', "$name: stays paid");
 		is_paid_once(checkout($path, $key->('meanwhile')), $key->('meanwhile'), "$name: and is paid once");
 	}
@@ -445,7 +579,7 @@ sub test_recovered
 	my $lose = sub {
 		my ($key, $what) = @_;
 
-		$stripe->fault($what // 'close_after', %intents, times => 3);
+		$stripe->fault($what // 'close_after', %intents, times => tries($path));
 		is(checkout($path, $key)->{status}, 503, "$name: $key: no answer");
 		$stripe->clear_faults;
 	};
@@ -529,6 +663,213 @@ sub test_recovered
 	return;
 }
 
+#
+# What happens to programs: their connections end, the database restarts, is away, has
+# no place for them; their clients leave
+#
+
+# End all sessions of the application's.
+sub terminate_backends
+{
+	return sql($node, q{SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'shop'});
+}
+
+# Hold the table of orders, so that requests and events wait in the middle of their
+# transactions; a function that lets it go.
+sub hold_orders
+{
+	my $session = $node->background_psql('postgres');
+
+	$session->query_safe('BEGIN; LOCK TABLE orders IN ACCESS EXCLUSIVE MODE');
+	return sub { $session->quit };
+}
+
+sub wait_for_waiter
+{
+	$node->poll_query_until('postgres', q{SELECT EXISTS (SELECT FROM pg_stat_activity WHERE usename = 'shop' AND wait_event_type = 'Lock')})
+	  or die "nobody waits: $log";
+	return;
+}
+
+sub misfortunes_of
+{
+	my ($path, $name) = @_;
+	my $key = sub { "$name-$_[0]" };
+	my %intents = (match => { path => '/v1/payment_intents' });
+	my ($number, $socket, $answer);
+
+	# its backend is terminated, the server restarted or killed, while Stripe has the request
+	my %ends = (
+		terminated => \&terminate_backends,
+		restarted => sub { $node->restart },
+		crashed => sub { $node->stop('immediate'); $node->start });
+	foreach my $what (sort keys %ends)
+	{
+		$number = $stripe->fault('hang_after', %intents);
+		$socket = send_checkout($path, $key->($what));
+		$stripe->wait_fault($number, holding => 1);
+		$ends{$what}->();
+		if ($path eq '/checkout')
+		{
+			is(answer_of($socket)->{status}, 503, "$name: $what while Stripe has the request");
+			$stripe->release($number);
+		}
+		else
+		{
+			$stripe->release($number);
+			is_paid_once(answer_of($socket), $key->($what), "$name: $what while Stripe has the request: no connection is held");
+		}
+		is_alive("$name: the program goes on");
+		lapse_leases();
+		is_paid_once(persistent_checkout($path, $key->($what)), $key->($what), "$name: $what, and repeated");
+	}
+
+	# its backend is terminated in the middle of its own transaction
+	my $release = hold_orders();
+	$socket = send_checkout($path, $key->('waits'));
+	wait_for_waiter();
+	terminate_backends();
+	is(answer_of($socket)->{status}, 503, "$name: terminated in its own transaction");
+	$release->();
+	is_alive("$name: the program goes on");
+	is_paid_once(persistent_checkout($path, $key->('waits')), $key->('waits'), "$name: and repeated");
+
+	# idle connections end between two requests, more than once
+	foreach (1 .. 3)
+	{
+		terminate_backends();
+		is_alive("$name: its idle connections were terminated");
+	}
+	is_paid_once(persistent_checkout($path, $key->('idle')), $key->('idle'), "$name: the next request finds one");
+
+	# the database is away
+	$node->stop;
+	is(checkout($path, $key->('away'))->{status}, 503, "$name: the database is away");
+	$node->start;
+	is_alive("$name: the program goes on");
+	is_paid_once(persistent_checkout($path, $key->('away')), $key->('away'), "$name: the database is back");
+
+	# a customer clicks, again and again, while Stripe has the first request: nobody else waits
+	my $ben = sub {
+		my ($of) = @_;
+
+		return send_checkout($path, $of, headers => { Authorization => 'Bearer session-of-ben' }, cart => 'ben-1');
+	};
+	sql($node, q{ALTER ROLE shop SET idempotency.wait_timeout = '5min'; ALTER ROLE shop SET idempotency.stripe_timeout = '5min'});
+	terminate_backends();
+	is_alive("$name: with long timeouts");
+	$number = $stripe->fault('hang_before', %intents);
+	my @clicks = send_checkout($path, $key->('impatient'));
+	$stripe->wait_fault($number, holding => 1);
+	push @clicks, send_checkout($path, $key->('impatient')) foreach 1 .. 25;
+	is(prompt_statuses($ben->($key->('patient'))), 201, "$name: another customer, while one clicks and clicks") or diag($log);
+	is(prompt_statuses(@clicks[ 1 .. 25 ]), join(' ', (409) x 25), "$name: who clicks is told so");
+	$stripe->release($number);
+	is_paid_once(answer_of($clicks[0]), $key->('impatient'), "$name: the first click pays");
+	is(arrivals($key->('impatient')), 1, "$name: by one request");
+
+	# more payments at once than the program has connections
+	$number = $stripe->fault('hang_before', %intents, times => 22);
+	my @many = map { send_checkout($path, $key->("many-$_")) } 1 .. 22;
+	$stripe->wait_fault($number, holding => $path eq '/checkout' ? 20 : 22);
+	is(prompt_statuses($ben->($key->('one more'))), $path eq '/checkout' ? 503 : 201,
+		"$name: one more, where " . ($path eq '/checkout' ? 'no connection is to be had' : 'no connection is held'));
+	$stripe->clear_faults;
+	is(scalar(grep { answer_of($_)->{status} !~ /^(201|503)$/ } @many), 0, "$name: all are told something") or diag($log);
+	is(scalar(grep { persistent_checkout($path, $key->("many-$_"))->{status} != 201 } 1 .. 22), 0, "$name: and all pay");
+	is(scalar(grep { charges($key->("many-$_")) != 1 } 1 .. 22), 0, "$name: once");
+	sql($node, q{ALTER ROLE shop RESET idempotency.wait_timeout; ALTER ROLE shop RESET idempotency.stripe_timeout});
+	terminate_backends();
+
+	# the client leaves in the middle of its own request
+	foreach my $part ("POST $path HTTP/1.1\r\nHost: localhost\r\n",
+		"POST $path HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{\"cart\": ")
+	{
+		foreach my $how (0, 1)
+		{
+			$socket = IO::Socket::INET->new(PeerAddr => '127.0.0.1', PeerPort => $port, Timeout => 60) or die "connect: $!";
+			print $socket $part;
+			$socket->flush;
+			setsockopt($socket, SOL_SOCKET, SO_LINGER, pack('ii', 1, 0)) if $how;	# by RST
+			close($socket);
+		}
+	}
+	is_alive("$name: clients that leave in the middle of their requests");
+
+	# a result that has a status and nothing else
+	sql($node, q{SELECT idempotency.record(} . literal($key->("bare-$_")) . q{, 'ada', token, response_status => }
+		. qq{$_) FROM idempotency.claim(} . literal($key->("bare-$_")) . q{, 'ada')}) foreach (201, 204);
+	foreach my $status (201, 204)
+	{
+		$answer = checkout($path, $key->("bare-$status"));
+		is("$answer->{status} " . (defined $answer->{body} ? 'body' : 'nothing'), "$status nothing", "$name: a recorded $status without a body");
+	}
+
+	# Stripe's key is refused, or lacks a permission
+	foreach my $what (qw(401 403))
+	{
+		$stripe->fault($what, %intents);
+		is(checkout($path, $key->($what))->{status}, 503, "$name: Stripe says $what");
+		is_paid_once(persistent_checkout($path, $key->($what)), $key->($what), "$name: and pays when that is mended");
+	}
+	return;
+}
+
+# Events meet the same
+sub misfortunes_of_events
+{
+	my $deliver = sub {
+		my ($event) = @_;
+
+		return send_request('/stripe/webhook', { 'Stripe-Signature' => $event->{signature} }, $event->{body});
+	};
+	my $signed = sub {
+		my ($id, $metadata) = @_;
+		my $body = $json->encode({
+			id => $id, object => 'event', type => 'payment_intent.succeeded',
+			data => { object => { id => "pi_$id", object => 'payment_intent', status => 'succeeded', metadata => $metadata } } });
+
+		return { body => $body, signature => $stripe->control('POST', 'webhooks/sign', { body => $body, secrets => ['whsec_test_checkout'] })->{headers}{'Stripe-Signature'} };
+	};
+	my $recorded = sub {
+		return sql($node, 'SELECT success, error_message FROM idempotency.stripe_webhook_events WHERE stripe_event_id = ' . literal($_[0]));
+	};
+
+	# of somebody else, who uses the same account
+	foreach my $metadata (undef, {}, { order_id => '17' }, { shop => 'another', order_id => '17' }, { order_id => order_id('nobody') })
+	{
+		my $id = 'evt_others_' . ++(state $n);
+
+		is(answer_of($deliver->($signed->($id, $metadata)))->{status}, 200, 'an event of somebody else: ' . $json->allow_nonref->encode($metadata));
+		is($recorded->($id), 't|', 'is done with');
+	}
+
+	# ours, whose order isn't there, or never can be
+	foreach my $order (order_id('not-yet'), 'no uuid', undef)
+	{
+		my $id = 'evt_ours_' . ++(state $m);
+
+		is(answer_of($deliver->($signed->($id, { shop => 'checkout-example', order_id => $order })))->{status}, 503,
+			'one of ours, for ' . ($order // 'no order'));
+		like($recorded->($id), qr/^f\|.*no such order/, 'is recorded, and why it failed');
+	}
+	sql($node, q{UPDATE idempotency.stripe_webhook_events SET success = true WHERE NOT success});
+
+	# the backend is terminated in the middle
+	my $event = $signed->('evt_terminated', { shop => 'checkout-example', order_id => order_id('database-idle') });
+	my $release = hold_orders();
+	my $socket = $deliver->($event);
+	wait_for_waiter();
+	is(answer_of($deliver->($event))->{status}, 409, 'the same event meanwhile is told so at once');
+	terminate_backends();
+	is(answer_of($socket)->{status}, 503, 'terminated while an event is processed');
+	$release->();
+	is_alive('the program goes on');
+	is(answer_of($deliver->($event))->{status}, 200, 'and takes it when it comes again');
+	is($recorded->('evt_terminated'), 't|', 'once');
+	return;
+}
+
 # Take all events that Stripe has for the application there, each of them twice;
 # those that weren't accepted.
 sub deliver_events
@@ -579,32 +920,32 @@ sub test_refusals
 
 =pod
 
-=item test_checkouts(\@command, sdk => 0)
+=item test_checkouts(\@command, $sdk)
 
-All of it, with the application that this command starts; its port is in PORT.
-Without sdk, only for the way that needs no library of Stripe's.
+How payments end, with the application that this command starts; its port is in PORT.
+Without Stripe's library, only for the way that needs none.
+
+=item test_misfortunes(\@command, $sdk)
+
+What happens to programs meanwhile.
 
 =back
 
 =cut
 
-sub test_checkouts
+sub in_a_shop
 {
-	my ($given, %params) = @_;
-	my $examples = "$FindBin::RealBin/../../examples";
+	my ($given, $work, %endpoint) = @_;
 	my $dir = PostgreSQL::Test::Utils::tempdir();
 
 	$command = $given;
 	$stripe = FakeStripe->start;
-	$stripe->webhook_endpoint(secrets => ['whsec_test_checkout']);
+	$stripe->webhook_endpoint(secrets => ['whsec_test_checkout'], %endpoint);
 	append_to_file("$dir/webhook_secrets", "whsec_test_checkout\n");
 	chmod 0600, "$dir/webhook_secrets";
 	$node = stripe_node('shop', $stripe, preload => 1,
 		conf => "max_connections = 60\nidempotency.webhook_secret_file = '$dir/webhook_secrets'\n");
 	sql($node, slurp_file("$examples/checkout-node/schema.sql"));
-	is( slurp_file("$examples/checkout-node/schema.sql"),
-		slurp_file("$examples/checkout-python/schema.sql"),
-		'the examples have one schema');
 
 	$port = PostgreSQL::Test::Cluster::get_free_port();
 	local $ENV{PGHOST} = $node->host;
@@ -613,19 +954,7 @@ sub test_checkouts
 	local $ENV{STRIPE_API_BASE} = $stripe->url;
 	local $ENV{STRIPE_API_KEY} = TEST_KEY;
 	start_application();
-
-	test_refusals();
-	test_checkout('/checkout', 'database');
-	test_recovered('/checkout', 'database');
-	if ($params{sdk} // 1)
-	{
-		test_checkout('/checkout-by-sdk', 'sdk');
-		test_recovered('/checkout-by-sdk', 'sdk');
-	}
-
-	# the server restarts under it
-	$node->restart;
-	is_paid_once(persistent_checkout('/checkout', 'restarted'), 'restarted', 'the server was restarted');
+	$work->();
 
 	# all together
 	is(scalar(deliver_events()), 0, 'all events are taken');
@@ -639,6 +968,46 @@ sub test_checkouts
 	kill_application();
 	$node->stop;
 	$stripe->stop;
+	return;
+}
+
+sub ways
+{
+	my ($sdk) = @_;
+
+	return ([ '/checkout', 'database' ], $sdk ? [ '/checkout-by-sdk', 'sdk' ] : ());
+}
+
+sub test_checkouts
+{
+	my ($given, $sdk) = @_;
+
+	is( slurp_file("$examples/checkout-node/schema.sql"),
+		slurp_file("$examples/checkout-python/schema.sql"),
+		'the examples have one schema');
+	in_a_shop($given, sub {
+		test_refusals();
+		foreach my $way (ways($sdk))
+		{
+			test_checkout(@$way);
+			test_recovered(@$way);
+		}
+
+		# the server restarts under it
+		$node->restart;
+		is_paid_once(persistent_checkout('/checkout', 'restarted'), 'restarted', 'the server was restarted');
+	});
+	return;
+}
+
+sub test_misfortunes
+{
+	my ($given, $sdk) = @_;
+
+	in_a_shop($given, sub {
+		misfortunes_of(@$_) foreach ways($sdk);
+		misfortunes_of_events();
+	}, enabled_events => ['payment_intent.succeeded']);
 	return;
 }
 

@@ -183,7 +183,8 @@ class Api:
                 call = Call(world, account, livemode, version, request_id, key,
                             arrival["arrival"])
                 by_table = api == "v1" or request.method == "GET"
-                checked = params.accept(given, found.accepts) if by_table else given
+                creates = request.method == "POST" and "{" not in found.path
+                checked = params.accept(given, found.accepts, creates) if by_table else given
                 fault = world.faults.choose(faults.EXECUTION, known_facts)
             if fault and fault.what == "hang_in_use":
                 notes["fault"] = fault.number

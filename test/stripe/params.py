@@ -112,20 +112,27 @@ KINDS = {"int": integer, "amount": amount, "bool": boolean, "str": string, "curr
          "hash": hash_, "list": as_list, "any": anything, "metadata": anything}
 
 
-def accept(given, accepted):
-    """Check parameters against {name: kind}; "kind!" must be there."""
+EMPTIABLE = ("metadata", "any", "list")
+
+
+def accept(given, accepted, creates=False):
+    """
+    Check parameters against {name: kind}; "kind!" must be there.  An empty value is
+    to unset one, which has no sense where something is created.
+    """
     result = {}
     for name in given:
         if name not in accepted and name != "expand":
             raise invalid(f"Received unknown parameter: {name}", param=name, code="parameter_unknown")
     for name, kind in accepted.items():
+        if given.get(name) == "" and (kind.endswith("!") or creates and kind not in EMPTIABLE):
+            raise invalid(f"You passed an empty string for '{name}'. We assume empty values are "
+                          f"an attempt to unset a parameter; however '{name}' cannot be unset. You "
+                          f"should remove '{name}' from your request or supply a non-empty value.",
+                          param=name, code="parameter_invalid_empty")
         if name in given:
             result[name] = KINDS[kind.rstrip("!")](given[name], name)
         if kind.endswith("!") and result.get(name) is None:
-            if given.get(name) == "":
-                raise invalid(f"You passed an empty string for '{name}'. We assume empty values are "
-                              f"an attempt to unset a parameter; however '{name}' cannot be unset.",
-                              param=name, code="parameter_invalid_empty")
             raise invalid(f"Missing required param: {name}.", param=name, code="parameter_missing")
     if "expand" in given:
         result["expand"] = as_list(given["expand"], "expand")

@@ -266,6 +266,24 @@ sql($node, 'CREATE PUBLICATION keys FOR TABLE idempotency.namespace', db => $pub
 restore($other, $published, '--data-only');
 is(keys_of($published), keys_of($other), 'a restore into a published table');
 
+# Two that come at the same time wait for each other in their order, though each of
+# the transactions has written to the table before.
+my @session = map { $node->background_psql($other, on_error_stop => 0) } 1 .. 2;
+$_->query_safe('BEGIN; UPDATE idempotency.namespace SET created_at = created_at WHERE false') foreach @session;
+my $pid = $session[1]->query_safe('SELECT pg_backend_pid()');
+foreach my $i (0, 1)
+{
+	$session[$i]->query_until(qr/begun/, "\\echo begun\nINSERT INTO idempotency.namespace
+		(value, system_identifier, database, created_at) VALUES (decode(repeat('0$i', 32), 'hex'), 1, 1, now());\n");
+	$node->poll_query_until('postgres', q{SELECT count(*) = 1 FROM pg_locks WHERE classid = 'pg_class'::regclass AND locktype = 'object' AND granted}) if $i == 0;
+}
+wait_for_lock($node, $pid);
+$_->query('COMMIT') foreach @session;
+is(join('', map { $_->{stderr} =~ /ERROR/ ? $_->{stderr} : '' } @session), '', 'two rows that come at the same time');
+is(sql($node, q{SELECT count(*) FROM idempotency.namespace WHERE value IN (decode(repeat('00', 32), 'hex'), decode(repeat('01', 32), 'hex'))},
+	db => $other), '2', 'are both there');
+$_->quit foreach @session;
+
 # The trigger is one of this table only.
 run_fails($node, 'CREATE TEMP TABLE t (a int);
 	CREATE TRIGGER t BEFORE INSERT ON t FOR EACH ROW EXECUTE FUNCTION idempotency.namespace_comes();

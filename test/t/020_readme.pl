@@ -215,6 +215,7 @@ foreach my $function (
 	like($text, qr/ \Qidempotency.$name($arguments) RETURNS ${\brief($result)}\E /,
 		"the reference has $name()");
 	ok(delete $listed{$name} || $functions{$name}, "README.md lists $name()");
+	isnt($result, 'void', "$name() returns what any driver can read");
 	$functions{$name}++;		# there may be another of the name
 
 	foreach my $argument (split /, /, $arguments)
@@ -249,6 +250,20 @@ foreach my $column (
 }
 ok(delete $listed{$_}, "README.md lists view $_") foreach sort keys %views;
 is(join(' ', sort keys %listed), '', 'README.md lists no function or view that is not there');
+
+# some drivers can't read an interval: the page has its cast to seconds
+foreach my $column (
+	rows_of(q{SELECT CASE WHEN c.relkind = 'v' THEN c.relname ELSE p.proname END, a.attname
+		FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid
+			LEFT JOIN pg_catalog.pg_proc p ON p.prorettype = c.reltype AND p.pronamespace = 'idempotency'::regnamespace
+		WHERE c.relnamespace = 'idempotency'::regnamespace AND a.atttypid = 'interval'::regtype
+			AND (c.relkind = 'v' OR p.oid IS NOT NULL)}))
+{
+	my ($name, $interval) = @$column;
+
+	like($section{$name}, qr/^\| .*`\Q$interval\E`.*`extract\(epoch FROM \Q$interval\E\)::float8`/m,
+		"the reference has the cast of $name.$interval");
+}
 
 foreach my $label (
 	rows_of(q{SELECT t.typname, e.enumlabel

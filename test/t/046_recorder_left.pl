@@ -154,6 +154,19 @@ sql($node, "SELECT pg_terminate_backend(($recorder), 10000)");
 let_go();
 becomes_completed('launcher', 'so it has when the launcher is terminated, too');
 
+# However often that happens the next one doesn't come later.
+my $longest = 0;
+foreach my $n (1 .. 6)
+{
+	leave_answer("again $n");
+	sql($node, "SELECT pg_terminate_backend(($recorder), 10000)");
+	let_go();
+	my $since = time;
+	becomes_completed("again $n", "the $n. that is terminated has a successor");
+	$longest = time - $since if time - $since > $longest;
+}
+cmp_ok($longest, '<', 10, 'which comes soon, each time');
+
 #
 # It can't start: asked for again and again, but not at once
 #

@@ -514,6 +514,23 @@ has(stripe_call($node, 'delete', 'then refused', 'DELETE', "/v1/customers/$custo
 $stripe->clear_faults;
 has(stripe_call($node, 'delete', 'then refused', 'DELETE', "/v1/customers/$customer"), { outcome => 'completed', http_status => 404 },
 	'may have been executed, and was');
+# API v1 executes a DELETE each time: that it is refused now may follow from what was
+# done before
+$customer = stripe_call($node, 'customer', '3', 'POST', '/v1/customers')->{resource_id};
+$stripe->fault('close_after');
+my $refusal = '{"error": {"type": "invalid_request_error", "message": "not any more"}}';
+$stripe->fault('gateway', status => 400, body => $refusal, type => 'application/json', match => { method => 'DELETE' }, nth => 2);
+has(stripe_call($node, 'delete', 'in doubt', 'DELETE', "/v1/customers/$customer", settings => { stripe_max_retries => 1 }),
+	{ outcome => 'unknown', attempts => 2, http_status => 400 }, 'a DELETE whose answer is lost, and that Stripe refuses then');
+$stripe->clear_faults;
+is(stripe_call($node, 'delete', 'in doubt', 'DELETE', "/v1/customers/$customer")->{attempts}, 0, 'is not sent again');
+is(sql($node, q{SELECT next_step LIKE '%stripe_retry%' FROM idempotency.stripe_unknown WHERE operation_id = 'in doubt'}), 'f', 'nor is that what the view says');
+# a POST has its key: what Stripe has executed it answers by its own answer
+$stripe->fault('close_before');
+$stripe->fault('gateway', status => 400, body => $refusal, type => 'application/json', match => { method => 'POST' }, nth => 2);
+has(stripe_call($node, 'delete', 'post', 'POST', '/v1/customers', settings => { stripe_max_retries => 1 }),
+	{ outcome => 'failed', attempts => 2, http_status => 400 }, 'a POST that was lost, and is refused then, has failed');
+$stripe->clear_faults;
 stripe_call($node, 'delete', 'params', 'DELETE', "/v1/subscriptions/sub_1", params => { prorate => $true, a => [ 1 ] });
 is(($stripe->arrivals)[-1]->{target}, '/v1/subscriptions/sub_1?a[0]=1&prorate=true', 'its parameters are a query');
 $stripe->fault('429');

@@ -441,6 +441,10 @@ is_deeply(post("/v1/customers/$customer->{id}", [ 'metadata[a]' => '' ])->{json}
 	{ b => '2' }, 'an empty value removes its key');
 is_deeply(post("/v1/customers/$customer->{id}", [ metadata => '' ])->{json}{metadata},
 	{}, 'an empty metadata removes all');
+is(word(post("/v1/customers/$customer->{id}", [ name => '' ])), '200', 'an empty value unsets');
+my $empty = post($pi, [ @payment, customer => '' ]);
+is(word($empty) . " $empty->{json}{error}{param}", '400 parameter_invalid_empty customer', 'but not where something is created');
+is(word(post($pi, [ @payment, metadata => '' ])), '200', 'other than metadata');
 
 my $price = post('/v1/prices',
 	[ currency => 'usd', unit_amount => 900, 'recurring[interval]' => 'month',

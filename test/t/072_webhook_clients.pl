@@ -5,12 +5,15 @@
 
 use strict;
 use warnings;
+use feature 'state';
 
 use Digest::SHA qw(hmac_sha256_hex);
 use FindBin;
 use lib "$FindBin::RealBin/../perl";
 
+use CheckoutTest;
 use IdempotencyTest;
+use IO::Select;
 use IO::Socket::INET;
 use IPC::Run;
 use PostgreSQL::Test::Cluster;
@@ -50,7 +53,7 @@ sub payment
 	my ($id, $order_id) = @_;
 
 	return qq({"id": "$id", "object": "event", "type": "payment_intent.succeeded",)
-	  . qq( "data": {"object": {"id": "pi_$id", "object": "payment_intent", "metadata": {"order_id": "$order_id"}}}});
+	  . qq( "data": {"object": {"id": "pi_$id", "object": "payment_intent", "metadata": {"shop": "example", "order_id": "$order_id"}}}});
 }
 
 sub signature
@@ -76,37 +79,9 @@ sub order
 	return sql($node, "SELECT payment, times FROM orders WHERE id = '$order$n'");
 }
 
-# Run a program for at most a minute; its output, and whether it succeeded.
-sub run_program
-{
-	my (@command) = @_;
-	my ($stdout, $stderr) = ('', '');
-	my $ok = eval {
-		IPC::Run::run(\@command, '<', \undef, '>', \$stdout, '2>', \$stderr, IPC::Run::timeout(60));
-	};
-
-	return ($stdout . $stderr . ($@ // ''), $ok);
-}
-
-# What keeps Node from running: a reason, or undef.
-sub node_lacks
-{
-	foreach my $program ('node', 'npm')
-	{
-		return "$program is not installed" if system("command -v $program >/dev/null 2>&1") != 0;
-	}
-	my ($version) = `node --version` =~ /^v(\d+)/;
-	return 'node is older than 18' if ($version // 0) < 18;
-
-	my ($output, $ok) = run_program('npm', 'install', '--prefix', $dir, '--no-audit', '--no-fund', '--loglevel=error',
-		'--ignore-scripts', '--fetch-retries=0', '--fetch-timeout=15000', 'stripe@23', 'pg@8');
-	$output =~ s/\s+/ /g;
-	return $ok ? undef : 'npm cannot fetch stripe and pg: ' . substr($output, 0, 200);
-}
-
 SKIP:
 {
-	my $reason = node_lacks();
+	my $reason = node_lacks($dir);
 	skip($reason, 1) if defined $reason;
 
 	# a port of its own, and a server that answers
@@ -144,22 +119,34 @@ SKIP:
 	is($deliver->($body), '400', 'no signature');
 	is($deliver->('{"id": "pi_1"}', signature('{"id": "pi_1"}')), '400', 'not an event');
 	my $broken = payment('evt_n2', '17');
-	is($deliver->($broken, signature($broken)), '500', 'what fails is rolled back');
-	is(sql($node, 'SELECT string_agg(stripe_event_id, chr(32)) FROM idempotency.stripe_webhook_events'), 'evt_n1', 'with its claim');
+	is($deliver->($broken, signature($broken)), '503', 'what fails has to come again');
+	is(sql($node, q{SELECT success, attempts, error_message FROM idempotency.stripe_webhook_events WHERE stripe_event_id = 'evt_n2'}),
+		'f|1|invalid input syntax for type uuid: "17"', 'and is recorded');
+	is($deliver->($broken, signature($broken)), '503', 'again');
+	is(sql($node, q{SELECT attempts FROM idempotency.stripe_webhook_events WHERE stripe_event_id = 'evt_n2'}), '2', 'and is counted');
 	sql($node, q{INSERT INTO idempotency.stripe_webhook_events
 		SELECT (jsonb_populate_record(e, '{"stripe_event_id": "evt_n3", "success": null, "lease_expires_at": "2999-01-01"}')).*
-		FROM idempotency.stripe_webhook_events e});
+		FROM idempotency.stripe_webhook_events e WHERE stripe_event_id = 'evt_n1'});
 	my $held = payment('evt_n3', "${order}3");
 	is($deliver->($held, signature($held)), '409', 'what somebody else is at');
 
 	# it overtakes the transaction that caused it
 	my $early = payment('evt_n0', "${order}0");
-	is($deliver->($early, signature($early)), '500', 'whose order is not there yet');
+	is($deliver->($early, signature($early)), '503', 'whose order is not there yet');
+	is(sql($node, q{SELECT error_message FROM idempotency.stripe_webhook_events WHERE stripe_event_id = 'evt_n0'}),
+		"there is no order ${order}0, or not yet", 'is recorded');
 	sql($node, "INSERT INTO orders (id) VALUES ('${order}0')");
 	is($deliver->($early, signature($early)), '200', 'is delivered again');
 	is(order(0), 'pi_evt_n0|1', 'and has its effect then');
-	my $others = payment('evt_n5', 'x') =~ s/"metadata": \{[^}]*\}/"metadata": {}/r;
-	is($deliver->($others, signature($others)), '200', 'a payment that is no order of ours');
+	foreach my $others ('{}', 'null', '{"order_id": "17"}', '{"shop": "another", "order_id": "17"}', qq({"order_id": "${order}0"}))
+	{
+		my $body = payment('evt_o' . ++(state $n), 'x') =~ s/"metadata": \{[^}]*\}/"metadata": $others/r;
+
+		is($deliver->($body, signature($body)), '200', "a payment that is no order of ours: $others");
+	}
+	is(order(0), 'pi_evt_n0|1', 'does nothing here');
+	my $bare = '{"id": "evt_n7", "object": "event", "type": "payment_intent.succeeded"}';
+	is($deliver->($bare, signature($bare)), '200', 'nor does one without an object');
 
 	# ten deliveries at once
 	my $many = payment('evt_n4', "${order}4");
@@ -167,8 +154,108 @@ SKIP:
 	print $_ "POST / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nStripe-Signature: " . signature($many)
 	  . "\r\nContent-Length: " . length($many) . "\r\n\r\n$many"
 	  foreach @sockets;
-	is(join(' ', map { (<$_> // '') =~ m{^HTTP/1.1 (\d+)} ? $1 : 'none' } @sockets), join(' ', (200) x 10), 'ten at once');
-	is(order(4), 'pi_evt_n4|1', 'are one');
+	my @answers = map { (<$_> // '') =~ m{^HTTP/1.1 (\d+)} ? $1 : 'none' } @sockets;
+	is(scalar(grep { !/^(200|409)$/ } @answers), 0, "ten at once are done or told to come again: @answers");
+	is($deliver->($many, signature($many)), '200', 'who comes again');
+	is(order(4), 'pi_evt_n4|1', 'finds it done, once');
+
+	#
+	# What happens to programs
+	#
+
+	my $send = sub {
+		my ($body) = @_;
+		my $socket = IO::Socket::INET->new(PeerAddr => '127.0.0.1', PeerPort => $port, Timeout => 60) or die "connect: $!";
+
+		print $socket "POST / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: " . length($body)
+		  . "\r\nStripe-Signature: " . signature($body) . "\r\n\r\n$body";
+		$socket->flush;
+		return $socket;
+	};
+	my $told = sub {
+		my ($socket) = @_;
+
+		return 'waits' unless IO::Select->new($socket)->can_read(30);
+		return (<$socket> // '') =~ m{^HTTP/1.1 (\d+)} ? $1 : 'none';
+	};
+	my $alive = sub {
+		my ($name) = @_;
+
+		select(undef, undef, undef, 0.2);
+		is($servers[0]->pumpable ? eval { $deliver->($body, signature($body)) } // 'none' : 'ended', '200', $name) or die $log;
+	};
+	my $terminate = sub { sql($node, q{SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity 
+		WHERE (query LIKE '%stripe_webhook%' OR query LIKE 'UPDATE%' OR query = 'COMMIT') AND pid <> pg_backend_pid()}) };
+	my $holder = $node->background_psql('postgres');
+	my $waits = sub { $node->poll_query_until('postgres', q{SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock')}) or die $log };
+
+	# more deliveries at once than it has connections, of an event that takes its time
+	$holder->query_safe("BEGIN; SELECT FROM orders WHERE id = '${order}7' FOR UPDATE");
+	my $slow = payment('evt_n8', "${order}7");
+	my @same = $send->($slow);
+	$waits->();
+	push @same, $send->($slow) foreach 1 .. 25;
+	my $another = payment('evt_n9', "${order}8");
+	is($told->($send->($another)), '200', 'while one event is slow, and delivered again and again, another one is taken');
+	is(join(' ', map { $told->($_) } @same[ 1 .. 25 ]), join(' ', (409) x 25), 'and these are told to come again');
+	$holder->query_safe('COMMIT');
+	$holder->quit;
+	is($told->($same[0]), '200', 'the first is done');
+	is(order(7), 'pi_evt_n8|1', 'once');
+
+	# its backend is terminated in the middle, or the server restarted, or killed, or away
+	my %ends = (
+		terminated => $terminate,
+		restarted => sub { $node->restart },
+		crashed => sub { $node->stop('immediate'); $node->start });
+	foreach my $what (sort keys %ends)
+	{
+		my $this = payment("evt_$what", "${order}9");
+
+		$holder = $node->background_psql('postgres');
+		$holder->query_safe("BEGIN; SELECT FROM orders WHERE id = '${order}9' FOR UPDATE");
+		my $socket = $send->($this);
+		$waits->();
+		$ends{$what}->();
+		is($told->($socket), '500', "$what while an event is processed");
+		eval { $holder->quit };
+		$alive->('the program goes on');
+		is($deliver->($this, signature($this)), '200', 'and takes it when it comes again');
+		is(sql($node, "SELECT payment FROM orders WHERE id = '${order}9'"), "pi_evt_$what", 'with its effect');
+	}
+	is(order(9), 'pi_evt_terminated|3', 'each once');
+	$node->stop;
+	is($told->($send->($another)), '500', 'while the database is away');
+	$node->start;
+	$alive->('the program goes on');
+
+	# more events at once than it has connections
+	$holder = $node->background_psql('postgres');
+	$holder->query_safe('BEGIN; LOCK TABLE orders IN ACCESS EXCLUSIVE MODE');
+	my @many = map { $send->(payment("evt_m$_", "${order}2")) } 1 .. 15;
+	$waits->();
+	is($told->($send->(payment('evt_m16', "${order}2"))), '500', 'no connection is to be had');
+	$holder->query_safe('COMMIT');
+	$holder->quit;
+	is(scalar(grep { $told->($_) !~ /^(200|500)$/ } @many), 0, 'the others are told something');
+	$alive->('the program goes on');
+	foreach my $event (map { payment("evt_m$_", "${order}2") } 1 .. 16)
+	{
+		$deliver->($event, signature($event)) eq '200' or fail('an event comes again');
+	}
+	is(order(2) =~ /\|(\d+)$/ ? $1 : '', '16', 'all of them once');
+
+	# who delivers leaves in the middle
+	foreach my $part ("POST / HTTP/1.1\r\nHost: localhost\r\n", "POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+	{
+		my $socket = IO::Socket::INET->new(PeerAddr => '127.0.0.1', PeerPort => $port, Timeout => 60) or die "connect: $!";
+		print $socket $part;
+		$socket->flush;
+		select(undef, undef, undef, 0.1);
+		close($socket);
+	}
+	$alive->('those who leave in the middle of a delivery');
+	sql($node, q{UPDATE idempotency.stripe_webhook_events SET success = true WHERE stripe_event_id <> 'evt_n3'});
 	$servers[0]->kill_kill;
 
 	# a body as bytes and as a string, with and without a type
@@ -207,9 +294,9 @@ for (const [name, body] of Object.entries(bodies)) {
 await client.query("DELETE FROM idempotency.stripe_webhook_events WHERE stripe_event_id ~ 'evt_[abcd]$'");
 await client.end();
 JS
-	my ($told, $good) = run_program('node', "$dir/payloads.mjs");
-	ok($good, 'Node: bodies in every form') or diag($told);
-	is($told, join('', map { "$_ string valid, text valid, buffer valid, untyped valid, hex valid, named valid 6 true\n" } qw(quote backslashes emoji pair)),
+	my ($words, $good) = run_program('node', "$dir/payloads.mjs");
+	ok($good, 'Node: bodies in every form') or diag($words);
+	is($words, join('', map { "$_ string valid, text valid, buffer valid, untyped valid, hex valid, named valid 6 true\n" } qw(quote backslashes emoji pair)),
 		'each is valid, and kept as it came');
 
 	# Stripe's library: its headers are good, its verdicts are ours
@@ -238,9 +325,9 @@ from stripe_events import paid, receive, work
 
 order = sys.argv[1]
 
-def event(id, order_id):
+def event(id, order_id, mark={"shop": "example"}):
     body = json.dumps({"id": id, "object": "event", "type": "payment_intent.succeeded", "data": {"object": {
-        "id": "pi_" + id, "object": "payment_intent", "metadata": {"order_id": order_id}, "name": "Zoë 😀"}}},
+        "id": "pi_" + id, "object": "payment_intent", "metadata": mark | {"order_id": order_id}, "name": "Zoë 😀"}}},
         ensure_ascii=False, indent=1).encode()
     t = str(int(time.time()))
     return body, "t=" + t + ",v1=" + hmac.new(b"whsec_test_clients", t.encode() + b"." + body, hashlib.sha256).hexdigest()
@@ -257,6 +344,10 @@ print("failed", work(conn, handlers), work(conn, handlers))
 due = "UPDATE idempotency.stripe_webhook_events SET next_attempt_at = now() WHERE success IS NOT TRUE AND claimed_at IS NOT NULL"
 conn.execute(due)
 print("again", work(conn, {"payment_intent.succeeded": lambda conn, e: None}), work(conn, handlers))
+# somebody else's
+receive(conn, *event("evt_p4", "17", {}))
+receive(conn, *event("evt_p5", order + "5", {"shop": "another"}))
+print("others", work(conn, handlers), work(conn, handlers))
 # what can't be written down as it is
 for n, error in enumerate((Exception("a\0b"), Exception("\udce9"), Exception(), Exception("x" * 100000))):
     def broken(conn, e):
@@ -301,6 +392,7 @@ work True None
 receive 200
 failed False None
 again True None
+others True True
 error False 19
 error False 19
 error False 11
@@ -316,7 +408,7 @@ OUT
 	is(sql($node, "SELECT times FROM orders WHERE id = '${order}6'"), '20', 'also with workers side by side');
 	is(sql($node, q{SELECT count(*), bool_and(success) FROM idempotency.stripe_webhook_events
 			WHERE stripe_event_id LIKE 'evt\_w%' OR stripe_event_id LIKE 'evt\_p%'}),
-		'23|t', 'and recorded');
+		'25|t', 'and recorded');
 }
 
 $node->stop;

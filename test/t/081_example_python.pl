@@ -1,6 +1,6 @@
 
-# examples/checkout-python, as it stands there.  Skips without psycopg; without
-# Stripe's library for Python it goes the way that needs none.
+# examples/checkout-python: a payment is made once, however it goes.  Skips without psycopg;
+# without Stripe's library for Python it goes the way that needs none.
 
 use strict;
 use warnings;
@@ -11,11 +11,9 @@ use lib "$FindBin::RealBin/../perl";
 use CheckoutTest;
 use Test::More;
 
-my (undef, $psycopg) = run_program('python3', '-c', 'import psycopg');
-plan skip_all => 'python3 has no psycopg' unless $psycopg;
-my (undef, $sdk) = run_program('python3', '-c', 'import stripe');
-note("python3 has no stripe: /checkout-by-sdk isn't tested") unless $sdk;
+my ($command, $sdk) = example_in_python();
+plan skip_all => $sdk unless $command;
 
-test_checkouts([ 'python3', '-B', "$FindBin::RealBin/../../examples/checkout-python/server.py" ], sdk => $sdk);
+test_checkouts($command, $sdk);
 
 done_testing();

@@ -6,6 +6,7 @@ have been done or not, and the check takes the reading that excuses more.
 """
 
 import collections
+import contextlib
 import glob
 import http.client
 import json
@@ -22,6 +23,7 @@ import check_events
 import check_keys
 import check_reconcile
 import check_stripe
+import crowd
 
 
 class Violations:
@@ -155,10 +157,13 @@ def main(directory, conninfo, control, *secrets):
     customers = ask(control, "effects?type=customer&action=create")["effects"]
     with open(f"{directory}/lulls", encoding="utf-8") as lines:
         lulls = [json.loads(line) for line in lines]
-    with psycopg.connect(conninfo, autocommit=True, row_factory=dict_row) as connection:
+    with contextlib.ExitStack() as connections:
+        connection, *others = [
+            connections.enter_context(psycopg.connect(conninfo, autocommit=True, row_factory=dict_row, **where))
+            for where in [{}] + [{"dbname": crowd.name_of(number)} for number in range(crowd.DATABASES)]]
         look_for_secrets(connection, violations, directory, secrets)
         check_keys.check(calls, connection, violations)
-        check_stripe.check(calls, arrivals, effects + customers, lulls, connection, violations)
+        check_stripe.check(calls, arrivals, effects + customers, lulls, connection, others, violations)
         check_reconcile.check(calls, arrivals, effects + customers, declined, connection, violations)
         check_dumps.check(calls, arrivals, violations)
         check_events.check(calls, connection, violations)

@@ -43,8 +43,8 @@ def callers_of(calls):
             found[("late", call["args"]["operation"])].append(call)
         elif call["op"] in ("stripe_claim", "stripe_record"):
             found[("transfer", call["args"]["operation"])].append(call)
-        elif call["op"] == "detached":
-            found[("detached", call["args"]["operation"])].append(call)
+        elif call["op"] in ("detached", "crowd"):
+            found[(call["op"], call["args"]["operation"])].append(call)
         elif call["op"] == "bulk":
             for i in range(1, call["args"]["n"] + 1):
                 found[("bulk", f"{call['args']['batch']}-{i}")].append(call)
@@ -57,9 +57,16 @@ def operation_of(key):
     return operation_type, rest.rsplit(":", 1)[0]
 
 
-def check(calls, arrivals, effects, lulls, connection, violations):
-    ledger = {(row["operation_type"], row["operation_id"]): row for row in connection.execute(
+def ledger_of(connection):
+    return {(row["operation_type"], row["operation_id"]): row for row in connection.execute(
         "SELECT * FROM idempotency.stripe_idempotency_keys")}
+
+
+def check(calls, arrivals, effects, lulls, connection, crowd, violations):
+    """crowd: connections to the databases of those that go from one to the next."""
+    ledger = ledger_of(connection)
+    for other in crowd:
+        ledger.update(ledger_of(other))
     sent = collections.defaultdict(list)
     for arrival in arrivals:
         if arrival.get("key") and not is_probe(arrival):
@@ -74,6 +81,7 @@ def check(calls, arrivals, effects, lulls, connection, violations):
     for operation, row in ledger.items():
         check_row(operation, row, charges[operation], connection, violations)
         check_word(operation, row, sent[operation], violations)
+    check_places(calls, lulls, violations)
     check_detached(calls, ledger, lulls, violations)
     check_answers(calls, ledger, sent, violations)
     check_claims(calls, ledger, violations)
@@ -143,18 +151,29 @@ def check_word(operation, row, requests, violations):
                        + ", ".join(f"{answer.get('intermediary')} {answer.get('status')}" for answer in said))
 
 
+def check_places(calls, lulls, violations):
+    """With nothing in the way every call finds a recorder, however many databases there are for how few places."""
+    refused = collections.defaultdict(list)
+    for call in calls:
+        if call["op"] not in ("detached", "crowd"):
+            continue
+        for lull in lulls:
+            if lull["start"] + PLACE <= call["t0"] and call["t1"] < lull["end"]:
+                violations.looked("I7")
+                if call.get("error") == "IK008":
+                    refused[lull["start"]].append(call)
+    for start, of_lull in refused.items():
+        violations.add("I7", f"{len(of_lull)} calls are refused for want of a recorder, up to"
+                       f" {of_lull[-1]['t0'] - start:.1f} s after nothing was in the way any more")
+
+
 def check_detached(calls, ledger, lulls, violations):
     """Who was told what Stripe has answered needn't wait until it is recorded.  But then it is: as soon as nothing is
     in the way, unless the server has crashed."""
     told = {}
-    refused = collections.defaultdict(list)
     for call in calls:
         if call["op"] == "detached" and (call.get("res") or {}).get("outcome") == "completed":
             told[call["args"]["operation"]] = call
-        elif call["op"] == "detached" and call.get("error") == "IK008":
-            for lull in lulls:
-                if lull["start"] + PLACE <= call["t0"] and call["t1"] < lull["end"]:
-                    refused[lull["start"]].append(call)
     for call in calls:
         known = call["op"] == "watched" and told.get(call["args"]["operation"])
         if not known or call["args"]["life"] != call["args"]["now"]:
@@ -167,9 +186,6 @@ def check_detached(calls, ledger, lulls, violations):
                 known["said"] = True
                 violations.add("I7", f"detached:{call['args']['operation']}: was told completed at {known['t1']:.3f}, and at"
                                f" {call['t0']:.3f}, after {quiet:.1f} s of quiet, it is {call['args']['outcome']}")
-    for start, of_lull in refused.items():
-        violations.add("I7", f"{len(of_lull)} calls are refused for want of a recorder, up to"
-                       f" {of_lull[-1]['t0'] - start:.1f} s after nothing was in the way any more")
     for operation, call in told.items():
         row = ledger.get(("detached", operation))
         if row is None:
@@ -192,9 +208,9 @@ def check_answers(calls, ledger, sent, violations):
             if call["res"]["answer"][:3] in ("201", "402") and sent_again(sent.get(operation, ()), call["t1"], callers[operation]):
                 violations.add("I7", f"payment:{call['res']['operation']}: sent again after its answer was known")
             continue
-        if call["op"] == "late":
-            operation, res = ("late", call["args"]["operation"]), call["res"]
-            if res["outcome"] == "unknown" and res["attempts"] == 0:
+        if call["op"] in ("late", "crowd"):
+            operation, res = (call["op"], call["args"]["operation"]), call["res"]
+            if call["op"] == "late" and res["outcome"] == "unknown" and res["attempts"] == 0:
                 violations.looked("I8")
         elif call["op"] == "stripe_claim" and call["res"]["verdict"] == "replay":
             operation, res = ("transfer", call["args"]["operation"]), call["res"]

@@ -2,6 +2,7 @@
 
 import sys
 
+from crowd import CrowdSession
 from dumps import DumpingSession
 from events import EventsSession
 from keys import KeysSession
@@ -27,6 +28,8 @@ def main(directory, kind, number, seed, deadline, port, control, endpoint="0"):
         session = BulkSession(*common)
     elif kind == "detached":
         session = DetachedSession(*common)
+    elif kind == "crowd":
+        session = CrowdSession(*common)
     elif kind == "dumping":
         session = DumpingSession(*common)
     elif kind == "events":

@@ -121,12 +121,16 @@ class Session:
 
     # ---- statements
 
+    def where(self):
+        """The database, as it is now."""
+        with open(f"{self.directory}/server", encoding="utf-8") as where:
+            return where.read()
+
     def connect(self):
         while self.connection is None:
             try:
-                with open(f"{self.directory}/server", encoding="utf-8") as where:
-                    self.connection = psycopg.connect(where.read(), autocommit=True, row_factory=dict_row,
-                                                      connect_timeout=10)
+                self.connection = psycopg.connect(self.where(), autocommit=True, row_factory=dict_row,
+                                                  connect_timeout=10)
                 self.server = self.connection.info.port
                 self.connection.execute(f"{self.OWN}; {self.settings}")
             except (psycopg.Error, OSError):
