@@ -273,10 +273,10 @@ webhook_queue_next(Relation rel, text *consumer, TimestampTz now, LedgerRow *row
 	{
 		for (;;)
 		{
+			int			npassed = search->npassed;
+
 			CHECK_FOR_INTERRUPTS();
 			find_candidates(search, tried);
-			if (search->ncandidates == 0)
-				break;
 			for (i = 0; i < search->ncandidates; i++)
 			{
 				Datum		thing = thing_of(search, i);
@@ -289,6 +289,8 @@ webhook_queue_next(Relation rel, text *consumer, TimestampTz now, LedgerRow *row
 					return false;
 				search->passed[search->npassed++] = thing;
 			}
+			if (search->npassed == npassed)
+				break;			/* there are no others */
 		}
 	}
 	return false;
