@@ -54,6 +54,7 @@
 #include "replication/message.h"
 #include "storage/ipc.h"
 #include "storage/latch.h"
+#include "storage/pmsignal.h"
 #include "storage/proc.h"
 #include "storage/procarray.h"
 #include "tcop/tcopprot.h"
@@ -1186,6 +1187,9 @@ idempotency_recorder_main(Datum arg)
 		long		nap;
 
 		CHECK_FOR_INTERRUPTS();
+		/* nothing else looks while there is work, and a commit's wait says nothing */
+		if (!PostmasterIsAlive())
+			proc_exit(1);
 		ResetLatch(MyLatch);
 		if (ConfigReloadPending)
 		{
