@@ -192,6 +192,8 @@ ledger_search_window(Relation rel, LedgerCursor *cursor, LedgerRowCallback row, 
 	cursor->resumed = false;
 	if (start >= nblocks)
 		return true;
+	cursor->place.at = 0;
+	cursor->place.left = 0;
 	end = start + Min(nblocks - start, SEARCH_WINDOW_BLOCKS);
 	ItemPointerSet(&cursor->place.tid, end - 1, MaxOffsetNumber);
 
@@ -300,6 +302,7 @@ ledger_search_index(Relation rel, Relation index, LedgerCursor *cursor, Timestam
 	ScanKeyInit(&keys[nkeys++], time_column, BTLessEqualStrategyNumber, F_TIMESTAMPTZ_LE,
 				TimestampTzGetDatum(until));
 	cursor->resumed = false;
+	place->left = 0;
 
 	row_context = AllocSetContextCreate(CurrentMemoryContext, "idempotency search",
 										ALLOCSET_SMALL_SIZES);

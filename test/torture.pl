@@ -458,7 +458,7 @@ sub kill_postmaster
 		pause(0.1);
 	}
 	# where nobody has taken note of its end yet, its id looks alive
-	unlink $node->data_dir . '/postmaster.pid';
+	unlink $node->data_dir . '/postmaster.pid', $node->host . '/.s.PGSQL.' . $node->port . '.lock';
 	$node->start;
 	return;
 }

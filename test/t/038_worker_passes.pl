@@ -137,6 +137,20 @@ is_noted('c1', 'behind a row that ends the worker');
 sql($node, 'DROP TRIGGER kill ON idempotency.idempotency_keys');
 expires($node, 'which goes, too, once it doesn\'t');
 
+# A call that does, found by an index: what is behind its batch has its turn
+workers(0);
+sql($node, q{
+	CREATE TRIGGER kill BEFORE UPDATE ON idempotency.stripe_idempotency_keys
+		FOR EACH ROW WHEN (OLD.operation_id LIKE 'killer%') EXECUTE FUNCTION kill()});
+$xid = rolled_back();
+calls(1, 'killer', $xid, $here);
+calls(100, 'same batch', $xid, $here);
+calls(1, 'next batch', $xid, $here);
+workers(2);
+is_noted('next batch1', 'behind a call that ends the worker');
+sql($node, 'DROP TRIGGER kill ON idempotency.stripe_idempotency_keys');
+is_noted('killer1', 'which comes later');
+
 # So it is where the table isn't read directly: the next pass goes on behind it.
 workers(0);
 sql($node, q{
