@@ -554,8 +554,9 @@ RETURNS idempotency.webhook_claim_result
 AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_reclaim'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
 
+-- lease is where the other form has it, so that arguments without a type are told apart
 CREATE FUNCTION idempotency.stripe_webhook_reclaim(stripe_event_id text, again boolean,
-	account text DEFAULT '', lease interval DEFAULT NULL, consumer text DEFAULT '')
+	lease interval DEFAULT NULL, account text DEFAULT '', consumer text DEFAULT '')
 RETURNS idempotency.webhook_claim_result
 AS 'MODULE_PATHNAME', 'idempotency_stripe_webhook_again'
 LANGUAGE C VOLATILE CALLED ON NULL INPUT PARALLEL UNSAFE;
@@ -1379,10 +1380,10 @@ COMMENT ON FUNCTION idempotency.stripe_webhook_reclaim(text, text, interval, tex
 	'account: default ''''; '
 	'lease: how long the claim outlives COMMIT (NULL: it must be recorded before COMMIT, or IK005); '
 	'consumer: default ''''. Raises IK003, also for an event that isn''t known';
-COMMENT ON FUNCTION idempotency.stripe_webhook_reclaim(text, boolean, text, interval, text) IS
+COMMENT ON FUNCTION idempotency.stripe_webhook_reclaim(text, boolean, interval, text, text) IS
 	'For operators: again => true claims an event whatever came of it, also one that is processed or dead, '
 	'begins the count of its attempts anew and notes in "reclaimed" who has done so. '
-	'account, lease, consumer: as above. '
+	'lease, account, consumer: as above. '
 	'Raises IK002 where it is processed and what it said is not kept, IK003, also for an event that is not known';
 COMMENT ON FUNCTION idempotency.expire(integer) IS
 	'Does by hand what the background workers do: removes rows whose time has come, in one batch a ledger, '

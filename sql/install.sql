@@ -20,7 +20,7 @@ SELECT p.proname, pg_get_function_arguments(p.oid) AS arguments, p.prorettype::r
 	p.provolatile, p.proparallel, p.proisstrict, p.prosecdef, p.proconfig
 FROM pg_proc p
 WHERE p.pronamespace = 'idempotency'::regnamespace
-ORDER BY p.proname COLLATE "C", arguments COLLATE "C";
+ORDER BY p.proname COLLATE "C", pg_get_function_arguments(p.oid) COLLATE "C";
 
 -- tables, views and composite types
 SELECT c.relname, c.relkind, c.reloptions,

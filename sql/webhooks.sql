@@ -261,6 +261,18 @@ SET idempotency.webhook_max_attempts = 0;
 SET idempotency.webhook_max_attempts = -2;
 RESET idempotency.webhook_max_attempts;
 
+-- by place, and without types, as drivers pass arguments, it is told apart what is meant
+SELECT verdict FROM idempotency.stripe_webhook_reclaim('evt_fails', '', '1 h', 'fails');
+PREPARE reclaim3 AS SELECT FROM idempotency.stripe_webhook_reclaim($1, $2, $3);
+PREPARE reclaim2 AS SELECT FROM idempotency.stripe_webhook_reclaim($1, $2);
+PREPARE reclaim_again AS SELECT FROM idempotency.stripe_webhook_reclaim($1, again => $2);
+PREPARE reclaim_again5 AS SELECT FROM idempotency.stripe_webhook_reclaim($1, $2, $3, $4, $5);
+SELECT name, parameter_types FROM pg_prepared_statements WHERE name LIKE 'reclaim%' ORDER BY 1;
+DEALLOCATE reclaim3;
+DEALLOCATE reclaim2;
+DEALLOCATE reclaim_again;
+DEALLOCATE reclaim_again5;
+
 -- a processed event is run again, from what is stored, and on record
 SELECT verdict FROM idempotency.stripe_webhook_reclaim('evt_fails', lease => '1 h', consumer => 'fails');
 SELECT verdict FROM idempotency.stripe_webhook_reclaim('evt_fails', again => false, lease => '1 h', consumer => 'fails');

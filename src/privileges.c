@@ -109,7 +109,7 @@ static const struct
 	{"EXECUTE ON FUNCTION idempotency.stripe_webhook_next", KIND_WEBHOOK},
 	{"EXECUTE ON FUNCTION idempotency.stripe_webhook_reclaim(pg_catalog.text, pg_catalog.text, interval, pg_catalog.text)",
 	KIND_WEBHOOK | KIND_OPERATOR},
-	{"EXECUTE ON FUNCTION idempotency.stripe_webhook_reclaim(pg_catalog.text, boolean, pg_catalog.text, interval, pg_catalog.text)",
+	{"EXECUTE ON FUNCTION idempotency.stripe_webhook_reclaim(pg_catalog.text, boolean, interval, pg_catalog.text, pg_catalog.text)",
 	KIND_OPERATOR},
 
 	/* a view's functions are called with the rights of its reader */

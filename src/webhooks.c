@@ -899,26 +899,28 @@ idempotency_stripe_webhook_receive_text(PG_FUNCTION_ARGS)
 }
 
 /*
- * Claim an event from what is stored.  Arguments account, lease and consumer
- * begin at "first".
+ * Claim an event from what is stored.  account, lease and consumer are numbers of
+ * arguments.
  */
 static Datum
-reclaim(FunctionCallInfo fcinfo, int first, const char *again_by)
+reclaim(FunctionCallInfo fcinfo, int account, int lease, int consumer, const char *again_by)
 {
 	EventClaim	claim;
-	text	   *id = argument_label(fcinfo, 0, false, "stripe_event_id");
-	text	   *account = argument_label(fcinfo, first, true, "account");
-	text	   *consumer = argument_label(fcinfo, first + 2, true, "consumer");
+	text	   *keys[3];
 	Relation	rel;
+
+	keys[0] = argument_label(fcinfo, account, true, "account");
+	keys[1] = argument_label(fcinfo, 0, false, "stripe_event_id");
+	keys[2] = argument_label(fcinfo, consumer, true, "consumer");
 
 	PreventCommandDuringRecovery("idempotency.stripe_webhook_reclaim()");
 
 	memset(&claim, 0, sizeof(claim));
 	claim.base.wait = true;
 	claim.again_by = again_by;
-	claim.lease = argument_duration(fcinfo, first + 1, "lease");
-	begin_claim(&claim, PointerGetDatum(account), PointerGetDatum(id),
-				PointerGetDatum(consumer));
+	claim.lease = argument_duration(fcinfo, lease, "lease");
+	begin_claim(&claim, PointerGetDatum(keys[0]), PointerGetDatum(keys[1]),
+				PointerGetDatum(keys[2]));
 	result_begin(&claim.result, fcinfo, C_NCOLUMNS);
 
 	rel = ledger_open(&webhook_events, RowExclusiveLock, false);
@@ -935,11 +937,11 @@ reclaim(FunctionCallInfo fcinfo, int first, const char *again_by)
 Datum
 idempotency_stripe_webhook_reclaim(PG_FUNCTION_ARGS)
 {
-	PG_RETURN_DATUM(reclaim(fcinfo, 1, NULL));
+	PG_RETURN_DATUM(reclaim(fcinfo, 1, 2, 3, NULL));
 }
 
 /*
- * stripe_webhook_reclaim(stripe_event_id, again, account, lease, consumer): a
+ * stripe_webhook_reclaim(stripe_event_id, again, lease, account, consumer): a
  * function of its own, so that EXECUTE tells operators from others.
  */
 Datum
@@ -947,7 +949,7 @@ idempotency_stripe_webhook_again(PG_FUNCTION_ARGS)
 {
 	bool		again = argument_bool(fcinfo, 1, "again");
 
-	PG_RETURN_DATUM(reclaim(fcinfo, 2,
+	PG_RETURN_DATUM(reclaim(fcinfo, 3, 2, 4,
 							again ? GetUserNameFromId(GetSessionUserId(), false) : NULL));
 }
 
