@@ -738,6 +738,9 @@ free_order(Order *order)
  * The batch's transaction has ended: tell the callers.  "durable": it has
  * committed, and nothing has cut the wait for a standby short.  "edata" is why
  * it rolled back, or NULL where this process is going.
+ *
+ * Nothing interrupts it, as a message to the log may: nobody else would ever come
+ * to the orders that it hasn't come to.
  */
 static void
 end_batch(bool committed, bool durable, ErrorData *edata)
@@ -746,6 +749,7 @@ end_batch(bool committed, bool durable, ErrorData *edata)
 	int			n = nbatch;
 	int			i;
 
+	HOLD_INTERRUPTS();
 	nbatch = 0;
 	batch_xid = InvalidTransactionId;
 	end_notes(committed);
@@ -817,6 +821,7 @@ end_batch(bool committed, bool durable, ErrorData *edata)
 	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
 	queue_slot(MyDatabaseId, false)->xid = InvalidTransactionId;
 	LWLockRelease(queue_lock);
+	RESUME_INTERRUPTS();
 }
 
 /* ---------- errors outside of orders ---------- */
@@ -1012,6 +1017,7 @@ run_batch(void)
 		log_error(edata);
 		FlushErrorState();
 		AbortOutOfAnyTransaction();
+		DEBUG_POINT("recorder-rolled-back");
 		RESUME_INTERRUPTS();
 
 		MemoryContextSwitchTo(context);
