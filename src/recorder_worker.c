@@ -1157,7 +1157,7 @@ void
 idempotency_recorder_main(Datum arg)
 {
 	uint32		wait_event;
-	TimestampTz last_order;
+	instr_time	last_order;
 
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
 	pqsignal(SIGTERM, die);
@@ -1179,7 +1179,7 @@ idempotency_recorder_main(Datum arg)
 		proc_exit(0);
 	pgstat_report_activity(STATE_IDLE, NULL);
 
-	last_order = GetCurrentTimestamp();
+	INSTR_TIME_SET_CURRENT(last_order);
 	for (;;)
 	{
 		RecorderSlot *slot;
@@ -1213,13 +1213,13 @@ idempotency_recorder_main(Datum arg)
 		{
 			run_batch();
 			if (due)
-				last_order = GetCurrentTimestamp();
+				INSTR_TIME_SET_CURRENT(last_order);
 			MemoryContextReset(CurrentMemoryContext);
 			continue;
 		}
 
 		unmap_stale_segments();
-		nap = IDLE_EXIT_MS - TimestampDifferenceMilliseconds(last_order, GetCurrentTimestamp());
+		nap = IDLE_EXIT_MS - (long) milliseconds_since(last_order);
 		if (posted > 0 && make_room)
 			decline_to_leave();
 		if (posted > 0)
