@@ -90,6 +90,9 @@ UPDATE idempotency.stripe_idempotency_keys SET lease_expires_at = clock_timestam
 SELECT verdict FROM idempotency.stripe_claim('answers', 'overtaken');
 SELECT idempotency.stripe_record('answers', 'overtaken', :first, http_status => 404,
 	response => '{"error": {"type": "invalid_request_error", "code": "resource_missing"}}');
+-- who has found out speaks for all attempts
+SELECT idempotency.stripe_settle('answers', 'gone', 'failed', response => '{"error": {"type": "invalid_request_error", "code": "no_such_path"}}');
+SELECT verdict, outcome, error ->> 'code' AS code FROM idempotency.stripe_claim('answers', 'gone');
 
 --
 -- A gateway has error codes, too, and types: those of API v1 are a short list,
