@@ -1192,11 +1192,11 @@ idempotency_recorder_main(Datum arg)
 		int			rest;
 		long		nap;
 
+		ResetLatch(MyLatch);
 		CHECK_FOR_INTERRUPTS();
 		/* nothing else looks while there is work, and a commit's wait says nothing */
 		if (!PostmasterIsAlive())
 			proc_exit(1);
-		ResetLatch(MyLatch);
 		if (ConfigReloadPending)
 		{
 			ConfigReloadPending = false;
