@@ -66,6 +66,7 @@ wal_writer_delay = '10s'
 log_statement = all
 wal_retrieve_retry_interval = 100ms
 idempotency.webhook_secret_file = '$directory/webhook_secret'
+idempotency.webhook_max_attempts = 3
 idempotency.stripe_max_retries = 1
 idempotency.stripe_timeout = '5 s'
 idempotency.stripe_record_timeout = '5 s'

@@ -55,7 +55,7 @@ my %ours = (
 	# what differs between two attempts of ours is in metadata
 	stripe_compare_ignore => [ 'metadata', 'metadata, description, expand', 'expand, metadata' ],
 	webhook_tolerance => [ '5 min', '1 h', '1 d' ],    # a delivery waits
-	webhook_max_attempts => [ '3', '20', '-1' ],    # the checker knows the least
+	webhook_max_attempts => [ '3', '3', '4', '20', '-1' ],    # the checker knows the least
 	abandoned_retention => [ '5 s', '20 s', '1 h' ],    # the checker knows the least
 	stripe_body_retention => [ '0', '1 s', '30 d', '-1' ],
 	expiry_interval => [ '1 s', '2 s', '10 s' ],
