@@ -71,9 +71,9 @@ UPDATE idempotency.stripe_idempotency_keys SET acknowledged = '{}' WHERE operati
 SELECT operation_type, operation_id FROM idempotency.stripe_orphans WHERE outcome = 'completed';
 
 -- of events what isn't processed
-INSERT INTO idempotency.stripe_webhook_events (token, received_at, processed_at, created, attempts, success,
+INSERT INTO idempotency.stripe_webhook_events (token, received_at, processed_at, created, attempts, next_attempt_at, success,
 	account, stripe_event_id, consumer, event_type)
-SELECT i, now(), now(), now(), 1, CASE WHEN i > 2 THEN true END, '', 'evt_' || i, '', 'charge.succeeded'
+SELECT i, now(), now(), now(), 1, now(), CASE WHEN i > 2 THEN true END, '', 'evt_' || i, '', 'charge.succeeded'
 FROM generate_series(1, 3000) i;
 ANALYZE idempotency.stripe_webhook_events;
 SELECT * FROM pg_temp.reads('SELECT * FROM idempotency.stripe_webhook_pending');

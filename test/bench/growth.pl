@@ -65,8 +65,8 @@ sub events
 {
 	my ($n) = @_;
 	return 'INSERT INTO idempotency.stripe_webhook_events (token, received_at, claimed_at, processed_at, created,'
-		. ' attempts, success, livemode, account, stripe_event_id, consumer, event_type, object_type, object_id)'
-		. " SELECT n, t, t, CASE WHEN n > $open THEN t END, t, 1, CASE WHEN n > $open THEN true END, true, '',"
+		. ' attempts, next_attempt_at, success, livemode, account, stripe_event_id, consumer, event_type, object_type, object_id)'
+		. " SELECT n, t, t, CASE WHEN n > $open THEN t END, t, 1, t, CASE WHEN n > $open THEN true END, true, '',"
 		. " 'evt_1' || md5(n::text), '', 'payment_intent.succeeded', 'payment_intent', 'pi_3' || md5(n::text)"
 		. " FROM (SELECT n, now() - interval '1 day' * (1 - n::float8 / $n) AS t FROM generate_series(1, $n) n) e";
 }
