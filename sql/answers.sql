@@ -84,12 +84,18 @@ SELECT method, path, first, answer('again ' || method || path || first, first,
 FROM (VALUES ('/v1/customers/cus_1'), ('/v2/core/accounts/acct_1')) p (path), unnest('{POST,DELETE}'::text[]) method,
 	unnest('{503,429}'::int[]) first
 ORDER BY path, method, first;
+-- of a DELETE whose path nobody has told
+SELECT answer('no path', 503, NULL, 'DELETE', NULL), again('no path', 400, '{"error": {"type": "invalid_request_error"}}');
+SELECT answer('no path, at first', 400, '{"error": {"type": "invalid_request_error"}}', 'DELETE', NULL);
 -- an attempt that was overtaken may have been refused for what the other one has done
 SELECT token AS first FROM idempotency.stripe_claim('answers', 'overtaken', '{"method": "DELETE", "path": "/v1/customers/cus_1"}') \gset
 UPDATE idempotency.stripe_idempotency_keys SET lease_expires_at = clock_timestamp() WHERE operation_id = 'overtaken';
 SELECT verdict FROM idempotency.stripe_claim('answers', 'overtaken');
 SELECT idempotency.stripe_record('answers', 'overtaken', :first, http_status => 404,
 	response => '{"error": {"type": "invalid_request_error", "code": "resource_missing"}}');
+-- who has found out speaks for all attempts
+SELECT idempotency.stripe_settle('answers', 'gone', 'failed', response => '{"error": {"type": "invalid_request_error", "code": "no_such_path"}}');
+SELECT verdict, outcome, error ->> 'code' AS code FROM idempotency.stripe_claim('answers', 'gone');
 
 --
 -- A gateway has error codes, too, and types: those of API v1 are a short list,

@@ -323,7 +323,22 @@ SELECT FROM idempotency.stripe_webhook_events e, idempotency.stripe_webhook_reco
 WHERE e.stripe_event_id = 'evt_own1';
 SELECT stripe_event_id FROM idempotency.stripe_webhook_next(consumer => 'own');
 ROLLBACK;
-DELETE FROM idempotency.stripe_webhook_events WHERE consumer IN ('fails', 'same');
+-- a lease counts from the answer, however long that took
+CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	PERFORM pg_sleep(0.02), set_config('webhooks.noted', clock_timestamp()::text, false);
+	RETURN NEW;
+END $$;
+CREATE TRIGGER slow BEFORE UPDATE ON idempotency.stripe_webhook_events
+	FOR EACH ROW WHEN (old.token <> new.token) EXECUTE FUNCTION slow();
+SELECT stored FROM receive(event('evt_slow'), 'slow');
+SELECT stripe_event_id FROM idempotency.stripe_webhook_next('1 h', 'slow');
+SELECT lease_expires_at - interval '1 h' >= current_setting('webhooks.noted')::timestamptz AS lease_after,
+	next_attempt_at - lease_expires_at BETWEEN '0.5 s' AND '1 s' AS booked_after
+FROM idempotency.stripe_webhook_events WHERE stripe_event_id = 'evt_slow';
+DROP TRIGGER slow ON idempotency.stripe_webhook_events;
+DROP FUNCTION slow;
+DELETE FROM idempotency.stripe_webhook_events WHERE consumer IN ('fails', 'same', 'slow');
 
 --
 -- Consumers and accounts have rows of their own

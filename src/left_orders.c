@@ -34,6 +34,7 @@
 #include "access/tableam.h"
 #include "access/xact.h"
 #include "catalog/pg_database.h"
+#include "miscadmin.h"
 #include "utils/fmgroids.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
@@ -167,6 +168,8 @@ discard_orders(Oid database)
 		if (!left)
 			continue;
 
+		/* the message may not end us here, with the order in nobody's hands */
+		HOLD_INTERRUPTS();
 		ereport(LOG,
 				(errmsg("what is known of Stripe operation \"%s:%s\" is not recorded",
 						order->type, order->id),
@@ -177,6 +180,7 @@ discard_orders(Oid database)
 		LWLockRelease(queue_lock);
 		if (segment != DSM_HANDLE_INVALID)
 			dsm_unpin_segment(segment);
+		RESUME_INTERRUPTS();
 	}
 }
 

@@ -54,6 +54,7 @@
 #include "replication/message.h"
 #include "storage/ipc.h"
 #include "storage/latch.h"
+#include "storage/pmsignal.h"
 #include "storage/proc.h"
 #include "storage/procarray.h"
 #include "tcop/tcopprot.h"
@@ -738,6 +739,9 @@ free_order(Order *order)
  * The batch's transaction has ended: tell the callers.  "durable": it has
  * committed, and nothing has cut the wait for a standby short.  "edata" is why
  * it rolled back, or NULL where this process is going.
+ *
+ * Nothing interrupts it, as a message to the log may: nobody else would ever come
+ * to the orders that it hasn't come to.
  */
 static void
 end_batch(bool committed, bool durable, ErrorData *edata)
@@ -746,6 +750,7 @@ end_batch(bool committed, bool durable, ErrorData *edata)
 	int			n = nbatch;
 	int			i;
 
+	HOLD_INTERRUPTS();
 	nbatch = 0;
 	batch_xid = InvalidTransactionId;
 	end_notes(committed);
@@ -817,6 +822,7 @@ end_batch(bool committed, bool durable, ErrorData *edata)
 	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
 	queue_slot(MyDatabaseId, false)->xid = InvalidTransactionId;
 	LWLockRelease(queue_lock);
+	RESUME_INTERRUPTS();
 }
 
 /* ---------- errors outside of orders ---------- */
@@ -1012,6 +1018,7 @@ run_batch(void)
 		log_error(edata);
 		FlushErrorState();
 		AbortOutOfAnyTransaction();
+		DEBUG_POINT("recorder-rolled-back");
 		RESUME_INTERRUPTS();
 
 		MemoryContextSwitchTo(context);
@@ -1151,7 +1158,7 @@ void
 idempotency_recorder_main(Datum arg)
 {
 	uint32		wait_event;
-	TimestampTz last_order;
+	instr_time	last_order;
 
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
 	pqsignal(SIGTERM, die);
@@ -1173,7 +1180,7 @@ idempotency_recorder_main(Datum arg)
 		proc_exit(0);
 	pgstat_report_activity(STATE_IDLE, NULL);
 
-	last_order = GetCurrentTimestamp();
+	INSTR_TIME_SET_CURRENT(last_order);
 	for (;;)
 	{
 		RecorderSlot *slot;
@@ -1185,8 +1192,11 @@ idempotency_recorder_main(Datum arg)
 		int			rest;
 		long		nap;
 
-		CHECK_FOR_INTERRUPTS();
 		ResetLatch(MyLatch);
+		CHECK_FOR_INTERRUPTS();
+		/* nothing else looks while there is work, and a commit's wait says nothing */
+		if (!PostmasterIsAlive())
+			proc_exit(1);
 		if (ConfigReloadPending)
 		{
 			ConfigReloadPending = false;
@@ -1207,13 +1217,13 @@ idempotency_recorder_main(Datum arg)
 		{
 			run_batch();
 			if (due)
-				last_order = GetCurrentTimestamp();
+				INSTR_TIME_SET_CURRENT(last_order);
 			MemoryContextReset(CurrentMemoryContext);
 			continue;
 		}
 
 		unmap_stale_segments();
-		nap = IDLE_EXIT_MS - TimestampDifferenceMilliseconds(last_order, GetCurrentTimestamp());
+		nap = IDLE_EXIT_MS - (long) milliseconds_since(last_order);
 		if (posted > 0 && make_room)
 			decline_to_leave();
 		if (posted > 0)

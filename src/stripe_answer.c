@@ -201,6 +201,13 @@ has_no_key(const StripeReceived *received)
 	return is_delete(received) && received->path != NULL && !path_is_v2(received->path);
 }
 
+/* The same where it may be: an application may have told no more than the method. */
+static bool
+may_have_no_key(const StripeReceived *received)
+{
+	return is_delete(received) && (received->path == NULL || has_no_key(received));
+}
+
 /*
  * Where an attempt before may have deleted the object, that it isn't there is
  * what was wanted.
@@ -248,7 +255,7 @@ stripe_judge(const StripeReceived *received, StripeBody *body, StripeAnswer *ans
 	if (is_gone_already(received, answer))
 		return gone_already;
 	class = stripe_classify(answer);
-	if (class.outcome == STRIPE_FAILED && has_no_key(received) &&
+	if (class.outcome == STRIPE_FAILED && may_have_no_key(received) &&
 		(received->uncertain || received->overtaken))
 		return in_doubt;
 	return class;

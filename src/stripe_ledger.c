@@ -958,7 +958,9 @@ stripe_read_answer_of(Relation rel, Operation *op, int64 token, Jsonb *response,
 		if (row.found == FOUND_ROW)
 		{
 			received_for(&row, &received);
-			if (token != 0 && DatumGetInt64(row.values[S_TOKEN]) != token)
+			if (token == 0)
+				received.uncertain = false;
+			else if (DatumGetInt64(row.values[S_TOKEN]) != token)
 			{
 				received.uncertain = false;
 				received.overtaken = true;

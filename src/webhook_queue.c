@@ -15,7 +15,8 @@
  * waits for that lock; an object that others are at is passed by.  It is a lock
  * of the kind that pg_advisory_xact_lock() takes, in a space of its own, and
  * there are OBJECT_LOCKS of them at most, so that a transaction may claim any
- * number of events.  Two objects may share one, and then wait for each other.
+ * number of events (though others pass by no more than MAX_PASSED of them, and
+ * find nothing behind).  Two objects may share one, and then wait for each other.
  *
  * An event without an object stands for itself.  Claims that don't come this
  * way, of Stripe's deliveries or by hand, neither take that lock nor heed it.
@@ -71,12 +72,20 @@
 	" AND NOT EXISTS (" SAME_OBJECT \
 	" AND o.token OPERATOR(pg_catalog.=) ANY ($3) OFFSET 0))"
 
+/*
+ * What stands for an event when it is passed by: its object, or itself, of its
+ * account.  Accounts may have objects of one name, such as a product or a coupon
+ * whose id somebody has chosen.
+ */
+#define THING \
+	"account OPERATOR(pg_catalog.||) E'\\n' OPERATOR(pg_catalog.||) COALESCE(object_id, stripe_event_id)"
+
 /* $1: consumer, $4: 0 for fresh ones, 1 for others, $5: things that are passed by */
 #define FIND_CANDIDATES(limit) \
-	"SELECT account, stripe_event_id, object_id FROM idempotency.stripe_webhook_events e" \
+	"SELECT account, stripe_event_id, " THING " FROM idempotency.stripe_webhook_events e" \
 	" WHERE consumer OPERATOR(pg_catalog.=) $1 AND success IS NOT TRUE" \
 	" AND LEAST(attempts, 1) OPERATOR(pg_catalog.=) $4" \
-	" AND COALESCE(object_id, stripe_event_id) OPERATOR(pg_catalog.<>) ALL ($5)" \
+	" AND (" THING ") OPERATOR(pg_catalog.<>) ALL ($5)" \
 	" AND" MAY_BE_HANDED_OUT " ORDER BY next_attempt_at LIMIT " limit
 
 static OwnerStatement find_first = {
@@ -100,7 +109,13 @@ static OwnerStatement lock_event = {
 	5, {TEXTOID, TIMESTAMPTZOID, INT8ARRAYOID, TEXTOID, TEXTOID}
 };
 
-/* What is found, and what is passed by: objects' ids, or events' own. */
+/* Columns of a candidate. */
+enum
+{
+	K_ACCOUNT, K_STRIPE_EVENT_ID, K_THING, K_NCOLUMNS
+};
+
+/* What is found, and what is passed by. */
 typedef struct Search
 {
 	MemoryContext context;
@@ -110,18 +125,16 @@ typedef struct Search
 	Datum		own;			/* tokens of this transaction's claims */
 	Datum		passed[MAX_PASSED];
 	int			npassed;
-	Datum		candidates[PAGE][3];	/* account, stripe_event_id, object_id */
-	bool		has_object[PAGE];
+	Datum		candidates[PAGE][K_NCOLUMNS];
 	int			ncandidates;
 } Search;
 
 static void
-add_candidate(Search *search, const Datum *values, const bool *isnull)
+add_candidate(Search *search, const Datum *values)
 {
 	int			n = search->ncandidates++;
 
 	memcpy(search->candidates[n], values, sizeof(search->candidates[n]));
-	search->has_object[n] = !isnull[2];
 }
 
 static void
@@ -129,17 +142,13 @@ add_row(HeapTuple tuple, TupleDesc desc, void *arg)
 {
 	Search	   *search = arg;
 	MemoryContext old = MemoryContextSwitchTo(search->context);
-	Datum		values[3];
-	bool		isnull[3];
+	Datum		values[K_NCOLUMNS];
+	bool		isnull;			/* none is */
 	int			i;
 
-	for (i = 0; i < 3; i++)
-	{
-		values[i] = heap_getattr(tuple, i + 1, desc, &isnull[i]);
-		if (!isnull[i])
-			values[i] = PointerGetDatum(DatumGetTextPCopy(values[i]));
-	}
-	add_candidate(search, values, isnull);
+	for (i = 0; i < K_NCOLUMNS; i++)
+		values[i] = PointerGetDatum(DatumGetTextPCopy(heap_getattr(tuple, i + 1, desc, &isnull)));
+	add_candidate(search, values);
 	MemoryContextSwitchTo(old);
 }
 
@@ -148,8 +157,8 @@ static void
 find_candidates(Search *search, int tried)
 {
 	Datum		values[5];
-	Datum		out[3];
-	bool		outnull[3];
+	Datum		out[K_NCOLUMNS];
+	bool		outnull[K_NCOLUMNS];
 
 	values[0] = PointerGetDatum(search->consumer);
 	values[1] = TimestampTzGetDatum(search->now);
@@ -160,17 +169,11 @@ find_candidates(Search *search, int tried)
 	search->ncandidates = 0;
 	if (search->npassed > 0)
 		owner_select(&find_page, search->rel->rd_rel->relowner, values, add_row, search);
-	else if (ledger_execute(search->rel, &find_first, values, NULL, out, outnull, 3) > 0)
-		add_candidate(search, out, outnull);
+	else if (ledger_execute(search->rel, &find_first, values, NULL, out, outnull, K_NCOLUMNS) > 0)
+		add_candidate(search, out);
 }
 
 /* ---------- one candidate ---------- */
-
-static Datum
-thing_of(Search *search, int n)
-{
-	return search->candidates[n][search->has_object[n] ? 2 : 1];
-}
 
 static bool
 is_passed(Search *search, Datum thing)
@@ -196,9 +199,7 @@ object_lock(Search *search, int n, LOCKTAG *tag)
 	initStringInfo(&name);
 	appendStringInfoString(&name, text_to_cstring(search->consumer));
 	appendStringInfoChar(&name, '\0');
-	appendStringInfoString(&name, TextDatumGetCString(search->candidates[n][0]));
-	appendStringInfoChar(&name, '\0');
-	appendStringInfoString(&name, TextDatumGetCString(thing_of(search, n)));
+	appendStringInfoString(&name, TextDatumGetCString(search->candidates[n][K_THING]));
 	hash = hash_bytes((unsigned char *) name.data, name.len);
 
 	SET_LOCKTAG_ADVISORY(*tag, MyDatabaseId, RelationGetRelid(search->rel),
@@ -224,8 +225,8 @@ lock_candidate(Search *search, int n, LedgerRow *row)
 	values[0] = PointerGetDatum(search->consumer);
 	values[1] = TimestampTzGetDatum(search->now);
 	values[2] = search->own;
-	values[3] = search->candidates[n][0];
-	values[4] = search->candidates[n][1];
+	values[3] = search->candidates[n][K_ACCOUNT];
+	values[4] = search->candidates[n][K_STRIPE_EVENT_ID];
 	if (ledger_execute_latest(search->rel, &lock_event, values, NULL, row->values,
 							  row->isnull, webhook_events.ncolumns) > 0)
 		return true;
@@ -279,7 +280,7 @@ webhook_queue_next(Relation rel, text *consumer, TimestampTz now, LedgerRow *row
 			find_candidates(search, tried);
 			for (i = 0; i < search->ncandidates; i++)
 			{
-				Datum		thing = thing_of(search, i);
+				Datum		thing = search->candidates[i][K_THING];
 
 				if (is_passed(search, thing))
 					continue;

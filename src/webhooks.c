@@ -994,7 +994,12 @@ idempotency_stripe_webhook_next(PG_FUNCTION_ARGS)
 					PointerGetDatum(consumer));
 		answer_event(&claim, &row);
 		if (take(&claim.base, rel, &row, now))
+		{
+			/* the search may have been long: the lease starts at the answer */
+			if (ledger_has_waited(&now))
+				renew(&claim.base, rel, now);
 			break;
+		}
 		ledger_lost_race(&webhook_events, &races);
 	}
 	ledger_close(rel);

@@ -136,6 +136,11 @@ expired_rows($node, 5);
 $node->reload;
 wait_until_expired($node, 'the clock was set back, and the workers go on');
 
+# A recorder that has nothing to do any more doesn't wait until it is that late again.
+sql($node, q{SELECT idempotency.stripe_claim('clock', 'back')});
+$clock->set(982 * $day - 7200);
+ok(wait_for_no_recorder($node), 'nor does a recorder stay');
+
 $node->stop;
 
 done_testing();

@@ -255,6 +255,14 @@ eval { $session->quit };
 is(sql($node, q{SELECT outcome FROM idempotency.stripe_lookup('own', '1')}), 'completed',
 	'stripe_ledger = transaction: what was sent and committed is on disk');
 
-$node->stop;
+# The postmaster's end ends the wait for a standby, and nothing else says so.
+wait_for_standby();
+$session = begin_claim('orphaned', '');
+$pid = wait_for_recorder('a recorder waits for the standby');
+$node->kill9;
+my $tries = 0;
+select(undef, undef, undef, 0.1) while -e "/proc/$pid" && ++$tries < 600;
+ok(!-e "/proc/$pid", 'it ends with the postmaster');
+eval { $session->quit };
 
 done_testing();

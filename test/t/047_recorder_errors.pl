@@ -102,6 +102,25 @@ disarm($node, 'recorder-begins');
 ok($node->poll_query_until('postgres', q{SELECT outcome = 'completed' FROM idempotency.stripe_lookup('call', 'numbered')}),
 	'then it goes on');
 
+# It can be ended, or cancelled, when its commit has failed and it hasn't said so yet.
+foreach my $how (qw(terminate cancel))
+{
+	$session = $node->background_psql('postgres', on_error_stop => 0);
+	arm($node, 'call-sent', 'wait');
+	$session->query_until(qr/begun/, "\\echo begun\nSELECT test_stripe_call('call', 'failed, $how');\n");
+	wait_for_point($node, 'call-sent');
+	arm($node, 'recorder-before-commit', 'error');
+	arm($node, 'recorder-rolled-back', 'wait');
+	disarm($node, 'call-sent');
+	my $pid = wait_for_point($node, 'recorder-rolled-back');
+	sql($node, "SELECT pg_${how}_backend($pid)");
+	disarm($node, 'recorder-rolled-back');
+	like($session->query('SELECT 1'), qr/^claimed completed/m, "$how after a failed commit: the caller is told");
+	is($session->{stderr} =~ /is not recorded yet/ ? 'not yet' : sql($node, "SELECT outcome FROM idempotency.stripe_lookup('call', 'failed, $how')"),
+		'completed', "$how after a failed commit: when it is recorded");
+	$session->quit;
+}
+
 # What is noted of a caller's end, in a transaction that fails, is noted in the next.
 $session = $node->background_psql('postgres', on_error_stop => 0);
 $session->query_safe(q{BEGIN; SELECT test_stripe_call('call', 'noted')});

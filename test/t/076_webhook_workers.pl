@@ -40,7 +40,8 @@ sub receive
 {
 	my ($id, %params) = @_;
 	my $object = $params{object} // "o_$id";
-	my $body = qq({"id": "$id", "object": "event", "type": "a.b", "data": {"object": {"id": "$object"}}});
+	my $account = defined $params{account} ? qq(, "account": "$params{account}") : '';
+	my $body = qq({"id": "$id", "object": "event", "type": "a.b", "data": {"object": {"id": "$object"}}$account});
 	my $signature = 't=1795300000,v1=' . hmac_sha256_hex("1795300000.$body", 'whsec_test');
 
 	return "SELECT FROM idempotency.stripe_webhook_receive('\\x" . unpack('H*', $body)
@@ -108,6 +109,9 @@ is($workers[1]->query('SELECT next()'), '', 'another one that comes in, and is o
 # any number of its kind hold up no other
 sql($node, join(';', (map { receive("evt_c$_", object => 'sub_1') } 1 .. 150), receive('evt_other')));
 is($workers[1]->query('SELECT next()'), 'evt_other 1', 'what is behind 150 of them is taken');
+# an object of the same name, of another account, is another one
+sql($node, receive('evt_account', object => 'sub_1', account => 'acct_1'));
+is($workers[1]->query('SELECT next()'), 'evt_account 1', 'so is another account\'s of the same id');
 $workers[0]->query_safe('ROLLBACK');
 is($workers[1]->query('SELECT next()'), 'evt_a 1', 'then the oldest');
 is($workers[0]->query('SELECT next()'), '', 'and it alone, while its lease lasts');
