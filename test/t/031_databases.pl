@@ -91,6 +91,7 @@ my ($rc, undef, $stderr) = $node->psql('postgres', 'DROP DATABASE stays');
 like($stderr, qr/database "stays" is being accessed by other users.*1 other session/s,
 	'DROP DATABASE counts others, and no worker');
 $session->quit;
+wait_until_expired($node, 'and the worker comes back', db => 'stays');
 
 busy_database('tablespaces');
 my $location = PostgreSQL::Test::Utils::tempdir();
