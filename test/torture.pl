@@ -63,6 +63,7 @@ shared_buffers = '32MB'
 restart_after_crash = on
 synchronous_commit = off
 wal_writer_delay = '10s'
+wal_keep_size = '1GB'
 log_statement = all
 wal_retrieve_retry_interval = 100ms
 idempotency.webhook_secret_file = '$directory/webhook_secret'
