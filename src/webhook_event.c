@@ -243,6 +243,8 @@ webhook_event_read(Jsonb *json, WebhookEvent *event)
 	JsonbContainer *request;
 	JsonbContainer *metadata = NULL;
 	char	   *kind = json_string_member(root, "object");
+	char	   *account;
+	char	   *context;
 	bool		thin;
 
 	memset(event, 0, sizeof(*event));
@@ -261,19 +263,10 @@ webhook_event_read(Jsonb *json, WebhookEvent *event)
 	 * accounts is told them as its context.  The context of an event of API v1
 	 * without "account" is one's own account.
 	 */
-	event->account = json_string_member(root, "account");
-	if (event->account == NULL)
-	{
-		event->connected = thin;
-		event->account = json_string_member(root, "context");
-	}
-	else
-		event->connected = true;
-	if (event->account == NULL)
-	{
-		event->connected = false;
-		event->account = "";
-	}
+	account = json_string_member(root, "account");
+	context = json_string_member(root, "context");
+	event->account = account != NULL ? account : context != NULL ? context : "";
+	event->connected = account != NULL || (thin && context != NULL);
 	if (!is_id(event->account, true))
 		return false;
 

@@ -799,7 +799,7 @@ idempotency_worker_main(Datum arg)
 	Oid			dbid = DatumGetObjectId(arg);
 	MemoryContext context;
 	MemoryContext run_context;
-	Run			run;
+	static Run	run;			/* leave() looks at it, whatever has become of the stack */
 
 	if (!enter(dbid))
 		proc_exit(0);

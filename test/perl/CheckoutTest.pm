@@ -33,7 +33,7 @@ use StripeTest;
 use Test::More;
 use Time::HiRes ();
 
-our @EXPORT = qw(test_checkouts test_misfortunes example_in_node example_in_python run_program node_lacks);
+our @EXPORT = qw(test_checkouts test_misfortunes test_example example_in_node example_in_python run_program node_lacks);
 
 my $json = JSON::PP->new->utf8->canonical;
 my ($node, $stripe, $port, $application, $command, $log);
@@ -80,15 +80,24 @@ sub node_lacks
 {
 	my ($dir) = @_;
 
+	return npm_cannot(18, $dir, 'install', 'stripe@23', 'pg@8');
+}
+
+# Why a command of npm's can't be carried out in a directory, or undef.
+sub npm_cannot
+{
+	my ($oldest, $dir, $command, @what) = @_;
+
 	foreach my $program ('node', 'npm')
 	{
-		return "$program is not installed" if system("command -v $program >/dev/null 2>&1") != 0;
+		my (undef, $ok) = run_program($program, '--version');
+		return "$program is not installed" unless $ok;
 	}
-	my ($version) = `node --version` =~ /^v(\d+)/;
-	return 'node is older than 18' if ($version // 0) < 18;
+	my ($version) = run_program('node', '--version');
+	return "node is older than $oldest" if ($version =~ /^v(\d+)/)[0] < $oldest;
 
-	my ($output, $ok) = run_program('npm', 'install', '--prefix', $dir, '--no-audit', '--no-fund', '--loglevel=error',
-		'--ignore-scripts', '--fetch-retries=0', '--fetch-timeout=15000', 'stripe@23', 'pg@8');
+	my ($output, $ok) = run_program('npm', $command, '--prefix', $dir, '--no-audit', '--no-fund', '--loglevel=error',
+		'--ignore-scripts', '--fetch-retries=0', '--fetch-timeout=15000', @what);
 	$output =~ s/\s+/ /g;
 	return $ok ? undef : 'npm cannot fetch stripe and pg: ' . substr($output, 0, 200);
 }
@@ -105,22 +114,30 @@ my $examples = "$FindBin::RealBin/../../examples";
 
 sub example_in_node
 {
-	foreach my $program ('node', 'npm')
-	{
-		my (undef, $ok) = run_program($program, '--version');
-		return (undef, "$program is not installed") unless $ok;
-	}
-	my ($version) = run_program('node', '--version');
-	return (undef, 'node is older than 20') if ($version =~ /^v(\d+)/)[0] < 20;
-
 	# as it stands there, with the libraries that its lock file names
 	my $dir = PostgreSQL::Test::Utils::tempdir() . '/checkout-node';
 	my ($output, $ok) = run_program('cp', '-R', "$examples/checkout-node", $dir);
 	die $output unless $ok;
-	($output, $ok) = run_program('npm', 'ci', '--prefix', $dir, '--no-audit', '--no-fund', '--loglevel=error',
-		'--ignore-scripts', '--fetch-retries=0', '--fetch-timeout=15000');
-	$output =~ s/\s+/ /g;
-	return $ok ? ([ 'node', "$dir/server.mjs" ], 1) : (undef, 'npm cannot fetch stripe and pg: ' . substr($output, 0, 200));
+	my $reason = npm_cannot(20, $dir, 'ci');
+	return defined $reason ? (undef, $reason) : ([ 'node', "$dir/server.mjs" ], 1);
+}
+
+=pod
+
+=item test_example(\&tests, example_in_...())
+
+The whole of a test script: these tests with that example, or a skip.
+
+=cut
+
+sub test_example
+{
+	my ($tests, $command, $sdk) = @_;
+
+	plan skip_all => $sdk unless $command;
+	$tests->($command, $sdk);
+	done_testing();
+	return;
 }
 
 sub example_in_python

@@ -9,11 +9,5 @@ use FindBin;
 use lib "$FindBin::RealBin/../perl";
 
 use CheckoutTest;
-use Test::More;
 
-my ($command, $sdk) = example_in_node();
-plan skip_all => $sdk unless $command;
-
-test_misfortunes($command, $sdk);
-
-done_testing();
+test_example(\&test_misfortunes, example_in_node());
