@@ -82,7 +82,8 @@ sql($node, 'CREATE TABLE handled (event text, session text)');
 sql($node, 'CREATE DATABASE small TEMPLATE template0');
 sql($node, 'CREATE EXTENSION idempotency; CREATE VIEW depends AS SELECT key FROM idempotency.idempotency_keys', db => 'small');
 # more databases than there are places for their recorders
-foreach my $database (map { "crowd$_" } 0 .. 11)
+$ENV{TORTURE_DATABASES} = 12;
+foreach my $database (map { "crowd$_" } 0 .. $ENV{TORTURE_DATABASES} - 1)
 {
 	sql($node, "CREATE DATABASE $database");
 	sql($node, 'CREATE EXTENSION idempotency', db => $database);
@@ -525,18 +526,10 @@ foreach my $kind (@kinds)
 # Those that are held, and those that aren't
 sub hold
 {
-	my ($signal) = @_;
+	my ($signal, $kinds) = @_;
 
-	kill $signal, grep { $children{$_} !~ /^detached/ } keys %children;
-	return;
-}
-
-# Those of many databases go on, while the others don't.
-sub let_crowd
-{
-	my ($signal) = @_;
-
-	kill $signal, grep { $children{$_} =~ /^crowd/ } keys %children;
+	$kinds //= qr/^(?!detached)/;
+	kill $signal, grep { $children{$_} =~ $kinds } keys %children;
 	return;
 }
 
@@ -623,9 +616,9 @@ my %hushes = (
 	},
 	# many databases want the few places there are
 	crowd => sub {
-		let_crowd('CONT');
+		hold('CONT', qr/^crowd/);
 		lull($lull);
-		let_crowd('STOP');
+		hold('STOP', qr/^crowd/);
 	},
 	# other databases are, and calls go on
 	dropped => sub {

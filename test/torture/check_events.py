@@ -3,7 +3,8 @@
 import collections
 import math
 
-LEASE = 2
+from events import EventsSession
+
 FEWEST_ATTEMPTS = 3  # of what TortureSettings.pm sets
 PASSED_OVER = 10
 
@@ -15,7 +16,7 @@ def check_objects(taken, recorded_at, object_of, violations):
         event = call["res"]["stripe_event_id"]
         until = call["open_until"]
         if call["tx"] is None:
-            until = min(call["t0"] + LEASE, recorded_at.get((event, call["res"]["token"]), math.inf))
+            until = min(call["t0"] + EventsSession.LEASE, recorded_at.get((event, call["res"]["token"]), math.inf))
         if call["committed"] and event in object_of:
             by_object[object_of[event]].append((call["t0"], call["t1"], until, event))
     for what, claims in by_object.items():

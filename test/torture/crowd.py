@@ -6,7 +6,7 @@ import time
 
 from session import Session
 
-DATABASES = 12
+DATABASES = int(os.environ["TORTURE_DATABASES"])
 
 
 def name_of(number):

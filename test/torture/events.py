@@ -21,7 +21,7 @@ def is_poison(event):
 
 
 class EventsSession(Session):
-    LEASE = "2 s"
+    LEASE = 2  # seconds
 
     def __init__(self, *args, control, endpoint):
         super().__init__(*args)
@@ -103,7 +103,7 @@ class EventsSession(Session):
         if not leased:
             self.begin()
         got = self.execute("SELECT r.* FROM idempotency.stripe_webhook_next(%(lease)s) r",
-                           {"lease": self.LEASE if leased else None}, op="event_next", lease=leased)
+                           {"lease": f"{self.LEASE} s" if leased else None}, op="event_next", lease=leased)
         if got is None:
             self.end("rollback")
             return False
