@@ -673,4 +673,15 @@ INSERT INTO idempotency.namespace (value, system_identifier, database, created_a
 SELECT idempotency.operation_uuid('k', 's') = :'uuid' AS the_oldest;
 ROLLBACK;
 
+-- who doesn't wait at all still gets what nobody has: a lapsed claim, and a key of a table whose INSERT may take its time
+SET idempotency.wait_timeout = 0;
+SELECT FROM idempotency.claim('no wait', 'shop', lease => '1 microsecond');
+SELECT verdict, attempt FROM idempotency.claim('no wait', 'shop', lease => '1 hour');
+SELECT verdict FROM idempotency.claim('no wait', 'shop', lease => '1 hour');
+CREATE FUNCTION pg_temp.same() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+CREATE TRIGGER same BEFORE INSERT ON idempotency.idempotency_keys FOR EACH ROW EXECUTE FUNCTION pg_temp.same();
+SELECT verdict FROM idempotency.claim('no wait, with a trigger', 'shop', lease => '1 hour');
+DROP TRIGGER same ON idempotency.idempotency_keys;
+RESET idempotency.wait_timeout;
+
 DELETE FROM idempotency.idempotency_keys;

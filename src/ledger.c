@@ -598,8 +598,12 @@ ledger_claim(Ledger *ledger, Relation rel, LedgerClaim *claim)
 				if (waiting_since == 0)
 					waiting_since = now;
 				left = wait_left(waiting_since);
+
+				/* nobody has been seen here: it is tried, though there is no time to wait */
+				if (left < 0)
+					left = NOWAIT_TIMEOUT_MS;
 			}
-			if (left < 0 || !within_lock_timeout(left, true, !ledger->direct, do_write, &write))
+			if (!within_lock_timeout(left, true, !ledger->direct, do_write, &write))
 				break;
 		}
 
