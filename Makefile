@@ -7,66 +7,66 @@ PGFILEDESC = "idempotency - keys for requests received and calls sent"
 MODULE_big = idempotency
 OBJS = \
 	$(WIN32RES) \
-	src/arguments.o \
-	src/background.o \
-	src/caller.o \
-	src/databases.o \
-	src/debug_point.o \
-	src/drop_database.o \
-	src/expiry.o \
-	src/fingerprint.o \
+	src/grant_role.o \
 	src/idempotency.o \
-	src/json_member.o \
-	src/json_text.o \
-	src/launcher.o \
-	src/ledger.o \
-	src/ledger_search.o \
-	src/left_orders.o \
-	src/lock_limit.o \
-	src/mac.o \
-	src/namespace.o \
-	src/notice.o \
-	src/open_claims.o \
-	src/owner_spi.o \
-	src/privileges.o \
-	src/recorder.o \
-	src/recorder_queue.o \
-	src/recorder_worker.o \
-	src/request_print.o \
-	src/requests.o \
-	src/result.o \
-	src/secret_file.o \
-	src/settings_guard.o \
-	src/settle.o \
-	src/settle_event.o \
-	src/shmem.o \
-	src/stripe/api_key.o \
-	src/stripe/exchange.o \
+	src/base/arguments.o \
+	src/base/debug_point.o \
+	src/base/fingerprint.o \
+	src/base/json_member.o \
+	src/base/json_text.o \
+	src/base/lock_limit.o \
+	src/base/mac.o \
+	src/base/notify.o \
+	src/base/owner_spi.o \
+	src/base/result_row.o \
+	src/base/secret_file.o \
+	src/base/settings_guard.o \
+	src/base/shmem.o \
+	src/base/subtransaction.o \
+	src/calls/call_transactions.o \
+	src/calls/settle_by_event.o \
+	src/calls/settle_by_hand.o \
+	src/calls/stripe_expiry.o \
+	src/calls/stripe_ledger.o \
+	src/events/webhook_payload.o \
+	src/events/webhook_queue.o \
+	src/events/webhook_secret.o \
+	src/events/webhooks.o \
+	src/ledger/derived_key.o \
+	src/ledger/expiry.o \
+	src/ledger/ledger.o \
+	src/ledger/ledger_search.o \
+	src/ledger/namespace.o \
+	src/ledger/open_claims.o \
+	src/ledger/request_fingerprint.o \
+	src/ledger/requests.o \
+	src/process/abandoned_orders.o \
+	src/process/background_process.o \
+	src/process/drop_database.o \
+	src/process/launcher.o \
+	src/process/recorder_client.o \
+	src/process/recorder_process.o \
+	src/process/recorder_queue.o \
+	src/process/worker.o \
+	src/process/worker_table.o \
+	src/send/api_key.o \
+	src/send/http_client.o \
+	src/send/reconcile.o \
+	src/send/stripe_call.o \
+	src/send/stripe_functions.o \
+	src/send/stripe_request.o \
+	src/stripe/api_path.o \
 	src/stripe/form.o \
-	src/stripe/gateway.o \
-	src/stripe/path.o \
-	src/stripe/reconcile.o \
-	src/stripe/resource.o \
-	src/stripe/stripe_call.o \
-	src/stripe_answer.o \
-	src/stripe_effect.o \
-	src/stripe_expiry.o \
-	src/stripe_key.o \
-	src/stripe_keys.o \
-	src/stripe_ledger.o \
-	src/stripe_outcome.o \
-	src/subtransaction.o \
-	src/webhook_event.o \
-	src/webhook_payload.o \
-	src/webhook_queue.o \
-	src/webhook_secret.o \
-	src/webhook_signature.o \
-	src/webhooks.o \
-	src/worker.o
+	src/stripe/stripe_answer.o \
+	src/stripe/stripe_effect.o \
+	src/stripe/stripe_lookup.o \
+	src/stripe/stripe_outcome.o \
+	src/stripe/webhook_event.o \
+	src/stripe/webhook_signature.o
 
 # the HTTP client, a library of its own: only it needs libcurl
 STRIPE_LIBRARY = idempotency_stripe$(DLSUFFIX)
-STRIPE_OBJS = src/stripe/http.o
+STRIPE_OBJS = src/send/http.o
 CURL_CONFIG ?= curl-config
 
 PG_CPPFLAGS = -I$(srcdir)/src
@@ -96,7 +96,7 @@ PG_CONFIG ?= pg_config
 PGXS := $(shell $(PG_CONFIG) --pgxs 2>/dev/null)
 ifneq ($(wildcard $(PGXS)),)
 include $(PGXS)
-$(OBJS) $(STRIPE_OBJS): $(wildcard src/*.h src/stripe/*.h)
+$(OBJS) $(STRIPE_OBJS): $(wildcard src/*/*.h)
 
 ifneq ($(shell $(CURL_CONFIG) --version 2>/dev/null),)
 $(STRIPE_OBJS): CPPFLAGS += $(shell $(CURL_CONFIG) --cflags)

@@ -150,7 +150,7 @@ CREATE TYPE idempotency.stripe_call_result AS (
 -- Tables
 --
 -- Fixed-width columns come first, so that a row is short.  The C code knows
--- the columns by number (src/requests.c, src/stripe_ledger.h, src/webhooks.c): a
+-- the columns by number (src/ledger/requests.c, src/calls/stripe_ledger.h, src/events/webhooks.c): a
 -- later version adds columns at the end.  No index on idempotency_keys but the
 -- primary key: every claim would pay for it.
 --
@@ -218,13 +218,13 @@ CREATE TABLE idempotency.stripe_idempotency_keys (
 	PRIMARY KEY (account, operation_type, operation_id)
 ) WITH (fillfactor = 80, vacuum_truncate = off, toast.vacuum_truncate = off);
 
--- calls that an event about their object may settle (src/settle_event.c)
+-- calls that an event about their object may settle (src/calls/settle_by_event.c)
 CREATE INDEX stripe_idempotency_keys_unsettled_idx
 	ON idempotency.stripe_idempotency_keys (resource_id)
 	WHERE outcome OPERATOR(pg_catalog.=) 'unknown'::idempotency.outcome
 		OR outcome OPERATOR(pg_catalog.=) 'in_progress'::idempotency.outcome;
 -- what somebody has to see to: the views stripe_unknown, stripe_orphans and
--- open_claims repeat this condition, as the planner wants it (and src/settle.c)
+-- open_claims repeat this condition, as the planner wants it (and src/calls/settle_by_hand.c)
 CREATE INDEX stripe_idempotency_keys_open_idx
 	ON idempotency.stripe_idempotency_keys (claimed_at)
 	WHERE outcome OPERATOR(pg_catalog.=) 'unknown'::idempotency.outcome
@@ -233,7 +233,7 @@ CREATE INDEX stripe_idempotency_keys_open_idx
 		OR (outcome OPERATOR(pg_catalog.=) 'completed'::idempotency.outcome
 			AND callers IS NOT NULL AND acknowledged IS NULL)
 		OR pg_catalog.cardinality(callers) OPERATOR(pg_catalog.>) 0;
--- what expires, with a body and without one (src/stripe_expiry.c)
+-- what expires, with a body and without one (src/calls/stripe_expiry.c)
 CREATE INDEX stripe_idempotency_keys_settled_idx
 	ON idempotency.stripe_idempotency_keys
 		((request IS NOT NULL OR body IS NOT NULL OR response IS NOT NULL OR error IS NOT NULL),
@@ -294,7 +294,7 @@ CREATE INDEX stripe_webhook_events_pending_key_idx
 	ON idempotency.stripe_webhook_events (pending_key) WHERE pending_key IS NOT NULL;
 
 -- No unique key on purpose: a restore adds the dumped row beside the one that
--- CREATE EXTENSION made (src/namespace.c says which of them is in force).
+-- CREATE EXTENSION made (src/ledger/namespace.c says which of them is in force).
 CREATE TABLE idempotency.namespace (
 	value bytea NOT NULL,
 	system_identifier bigint NOT NULL,

@@ -20,17 +20,17 @@
 #include "utils/guc.h"
 #include "utils/varlena.h"
 
-#include "compat.h"
-#include "drop_database.h"
-#include "launcher.h"
-#include "notice.h"
-#include "open_claims.h"
-#include "recorder.h"
-#include "secret_file.h"
-#include "settings.h"
-#include "settings_guard.h"
-#include "shmem.h"
-#include "stripe/path.h"
+#include "base/compat.h"
+#include "base/notify.h"
+#include "base/secret_file.h"
+#include "base/settings.h"
+#include "base/settings_guard.h"
+#include "base/shmem.h"
+#include "ledger/open_claims.h"
+#include "process/drop_database.h"
+#include "process/launcher.h"
+#include "process/recorder_client.h"
+#include "stripe/api_path.h"
 
 IDEMPOTENCY_MODULE_MAGIC;
 

@@ -38,8 +38,8 @@
 #include "utils/json.h"
 #include "utils/numeric.h"
 
-#include "compat.h"
-#include "errors.h"
+#include "base/compat.h"
+#include "base/errors.h"
 #include "stripe/form.h"
 
 /* Objects and arrays in each other; Stripe's own go to about six. */

@@ -7,8 +7,8 @@
  *
  *-------------------------------------------------------------------------
  */
-#ifndef IDEMPOTENCY_STRIPE_FORM_H
-#define IDEMPOTENCY_STRIPE_FORM_H
+#ifndef IDEMPOTENCY_FORM_H
+#define IDEMPOTENCY_FORM_H
 
 #include "postgres.h"
 
@@ -19,4 +19,4 @@ extern void form_append(StringInfo out, bool first, const char *name, const char
 extern void form_encode(StringInfo out, Jsonb *params, Size max_size);
 extern void json_encode(StringInfo out, Jsonb *params, Size max_size);
 
-#endif							/* IDEMPOTENCY_STRIPE_FORM_H */
+#endif							/* IDEMPOTENCY_FORM_H */

@@ -24,10 +24,10 @@
 #include "utils/jsonb.h"
 #include "utils/wait_event.h"
 
-#include "compat.h"
-#include "debug_point.h"
-#include "recorder.h"
-#include "settle.h"
+#include "base/compat.h"
+#include "base/debug_point.h"
+#include "calls/settle_by_hand.h"
+#include "process/recorder_client.h"
 
 PG_MODULE_MAGIC;
 

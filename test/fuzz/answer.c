@@ -2,7 +2,7 @@
  *
  * answer.c
  *	  Fuzz target: what comes back from Stripe, status, headers and body
- *	  (src/stripe/http.c, exchange.c, src/stripe_answer.c, stripe_outcome.c,
+ *	  (src/send/http.c, stripe_request.c, src/stripe/stripe_answer.c, stripe_outcome.c,
  *	  json_member.c).
  *
  * The network is left out: where libcurl would, this calls http.c's functions
@@ -23,17 +23,17 @@
 #include "backend.h"
 
 /* its functions are static */
-#include "stripe/http.c"
+#include "send/http.c"
 
-#include "json_member.h"
+#include "base/json_member.h"
+#include "base/settings.h"
 #include "json_tree.h"
-#include "settings.h"
-#include "stripe/exchange.h"
-#include "stripe/gateway.h"
+#include "send/http_client.h"
+#include "send/stripe_request.h"
 
 #define BODY_MAX 1024
 
-/* settings that exchange.c looks at */
+/* settings that stripe_request.c looks at */
 int			stripe_max_retries = 0;
 int			stripe_timeout = 60000;
 int			max_response_size = BODY_MAX / 1024;

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * fingerprint.c
- *	  Fuzz target: fingerprints of requests (src/fingerprint.c).
+ *	  Fuzz target: fingerprints of requests (src/base/fingerprint.c).
  *
  * Two values have one fingerprint exactly if jsonb says that they are equal;
  * so has one value written in two ways; and ignoring members comes to the same
@@ -15,7 +15,7 @@
  */
 #include "backend.h"
 
-#include "fingerprint.h"
+#include "base/fingerprint.h"
 #include "json_tree.h"
 
 typedef struct Fingerprint

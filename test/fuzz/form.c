@@ -20,7 +20,7 @@
 #include "utils/builtins.h"
 #include "utils/numeric.h"
 
-#include "errors.h"
+#include "base/errors.h"
 #include "json_tree.h"
 #include "stripe/form.h"
 

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * json_text.c
- *	  Fuzz target: JSON of somebody else's, for jsonb (src/json_text.c).
+ *	  Fuzz target: JSON of somebody else's, for jsonb (src/base/json_text.c).
  *
  * What PostgreSQL's parser calls JSON is taken, and nothing else; jsonb_in()
  * takes what comes out, as does this code a second time; and where jsonb takes
@@ -19,7 +19,7 @@
 #include "mb/pg_wchar.h"
 #include "utils/builtins.h"
 
-#include "json_text.h"
+#include "base/json_text.h"
 #include "json_tree.h"
 
 #if PG_VERSION_NUM >= 170000

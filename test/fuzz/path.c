@@ -2,7 +2,7 @@
  *
  * path.c
  *	  Fuzz target: paths of Stripe's API, lists of allowed ones, API bases and
- *	  versions (src/stripe/path.c).
+ *	  versions (src/stripe/api_path.c).
  *
  * An input is a list, a zero byte, and a path; each of them is also taken for
  * everything else.  What is accepted is looked at a second time, by other
@@ -18,7 +18,7 @@
  */
 #include "fuzz.h"
 
-#include "stripe/path.h"
+#include "stripe/api_path.h"
 
 int			LLVMFuzzerTestOneInput(const uint8 *data, size_t size);
 
@@ -28,7 +28,7 @@ const char *const fuzz_tokens[] = {
 	":80", ":65536", "2026-10-28.endive", "\r\n", "api.stripe.com", NULL
 };
 
-/* path.c's only wish of the server */
+/* api_path.c's only wish of the server */
 int
 pg_strncasecmp(const char *a, const char *b, size_t n)
 {

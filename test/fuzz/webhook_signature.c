@@ -4,7 +4,7 @@
  *	  Fuzz target: the header of a webhook's signature.
  *
  * An input is a header, and after a zero byte, if there is one, a body.  The
- * header is parsed by src/webhook_signature.c and by a second, plain parser
+ * header is parsed by src/stripe/webhook_signature.c and by a second, plain parser
  * here, and both must agree; then the body is verified against the header, and
  * against headers in which the input is only a part.  The MAC is a stand-in,
  * cheap and linear, so that the fuzzer can't spend its time on SHA-256.
@@ -17,8 +17,8 @@
  */
 #include "fuzz.h"
 
-#include "mac.h"
-#include "webhook_signature.h"
+#include "base/mac.h"
+#include "stripe/webhook_signature.h"
 
 int			LLVMFuzzerTestOneInput(const uint8 *data, size_t size);
 

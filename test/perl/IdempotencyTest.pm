@@ -110,7 +110,7 @@ Skip the whole test where that build isn't there.
 
 =item arm($node, $point, $action), disarm($node, $point), wait_for_point($node, $point)
 
-Arm a debug point (src/debug_point.c), let go whoever waits there, wait until
+Arm a debug point (src/base/debug_point.c), let go whoever waits there, wait until
 somebody has come there; the latter returns the process id.
 
 =cut

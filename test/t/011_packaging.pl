@@ -11,10 +11,10 @@ use Test::More;
 
 my $top = "$FindBin::RealBin/../..";
 my ($version) = slurp_file("$top/idempotency.control") =~ /^default_version = '([\d.]+)'/m;
-my ($library) = slurp_file("$top/src/compat.h") =~ /IDEMPOTENCY_VERSION "([\d.]+)"/;
+my ($library) = slurp_file("$top/src/base/compat.h") =~ /IDEMPOTENCY_VERSION "([\d.]+)"/;
 my ($changes) = slurp_file("$top/CHANGELOG.md") =~ /^## ([\d.]+)/m;
 my ($debian) = slurp_file("$top/debian/changelog") =~ /^postgresql-idempotency \(([\d.]+)-\d+\)/;
-is($library, $version, 'src/compat.h');
+is($library, $version, 'src/base/compat.h');
 is($changes, $version, 'CHANGELOG.md');
 is($debian, $version, 'debian/changelog');
 ok(-e "$top/idempotency--$version.sql", 'the script');

@@ -18,7 +18,7 @@ my $top = "$FindBin::RealBin/../..";
 my %page = map { s{\Q$top/\E}{}r => slurp_file($_) } "$top/README.md", glob("$top/doc/*.md"), glob("$top/examples/*/README.md");
 my $readme = $page{'README.md'};
 my $reference = $page{'doc/reference.md'};
-my $errors_h = slurp_file("$top/src/errors.h");
+my $errors_h = slurp_file("$top/src/base/errors.h");
 my $wrappers = slurp_file("$top/sql/wrappers.sql");
 
 # calls to Stripe are made to the fake, which signs its events with this

@@ -17,7 +17,7 @@ chomp(my $includes = `$pg_config --includedir-server`);
 
 plan skip_all => "no compiler ($cc)" if $cc eq '' || system("$cc --version >/dev/null 2>&1") != 0;
 
-my @sources = ("$top/test/unit/stripe_outcome.c", "$top/test/unit/server.c", "$top/src/stripe_outcome.c");
+my @sources = ("$top/test/unit/stripe_outcome.c", "$top/test/unit/server.c", "$top/src/stripe/stripe_outcome.c");
 system("$cc -Wall -Werror -I$top/src -I$includes -o $program @sources") == 0
   or die 'could not compile test/unit/stripe_outcome.c';
 

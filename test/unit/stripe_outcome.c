@@ -15,7 +15,7 @@
 /* not PostgreSQL's, which is in the server */
 #undef printf
 
-#include "stripe_outcome.h"
+#include "stripe/stripe_outcome.h"
 
 #define COMPLETED STRIPE_COMPLETED
 #define FAILED STRIPE_FAILED

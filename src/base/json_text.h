@@ -1,0 +1,23 @@
+/*-------------------------------------------------------------------------
+ *
+ * json_text.h
+ *	  JSON of somebody else's, for jsonb.
+ *
+ * src/base/json_text.h
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef IDEMPOTENCY_JSON_TEXT_H
+#define IDEMPOTENCY_JSON_TEXT_H
+
+#include "postgres.h"
+
+#include "utils/jsonb.h"
+
+/* What is nested deeper than this is left out. */
+#define JSON_DEPTH_MAX 500
+
+extern char *json_text_for_jsonb(const char *body, size_t len);
+extern Jsonb *json_read(const char *body, size_t len);
+
+#endif							/* IDEMPOTENCY_JSON_TEXT_H */

@@ -1,0 +1,22 @@
+/*-------------------------------------------------------------------------
+ *
+ * lock_limit.h
+ *	  Waiting for locks no longer than we want to.
+ *
+ * src/base/lock_limit.h
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef IDEMPOTENCY_LOCK_LIMIT_H
+#define IDEMPOTENCY_LOCK_LIMIT_H
+
+#include "postgres.h"
+
+extern int	lock_limit_begin(int timeout_ms);
+extern void lock_limit_end(int nestlevel);
+extern bool within_lock_timeout(int timeout_ms, bool heed_users_limit, bool elsewhere,
+								void (*work) (void *), void *arg);
+extern const char *begin_limit_elsewhere(int users_timeout);
+extern void end_limit_elsewhere(const char *back);
+
+#endif							/* IDEMPOTENCY_LOCK_LIMIT_H */

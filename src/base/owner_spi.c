@@ -1,0 +1,239 @@
+/*-------------------------------------------------------------------------
+ *
+ * owner_spi.c
+ *	  Kept SPI statements that run with a table owner's rights.
+ *
+ * A caller has no privilege on the ledgers; what it may do is what our
+ * functions do for it.  So statements run as the table's owner, the way
+ * referential integrity triggers do: SECURITY_LOCAL_USERID_CHANGE keeps
+ * anything below from changing the role further, SECURITY_NOFORCE_RLS lets
+ * the owner see its own rows.  The owner is often a superuser, and search_path
+ * is the caller's.  Hence the rule for statement texts: every function, type
+ * and operator is qualified, and constructs that look an operator up by
+ * search_path (IN, BETWEEN, IS DISTINCT FROM, NULLIF, simple CASE) don't
+ * occur.
+ *
+ * Plans are generic from the start: every statement names the whole primary
+ * key, so a custom plan would be the same one, planned again.  Only
+ * owner_select(), which searches, leaves that to the planner: one that routes
+ * rows to other nodes may know no generic plan for a statement without a key.
+ *
+ * An error of a constraint quotes the row that it was about: the answer, the
+ * token, the payload of whoever failed, for the caller and for the server log.
+ * The tables' own constraints can't fail, but an owner may add some.  So what
+ * such an error quotes is left out.
+ *
+ * The user id is put back by hand on the normal way out and by the end of the
+ * (sub)transaction on error.
+ *
+ * src/base/owner_spi.c
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "miscadmin.h"
+#include "nodes/plannodes.h"
+#include "utils/plancache.h"
+#include "utils/resowner.h"
+#include "utils/snapmgr.h"
+
+#include "base/owner_spi.h"
+
+static void
+prepare(OwnerStatement *statement, int options)
+{
+	SPIPlanPtr	plan;
+
+	plan = SPI_prepare_cursor(statement->sql, statement->nargs, statement->argtypes,
+							  options);
+	if (plan == NULL)
+		elog(ERROR, "SPI_prepare_cursor returned %s for %s",
+			 SPI_result_code_string(SPI_result), statement->sql);
+	SPI_keepplan(plan);
+	statement->plan = plan;
+}
+
+/*
+ * Leave a row's values out of the error that is being raised.  "arg" isn't used.
+ */
+static void
+hide_row(void *arg)
+{
+	int			sqlstate = geterrcode();
+
+	if (ERRCODE_TO_CATEGORY(sqlstate) == ERRCODE_INTEGRITY_CONSTRAINT_VIOLATION ||
+		sqlstate == ERRCODE_WITH_CHECK_OPTION_VIOLATION)
+		errdetail("The row is not shown, because it may hold what only its owner may see.");
+}
+
+static uint64
+execute(OwnerStatement *statement, Oid owner, Datum *values, const char *nulls,
+		bool read_only, Snapshot snapshot, Datum *out, bool *outnull, int nout)
+{
+	ErrorContextCallback context;
+	Oid			save_userid;
+	int			save_sec_context;
+	uint64		processed;
+	int			rc;
+
+	context.callback = hide_row;
+	context.arg = NULL;
+	context.previous = error_context_stack;
+	error_context_stack = &context;
+
+	GetUserIdAndSecContext(&save_userid, &save_sec_context);
+	SetUserIdAndSecContext(owner, save_sec_context |
+						   SECURITY_LOCAL_USERID_CHANGE | SECURITY_NOFORCE_RLS);
+	SPI_connect();
+
+	if (statement->plan == NULL)
+		prepare(statement, CURSOR_OPT_GENERIC_PLAN);
+
+	rc = SPI_execute_snapshot(statement->plan, values, nulls, snapshot, InvalidSnapshot,
+							  read_only, true, 0);
+	if (rc < 0)
+		elog(ERROR, "SPI_execute_snapshot returned %s for %s",
+			 SPI_result_code_string(rc), statement->sql);
+	processed = SPI_processed;
+
+	if (out != NULL && processed > 0 && SPI_tuptable != NULL)
+	{
+		TupleDesc	desc = SPI_tuptable->tupdesc;
+		int			i;
+
+		for (i = 0; i < nout; i++)
+		{
+			out[i] = SPI_getbinval(SPI_tuptable->vals[0], desc, i + 1, &outnull[i]);
+			if (!outnull[i])
+				out[i] = SPI_datumTransfer(out[i], TupleDescAttr(desc, i)->attbyval,
+										   TupleDescAttr(desc, i)->attlen);
+		}
+	}
+
+	SPI_finish();
+	SetUserIdAndSecContext(save_userid, save_sec_context);
+	error_context_stack = context.previous;
+
+	return processed;
+}
+
+/*
+ * Run a statement as "owner", in a new snapshot unless read_only, where the
+ * active one is used.
+ *
+ * values and nulls (' ' or 'n', or NULL) are its parameters.  Where out is
+ * given and a row comes back, its first nout columns are copied there, into
+ * the caller's memory context.  Returns the number of rows; raises whatever
+ * the statement raises.
+ */
+uint64
+owner_execute(OwnerStatement *statement, Oid owner,
+			  Datum *values, const char *nulls, bool read_only,
+			  Datum *out, bool *outnull, int nout)
+{
+	return execute(statement, owner, values, nulls, read_only, InvalidSnapshot,
+				   out, outnull, nout);
+}
+
+/*
+ * The same in a snapshot taken now, also where the transaction has one that it
+ * keeps (REPEATABLE READ, SERIALIZABLE): the way referential integrity triggers
+ * see rows that were committed since.  What this transaction has done is seen,
+ * too.
+ */
+uint64
+owner_execute_latest(OwnerStatement *statement, Oid owner,
+					 Datum *values, const char *nulls,
+					 Datum *out, bool *outnull, int nout)
+{
+	Snapshot	snapshot = InvalidSnapshot;
+
+	if (IsolationUsesXactSnapshot())
+	{
+		CommandCounterIncrement();
+		snapshot = GetLatestSnapshot();
+	}
+	return execute(statement, owner, values, nulls, false, snapshot, out, outnull, nout);
+}
+
+/*
+ * Run a SELECT as "owner", in a new snapshot, and hand its rows to a callback,
+ * one by one.  What the callback wants to keep it copies; it must not run
+ * statements of its own.
+ */
+void
+owner_select(OwnerStatement *statement, Oid owner, Datum *values,
+			 void (*row) (HeapTuple tuple, TupleDesc desc, void *arg), void *arg)
+{
+	Oid			save_userid;
+	int			save_sec_context;
+	uint64		i;
+	int			rc;
+
+	GetUserIdAndSecContext(&save_userid, &save_sec_context);
+	SetUserIdAndSecContext(owner, save_sec_context |
+						   SECURITY_LOCAL_USERID_CHANGE | SECURITY_NOFORCE_RLS);
+	SPI_connect();
+
+	if (statement->plan == NULL)
+		prepare(statement, 0);
+
+	rc = SPI_execute_plan(statement->plan, values, NULL, false, 0);
+	if (rc != SPI_OK_SELECT)
+		elog(ERROR, "SPI_execute_plan returned %s for %s",
+			 SPI_result_code_string(rc), statement->sql);
+	for (i = 0; i < SPI_processed; i++)
+		row(SPI_tuptable->vals[i], SPI_tuptable->tupdesc, arg);
+
+	SPI_finish();
+	SetUserIdAndSecContext(save_userid, save_sec_context);
+}
+
+/*
+ * Would the planner itself read the rows of a one-table SELECT straight from
+ * the table "relid"?  It wouldn't where an extension plans something of its
+ * own (a distributed table is empty on the coordinator) or where the table is
+ * partitioned.
+ */
+bool
+owner_plan_is_local_scan(OwnerStatement *statement, Oid owner, Oid relid)
+{
+	Oid			save_userid;
+	int			save_sec_context;
+	CachedPlan *cplan;
+	bool		local = false;
+
+	GetUserIdAndSecContext(&save_userid, &save_sec_context);
+	SetUserIdAndSecContext(owner, save_sec_context |
+						   SECURITY_LOCAL_USERID_CHANGE | SECURITY_NOFORCE_RLS);
+	SPI_connect();
+
+	if (statement->plan == NULL)
+		prepare(statement, CURSOR_OPT_GENERIC_PLAN);
+
+	cplan = SPI_plan_get_cached_plan(statement->plan);
+	if (cplan != NULL)
+	{
+		PlannedStmt *stmt = linitial_node(PlannedStmt, cplan->stmt_list);
+		Plan	   *plan = stmt->planTree;
+
+		if (list_length(cplan->stmt_list) == 1 && plan != NULL &&
+			(IsA(plan, IndexScan) || IsA(plan, IndexOnlyScan) ||
+			 IsA(plan, BitmapHeapScan) || IsA(plan, SeqScan)))
+		{
+			Scan	   *scan = (Scan *) plan;
+			RangeTblEntry *rte = list_nth_node(RangeTblEntry, stmt->rtable,
+											   scan->scanrelid - 1);
+
+			local = rte->rtekind == RTE_RELATION && rte->relid == relid;
+		}
+		ReleaseCachedPlan(cplan, CurrentResourceOwner);
+	}
+
+	SPI_finish();
+	SetUserIdAndSecContext(save_userid, save_sec_context);
+
+	return local;
+}

@@ -1,0 +1,189 @@
+/*-------------------------------------------------------------------------
+ *
+ * stripe_ledger.h
+ *	  The ledger of calls to Stripe: its rows, and what may become of them.
+ *
+ * src/calls/stripe_ledger.h
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef IDEMPOTENCY_STRIPE_LEDGER_H
+#define IDEMPOTENCY_STRIPE_LEDGER_H
+
+#include "access/transam.h"
+#include "utils/jsonb.h"
+
+#include "ledger/derived_key.h"
+#include "ledger/ledger.h"
+#include "ledger/namespace.h"
+#include "ledger/request_fingerprint.h"
+#include "process/recorder_client.h"
+#include "stripe/stripe_outcome.h"
+
+/*
+ * API v1 prunes keys once they are at least this old.
+ * https://docs.stripe.com/api/idempotent_requests
+ */
+#define STRIPE_KEY_RETENTION_USECS (24 * USECS_PER_HOUR)
+
+/* API v2 keeps them longer: https://docs.stripe.com/api-v2-overview */
+#define STRIPE_V2_KEY_RETENTION_USECS (30 * USECS_PER_DAY)
+
+/* Columns of stripe_idempotency_keys. */
+enum
+{
+	S_TOKEN, S_CREATED_AT, S_CLAIMED_AT, S_LEASE_EXPIRES_AT, S_FIRST_SENT_AT,
+	S_RECORDED_AT, S_LEASE, S_ATTEMPT, S_GENERATION, S_HTTP_STATUS, S_OUTCOME,
+	S_UNCERTAIN, S_LIVEMODE, S_ACCOUNT, S_OPERATION_TYPE, S_OPERATION_ID,
+	S_IDEMPOTENCY_KEY, S_RESOURCE_ID, S_RESOURCE_TYPE, S_REQUEST_ID,
+	S_FINGERPRINT, S_PAST_TOKENS, S_REQUEST, S_RESPONSE, S_ERROR, S_HISTORY,
+	S_METHOD, S_PATH, S_API_VERSION, S_BODY, S_CALLER_LIFE, S_CALLER_VXID,
+	S_CALLERS, S_CALLERS_SYSTEM, S_SETTLED, S_ACKNOWLEDGED,
+	S_RECONCILED, S_RESOURCE_STATUS,
+	S_NCOLUMNS
+};
+
+/* In statements: the whole key, which is $1 to $3 in each. */
+#define STRIPE_WHERE_KEY \
+	" WHERE account OPERATOR(pg_catalog.=) $1" \
+	" AND operation_type OPERATOR(pg_catalog.=) $2" \
+	" AND operation_id OPERATOR(pg_catalog.=) $3"
+
+/*
+ * The secret of an endpoint for webhooks is told once, to whoever has made the
+ * endpoint, and has no place in a table.
+ */
+#define WITHOUT_SECRET(response) \
+	"CASE WHEN (" response " OPERATOR(pg_catalog.->>) 'object'::pg_catalog.text)" \
+	" OPERATOR(pg_catalog.=) 'webhook_endpoint'" \
+	" THEN " response " OPERATOR(pg_catalog.-) 'secret'::pg_catalog.text" \
+	" WHEN (" response " OPERATOR(pg_catalog.->>) 'object'::pg_catalog.text)" \
+	" OPERATOR(pg_catalog.=) 'v2.core.event_destination'" \
+	" THEN " response " OPERATOR(pg_catalog.#-) '{webhook_endpoint,signing_secret}'::pg_catalog.text[]" \
+	" ELSE " response " END"
+
+/*
+ * What is known of the object that an operation has made, with the $n of an
+ * answer: that of another object, or of none, says nothing about this one.
+ */
+#define OF_RESOURCE(column, id, value) \
+	"CASE WHEN " id " OPERATOR(pg_catalog.<>) resource_id THEN " value \
+	" ELSE COALESCE(" value ", " column ") END"
+
+#define OUTCOME_IS(label) "outcome OPERATOR(pg_catalog.=) '" label "'::idempotency.outcome"
+
+/* One operation, its arguments checked. */
+typedef struct Operation
+{
+	char	   *account;
+	char	   *type;
+	char	   *id;
+	Datum		key[LEDGER_MAX_KEYS];
+	Namespace	ns;
+} Operation;
+
+/* What of the caller's settings its operations go by. */
+typedef struct StripeRules
+{
+	int64		resend_margin;	/* microseconds */
+	const char *compare_ignore; /* list of names */
+} StripeRules;
+
+/*
+ * A claim.  What isn't given is NULL.
+ */
+typedef struct StripeClaim
+{
+	LedgerClaim base;
+	Operation  *op;
+	StripeRules rules;
+	RequestPrint print;			/* of request */
+	Jsonb	   *request;
+	int64		lease;			/* microseconds; 0: held while its caller is
+								 * there */
+
+	/* of a call that the backend sends by itself */
+	const char *method;
+	const char *path;
+	const char *api_version;
+	bytea	   *body;
+	int			livemode;		/* 1, 0 or -1 */
+	bool		resend;			/* only what is stored */
+	int64		caller_life;	/* 0: not such a call */
+	const char *caller_vxid;
+
+	/* the transaction to watch, invalid where it writes the row itself */
+	FullTransactionId caller_xid;
+
+	/* after stripe_claim_look(): it takes a write to answer */
+	bool		wants_write;
+
+	/* the answer */
+	StripeVerdict verdict;
+	const char *outcome;
+	int			retry_after;
+	int64		token;			/* 0 unless claimed */
+	bool		known;			/* is row set? */
+	LedgerRow	row;
+} StripeClaim;
+
+/* What an answer says, ready to be recorded. */
+typedef struct StripeResult
+{
+	StripeOutcome outcome;
+	bool		never_sent;		/* by this attempt */
+	bool		adopt;			/* by a transaction that records its own work
+								 * with it */
+	int			http_status;	/* 0: none */
+	const char *resource_id;
+	const char *resource_type;
+	const char *resource_status;
+	const char *request_id;
+	Jsonb	   *response;
+	Jsonb	   *error;
+	int			livemode;		/* 1, 0 or -1 */
+} StripeResult;
+
+extern Ledger stripe_calls;
+
+extern void operation_init(Operation *op, const char *type, const char *id, const char *account);
+extern char *describe_operation(Operation *op);
+extern StripeRules stripe_rules(void);
+
+extern bool stripe_has_lapsed(NullableDatum lease_expires_at, NullableDatum caller_life,
+							  NullableDatum caller_vxid, TimestampTz now);
+extern bool stripe_row_is_final(LedgerRow *row);
+extern bool stripe_row_is_held(LedgerRow *row, TimestampTz now);
+extern bool stripe_caller_gone(LedgerRow *row);
+extern const char *stripe_row_outcome(LedgerRow *row);
+extern TimestampTz stripe_resend_until(LedgerRow *row, int64 margin);
+extern bool stripe_resend_may_settle(LedgerRow *row, int64 margin, TimestampTz now);
+extern char *stripe_row_string(LedgerRow *row, int column);
+
+extern void stripe_claim_init(StripeClaim *claim);
+extern void stripe_claim_run(StripeClaim *claim, Relation rel);
+extern void stripe_claim_look(StripeClaim *claim, Relation rel);
+extern void stripe_refuse_own_row(Relation rel, Operation *op);
+extern void stripe_claim_fetch(StripeClaim *claim, Relation rel);
+
+extern const char *stripe_record_run(Relation rel, Operation *op, int64 token, StripeResult *result);
+extern bool stripe_renew_run(Relation rel, Operation *op, int64 token, TimestampTz until);
+extern bool stripe_release_run(Relation rel, Operation *op, int64 token);
+extern TimestampTz stripe_extend_run(Relation rel, Operation *op, int64 token, int64 lease,
+									 TimestampTz now);
+extern char *stripe_reopen_run(Relation rel, Operation *op, bool force, int from_generation,
+							   const char *user);
+extern void stripe_refuse_token(Operation *op, LedgerRow *row);
+extern void stripe_explain_refusal(Relation rel, Operation *op, int64 token);
+extern void stripe_read_answer_of(Relation rel, Operation *op, int64 token, Jsonb *response,
+								  int http_status, const char *resource_id,
+								  StripeResult *result);
+
+extern void stripe_advise_reopen(StripeClaim *claim);
+
+extern void stripe_adopt_run(Relation rel, Operation *op, int64 token,
+							 FullTransactionId xid);
+extern bool stripe_note_fate_run(Relation rel, Operation *op);
+extern void stripe_notify_settled(Operation *op, const char *outcome, const char *resource_id);
+
+#endif							/* IDEMPOTENCY_STRIPE_LEDGER_H */

@@ -1,0 +1,19 @@
+/*-------------------------------------------------------------------------
+ *
+ * webhook_queue.h
+ *	  Which event stripe_webhook_next() hands out.
+ *
+ * src/events/webhook_queue.h
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef IDEMPOTENCY_WEBHOOK_QUEUE_H
+#define IDEMPOTENCY_WEBHOOK_QUEUE_H
+
+#include "postgres.h"
+
+#include "ledger/ledger.h"
+
+extern bool webhook_queue_next(Relation rel, text *consumer, TimestampTz now, LedgerRow *row);
+
+#endif							/* IDEMPOTENCY_WEBHOOK_QUEUE_H */

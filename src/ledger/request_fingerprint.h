@@ -1,0 +1,28 @@
+/*-------------------------------------------------------------------------
+ *
+ * request_fingerprint.h
+ *	  Comparing a request with the recorded fingerprint of an earlier one.
+ *
+ * src/ledger/request_fingerprint.h
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef IDEMPOTENCY_REQUEST_FINGERPRINT_H
+#define IDEMPOTENCY_REQUEST_FINGERPRINT_H
+
+#include "postgres.h"
+
+#include "utils/jsonb.h"
+
+typedef struct RequestPrint
+{
+	Jsonb	   *request;		/* NULL: not compared, nothing kept */
+	const char *const *ignore;	/* member names that don't count */
+	int			nignore;
+	bytea	   *print;			/* with the namespace in force, once needed */
+} RequestPrint;
+
+extern bytea *request_print(RequestPrint *rp);
+extern bool request_matches(RequestPrint *rp, bytea *recorded);
+
+#endif							/* IDEMPOTENCY_REQUEST_FINGERPRINT_H */

@@ -1,0 +1,693 @@
+/*-------------------------------------------------------------------------
+ *
+ * stripe_call.c
+ *	  SQL functions that call Stripe.
+ *
+ * stripe_get() reads: nothing is claimed and nothing recorded.
+ *
+ * stripe_call() does something, and so is an operation of the ledger
+ * (stripe_ledger.c).  The order of things is what makes it safe:
+ *
+ *	1. arguments and settings are checked; anything wrong is an error now, and
+ *	   leaves no trace
+ *	2. recorder_claim(): a look at the ledger, which answers most repeated
+ *	   calls.  Only if there is something to send, library, parameters and API
+ *	   key are seen to (prepare_call(), still without a trace), and then key,
+ *	   bytes, path, account, version and time are committed, whatever becomes
+ *	   of the caller
+ *	3. the stored request is sent, in as many attempts as there is reason and
+ *	   time for; recorder_sending() notes that the first byte is about to leave
+ *	4. recorder_record(): what came back is committed
+ *	5. the result
+ *
+ * Between 3 and 4 nothing is done that could fail or be interrupted.  An error
+ * after 2 ends the caller's (sub)transaction, and by that the recorder hears
+ * that the call was given up, before or after it was sent.
+ *
+ * What is sent are the bytes of the first attempt of this generation, however
+ * often the operation is called: stripe_retry() has none of its own.
+ *
+ * What Stripe or the network does is a result, never an error: an error would
+ * roll back what the caller has just written.  Errors are for what is wrong
+ * before anything is sent: arguments, settings, the API key.
+ *
+ * src/send/stripe_call.c
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "fmgr.h"
+#include "lib/stringinfo.h"
+#include "mb/pg_wchar.h"
+#include "miscadmin.h"
+#include "utils/builtins.h"
+#include "utils/json.h"
+#include "utils/jsonb.h"
+
+#include "base/arguments.h"
+#include "base/debug_point.h"
+#include "base/errors.h"
+#include "base/result_row.h"
+#include "base/settings.h"
+#include "base/settings_guard.h"
+#include "calls/stripe_ledger.h"
+#include "ledger/namespace.h"
+#include "process/recorder_client.h"
+#include "send/api_key.h"
+#include "send/http_client.h"
+#include "send/stripe_call.h"
+#include "send/stripe_request.h"
+#include "stripe/api_path.h"
+#include "stripe/form.h"
+
+PG_FUNCTION_INFO_V1(idempotency_stripe_get);
+PG_FUNCTION_INFO_V1(idempotency_stripe_call);
+PG_FUNCTION_INFO_V1(idempotency_stripe_retry);
+
+/* Columns of stripe_call_result. */
+enum
+{
+	R_OUTCOME, R_REPLAYED, R_RESOURCE_ID, R_RESOURCE_TYPE, R_HTTP_STATUS, R_RESPONSE,
+	R_ERROR, R_IDEMPOTENCY_KEY, R_REQUEST_ID, R_ATTEMPTS, R_GENERATION, R_RETRY_AFTER,
+	R_LIVEMODE, R_RESOURCE_STATUS, R_NCOLUMNS
+};
+
+/* Query strings are for ids and filters. */
+#define QUERY_MAX (16 * 1024)
+
+/*
+ * Reserved for what comes back, as jsonb, before anything is sent.  Stripe's
+ * objects have some kilobytes; what is larger is recorded without its body.
+ */
+#define ANSWER_ROOM (240 * 1024)
+
+/* Stripe takes so many */
+#define METADATA_MAX 50
+
+/* When to come back to what Stripe didn't do or didn't answer, in seconds. */
+#define RETRY_AFTER 5
+
+/* ---------- arguments ---------- */
+
+static Jsonb *
+argument_params(FunctionCallInfo fcinfo, int argno)
+{
+	Jsonb	   *params = argument_object(fcinfo, argno, "params");
+
+	if (params == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_BAD_ARGUMENT),
+				 errmsg("%s must not be null", "params")));
+	return params;
+}
+
+/*
+ * A setting that was set before the library was there to refuse it.
+ */
+static void
+check_setting(const char *name, const char *value, const char *problem)
+{
+	if (problem != NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("invalid value for parameter \"%s\": \"%s\"", name, value),
+				 errdetail_internal("%s", _(problem))));
+}
+
+void
+check_stripe_settings(void)
+{
+	check_settings();
+	check_setting("idempotency.stripe_api_base", stripe_api_base,
+				  api_base_problem(stripe_api_base));
+	check_setting("idempotency.stripe_version", stripe_version,
+				  api_version_problem(stripe_version));
+	check_setting("idempotency.stripe_allowed_paths", stripe_allowed_paths,
+				  path_list_problem(stripe_allowed_paths));
+}
+
+/* May it be called?  The path may have a query string. */
+static void
+check_allowed(const char *method, const char *path)
+{
+	char	   *bare = pnstrdup(path, strcspn(path, "?"));
+
+	if (!path_is_allowed(stripe_allowed_paths, method, bare))
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("not allowed by \"idempotency.stripe_allowed_paths\": %s %s",
+						method, bare)));
+}
+
+/*
+ * A path of the API that may be called.
+ */
+static char *
+argument_path(FunctionCallInfo fcinfo, int argno, const char *method)
+{
+	char	   *path = text_to_cstring(argument_text(fcinfo, argno, "path"));
+	const char *problem = path_problem(path);
+
+	if (problem != NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_BAD_ARGUMENT),
+				 errmsg("not a path of Stripe's API"),
+				 errdetail_internal("%s", _(problem))));
+	check_allowed(method, path);
+	return path;
+}
+
+/* The account becomes a header. */
+static char *
+argument_account(FunctionCallInfo fcinfo, int argno)
+{
+	char	   *account = text_to_cstring(argument_text(fcinfo, argno, "account"));
+
+	check_account(account);
+	return account;
+}
+
+static char *
+with_query(const char *path, Jsonb *params)
+{
+	StringInfoData target;
+	int			path_len = strlen(path);
+
+	initStringInfo(&target);
+	appendStringInfo(&target, "%s?", path);
+	form_encode(&target, params, QUERY_MAX);
+	if (target.len == path_len + 1)
+		target.data[path_len] = '\0';
+	return target.data;
+}
+
+/* ---------- the result ---------- */
+
+/*
+ * One line about a call: what became of it, and nothing of what was said.
+ */
+void
+log_stripe_call(const char *method, const char *path, const char *account,
+				const char *operation, int generation, const char *idempotency_key,
+				const StripeReply *reply, const char *outcome, bool live)
+{
+	StringInfoData line;
+
+	if (stripe_log_level == STRIPE_LOG_OFF)
+		return;
+
+	initStringInfo(&line);
+	appendStringInfo(&line, "Stripe call: %s %.*s", method, (int) strcspn(path, "?"), path);
+	if (operation != NULL)
+		appendStringInfo(&line, " operation=%s generation=%d", operation, generation);
+	if (account[0] != '\0')
+		appendStringInfo(&line, " account=%s", account);
+	if (idempotency_key != NULL)
+		appendStringInfo(&line, " key=%s", idempotency_key);
+	if (reply->request_id != NULL)
+		appendStringInfo(&line, " request_id=%s", reply->request_id);
+	appendStringInfo(&line, " livemode=%s attempts=%d", live ? "true" : "false", reply->attempts);
+	if (reply->http_status != 0)
+		appendStringInfo(&line, " status=%d", reply->http_status);
+	if (reply->replayed)
+		appendStringInfoString(&line, " replayed=true");
+	appendStringInfo(&line, " outcome=%s ms=%.0f (%s)",
+					 outcome, reply->ms, _(reply->reason));
+
+	ereport(stripe_log_level,
+			(errmsg_internal("%s", line.data),
+			 errhidestmt(true), errhidecontext(true)));
+	pfree(line.data);
+}
+
+/* What an exchange came to. */
+static void
+set_reply(ResultRow *result, const StripeReply *reply, bool live)
+{
+	result_set_enum(result, R_OUTCOME, stripe_outcome_name(reply->outcome));
+	result_set(result, R_REPLAYED, BoolGetDatum(reply->replayed));
+	result_set_text(result, R_RESOURCE_ID, reply->body.resource_id);
+	result_set_text(result, R_RESOURCE_TYPE, reply->body.resource_type);
+	result_set_text(result, R_RESOURCE_STATUS, reply->body.resource_status);
+	if (reply->http_status != 0)
+		result_set(result, R_HTTP_STATUS, Int32GetDatum(reply->http_status));
+	if (reply->body.json != NULL)
+		result_set(result, R_RESPONSE, JsonbPGetDatum(reply->body.json));
+	if (reply->body.error != NULL)
+		result_set(result, R_ERROR, JsonbPGetDatum(reply->body.error));
+	result_set_text(result, R_REQUEST_ID, reply->request_id);
+	result_set(result, R_ATTEMPTS, Int32GetDatum(reply->attempts));
+	if (reply->outcome == STRIPE_NOT_EXECUTED || reply->outcome == STRIPE_UNKNOWN)
+		result_set(result, R_RETRY_AFTER, Int32GetDatum(RETRY_AFTER));
+	result_set(result, R_LIVEMODE,
+			   BoolGetDatum(reply->body.livemode_isnull ? live : reply->body.livemode));
+}
+
+/*
+ * stripe_get(path, params, account, timeout)
+ */
+Datum
+idempotency_stripe_get(PG_FUNCTION_ARGS)
+{
+	StripeDeadline deadline;
+	StripeRequest request;
+	StripeReply reply;
+	ApiKey		key;
+	Namespace	ns;
+	char	   *path;
+	bool		live;
+	ResultRow	result;
+
+	/* a copied database has to say first whose it is, also for this */
+	namespace_for_stripe(&ns);
+	check_stripe_settings();
+	path = argument_path(fcinfo, 0, "GET");
+	memset(&request, 0, sizeof(request));
+	request.method = "GET";
+	request.target = with_query(path, argument_params(fcinfo, 1));
+	request.account = argument_account(fcinfo, 2);
+	request.version = stripe_version;
+	exchange_deadline(&deadline, argument_duration(fcinfo, 3, "timeout"));
+
+	/* whatever is missing is an error, before a secret is in memory */
+	(void) http_client();
+
+	api_key_read(&key);
+	live = key.live;
+	PG_TRY();
+	{
+		exchange_check_key(&key);
+		exchange(&request, &key, &deadline, &reply);
+	}
+	PG_FINALLY();
+	{
+		api_key_wipe(&key);
+	}
+	PG_END_TRY();
+
+	log_stripe_call(request.method, path, request.account, NULL, 0, NULL, &reply,
+					stripe_outcome_name(reply.outcome), live);
+
+	result_begin(&result, fcinfo, R_NCOLUMNS);
+	set_reply(&result, &reply, live);
+	PG_RETURN_DATUM(result_end(&result));
+}
+
+/* ---------- calls that are recorded ---------- */
+
+/* One call, from its arguments to its result. */
+typedef struct Call
+{
+	StripeDeadline deadline;
+	StripeCall	call;
+	StripeCallClaim claim;
+	StripeReply reply;
+	Jsonb	   *params;
+	ApiKey		key;
+	ResultRow	result;
+} Call;
+
+/*
+ * The operation, checked along with the state that this server and database
+ * must be in.
+ */
+static void
+begin_operation(StripeCall *call, FunctionCallInfo fcinfo, int account_argno, const char *function)
+{
+	Operation	op;
+
+	PreventCommandDuringRecovery(function);
+	PreventCommandIfReadOnly(function);
+
+	call->operation_type = text_to_cstring(argument_text(fcinfo, 0, "operation_type"));
+	call->operation_id = text_to_cstring(argument_text(fcinfo, 1, "operation_id"));
+	call->account = argument_account(fcinfo, account_argno);
+	operation_init(&op, call->operation_type, call->operation_id, call->account);
+}
+
+static char *
+argument_method(FunctionCallInfo fcinfo, int argno)
+{
+	char	   *method = text_to_cstring(argument_text(fcinfo, argno, "method"));
+
+	if (strcmp(method, "GET") == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_BAD_ARGUMENT),
+				 errmsg("GET is no operation"),
+				 errhint("Use idempotency.stripe_get() to read.")));
+	if (strcmp(method, "POST") != 0 && strcmp(method, "DELETE") != 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_BAD_ARGUMENT),
+				 errmsg("method must be POST or DELETE")));
+	return method;
+}
+
+/* What is compared with other calls of the operation, and shown to people. */
+static Jsonb *
+describe_request(const char *method, const char *path, Jsonb *params)
+{
+	StringInfoData text;
+
+	initStringInfo(&text);
+	appendStringInfo(&text, "{\"method\": \"%s\", \"path\": ", method);
+	escape_json(&text, path);
+	appendStringInfoString(&text, ", \"params\": ");
+	(void) JsonbToCString(&text, &params->root, VARSIZE(params));
+	appendStringInfoChar(&text, '}');
+	return DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(text.data)));
+}
+
+/*
+ * May the operation's key be added to this metadata?  Not where the caller
+ * clears it, has one of that name, or has as much as Stripe takes.
+ */
+static bool
+has_room_for_key(Jsonb *params)
+{
+	JsonbValue	metadata;
+	JsonbValue	value;
+
+	if (getKeyJsonValueFromContainer(&params->root, "metadata", strlen("metadata"), &metadata) == NULL)
+		return true;
+	return metadata.type == jbvBinary &&
+		JsonContainerIsObject(metadata.val.binary.data) &&
+		JsonContainerSize(metadata.val.binary.data) < METADATA_MAX &&
+		getKeyJsonValueFromContainer(metadata.val.binary.data, METADATA_NAME,
+									 strlen(METADATA_NAME), &value) == NULL;
+}
+
+/*
+ * The key that a call will have.  Only a reopening at this very moment would
+ * make it another one.
+ */
+static char *
+operation_key(const StripeCall *call)
+{
+	Operation	op;
+	LedgerRow	row;
+
+	operation_init(&op, call->operation_type, call->operation_id, call->account);
+	if (ledger_lookup(&stripe_calls, op.key, &row))
+		return stripe_row_string(&row, S_IDEMPOTENCY_KEY);
+	return derive_stripe_key(op.ns.value, NAMESPACE_LEN, op.account, op.type, op.id, 1);
+}
+
+/*
+ * Encode the parameters of a call: into its path, or into its body.
+ */
+static void
+encode_request(StripeCall *call, const char *path, Jsonb *params)
+{
+	StringInfoData body;
+	Size		max_size = (Size) max_response_size * 1024;
+
+	if (strcmp(call->method, "POST") != 0)
+	{
+		call->path = with_query(path, params);
+		return;
+	}
+
+	call->path = path;
+	initStringInfo(&body);
+	appendStringInfoSpaces(&body, VARHDRSZ);
+	if (path_is_v2(path))
+		json_encode(&body, params, max_size);
+	else
+	{
+		form_encode(&body, params, max_size);
+		if (stripe_key_in_metadata && path_takes_metadata(path) && has_room_for_key(params))
+			form_append(&body, body.len == VARHDRSZ, "metadata[" METADATA_NAME "]",
+						operation_key(call));
+	}
+
+	SET_VARSIZE(body.data, body.len);
+	call->body = (bytea *) body.data;
+}
+
+/*
+ * The call is going to be sent: see to all that this takes, which a replay
+ * does without.  The API key has to be wiped.
+ */
+static void
+prepare_call(void *arg)
+{
+	Call	   *call = arg;
+
+	(void) http_client();
+	if (!call->call.resend)
+		encode_request(&call->call, call->call.path, call->params);
+	api_key_read(&call->key);
+	exchange_check_key(&call->key);
+	call->call.livemode = call->key.live;
+}
+
+/* What is known of an operation that isn't sent now. */
+static void
+set_known(ResultRow *result, const StripeCallClaim *claim)
+{
+	result_set_enum(result, R_OUTCOME, claim->outcome);
+	result_set(result, R_REPLAYED, BoolGetDatum(claim->verdict == STRIPE_REPLAY));
+	result_set_text(result, R_RESOURCE_ID, claim->resource_id);
+	result_set_text(result, R_RESOURCE_TYPE, claim->resource_type);
+	result_set_text(result, R_RESOURCE_STATUS, claim->resource_status);
+	if (claim->http_status != 0)
+		result_set(result, R_HTTP_STATUS, Int32GetDatum(claim->http_status));
+	if (claim->response != NULL)
+		result_set(result, R_RESPONSE, JsonbPGetDatum(claim->response));
+	if (claim->error != NULL)
+		result_set(result, R_ERROR, JsonbPGetDatum(claim->error));
+	result_set_text(result, R_REQUEST_ID, claim->request_id);
+	result_set(result, R_ATTEMPTS, Int32GetDatum(0));
+	if (claim->livemode >= 0)
+		result_set(result, R_LIVEMODE, BoolGetDatum(claim->livemode > 0));
+
+	switch (claim->verdict)
+	{
+		case STRIPE_BUSY:
+			result_set(result, R_RETRY_AFTER, Int32GetDatum(claim->retry_after));
+			break;
+		case STRIPE_OTHER_REQUEST:
+
+			/*
+			 * the caller is the application itself, so it may see the other
+			 * one
+			 */
+			result_set_enum(result, R_OUTCOME, "mismatch");
+			result_set(result, R_ERROR,
+					   JsonbPGetDatum(exchange_error("idempotency_error",
+													 strcmp(claim->outcome, "failed") == 0 ?
+													 "the operation has failed with another request; stripe_reopen() gives it a new key for this one" :
+													 "the operation was called with another request before",
+													 claim->request)));
+			break;
+		case STRIPE_CANT_TELL:
+			if (strcmp(claim->outcome, "unknown") == 0)
+				result_set(result, R_RETRY_AFTER, Int32GetDatum(RETRY_AFTER));
+			break;
+		case STRIPE_CLAIMED:
+		case STRIPE_REPLAY:
+			break;
+	}
+}
+
+/*
+ * The call is claimed: send it.
+ */
+static void
+send_call(Call *call)
+{
+	StripeCallClaim *claim = &call->claim;
+	StripeRequest request;
+	bool		v2;
+
+	if (claim->method == NULL || claim->path == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_BAD_ARGUMENT),
+				 errmsg("it isn't known what was sent for Stripe operation \"%s:%s\"",
+						call->call.operation_type, call->call.operation_id),
+				 errdetail("An application sends it by itself, with idempotency.stripe_claim().")));
+	check_allowed(claim->method, claim->path);
+	v2 = path_is_v2(claim->path);
+
+	memset(&request, 0, sizeof(request));
+	request.method = claim->method;
+	request.target = claim->path;
+	request.account = call->call.account;
+	request.version = claim->api_version;
+	if (strcmp(claim->method, "POST") == 0 || v2)
+		request.idempotency_key = claim->idempotency_key;
+	if (claim->body != NULL)
+	{
+		request.body = VARDATA_ANY(claim->body);
+		request.body_len = VARSIZE_ANY_EXHDR(claim->body);
+		request.content_type = v2 ? "application/json" : "application/x-www-form-urlencoded";
+	}
+	request.sending = recorder_sending;
+	request.sent_before = claim->sent_before;
+	request.uncertain = claim->uncertain;
+	request.resend_until = claim->resend_until;
+
+	DEBUG_POINT("before-send");
+	exchange(&request, &call->key, &call->deadline, &call->reply);
+	DEBUG_POINT("after-answer");
+}
+
+/* What came of it, for the ledger; returns the outcome that stands. */
+static const char *
+record_call(Call *call)
+{
+	StripeReply *reply = &call->reply;
+	StripeCallResult record;
+
+	memset(&record, 0, sizeof(record));
+	record.outcome = reply->outcome;
+	record.sent = reply->sent;
+	record.http_status = reply->http_status;
+	record.resource_id = reply->body.resource_id;
+	record.resource_type = reply->body.resource_type;
+	record.resource_status = reply->body.resource_status;
+	record.request_id = reply->request_id;
+	record.response = reply->genuine ? reply->body.json : NULL;
+	record.error = reply->body.error;
+	record.livemode = reply->body.livemode_isnull ? (reply->sent ? call->key.live : -1) :
+		reply->body.livemode;
+	return recorder_record(&record);
+}
+
+static bool
+is_definitive(const char *outcome)
+{
+	return strcmp(outcome, "completed") == 0 || strcmp(outcome, "failed") == 0;
+}
+
+/*
+ * The outcome that stands is of another answer than this call's: of an attempt
+ * before, told late.  Then that one is the result, too.  Returns the outcome, or
+ * "unknown" where the answer isn't to be had.
+ */
+static const char *
+set_other_answer(Call *call)
+{
+	StripeCallClaim known;
+
+	if (!recorder_look(&known) || !is_definitive(known.outcome))
+		return "unknown";
+	result_reset(&call->result);
+	set_known(&call->result, &known);
+	result_set(&call->result, R_ATTEMPTS, Int32GetDatum(call->reply.attempts));
+	return known.outcome;
+}
+
+/*
+ * "unknown" mostly means that the same call, made again, may tell more.  Say so
+ * where it can't.
+ */
+static void
+say_that_resend_is_useless(const StripeCall *call)
+{
+	ereport(NOTICE,
+			(errmsg("outcome of Stripe operation \"%s:%s\" is not known, and can't be found out by calling again",
+					call->operation_type, call->operation_id),
+			 errhint("The view \"idempotency.stripe_unknown\" says what to do.")));
+}
+
+/*
+ * Claim, send, record; the result is set.
+ */
+static void
+run_call(Call *call)
+{
+	StripeCallClaim *claim = &call->claim;
+	const char *outcome;
+
+	recorder_claim(&call->call, claim);
+	if (claim->verdict != STRIPE_CLAIMED)
+	{
+		set_known(&call->result, claim);
+		result_set_text(&call->result, R_IDEMPOTENCY_KEY, claim->idempotency_key);
+		if (claim->generation > 0)
+			result_set(&call->result, R_GENERATION, Int32GetDatum(claim->generation));
+		if (claim->verdict == STRIPE_CANT_TELL && strcmp(claim->outcome, "unknown") == 0)
+			say_that_resend_is_useless(&call->call);
+		return;
+	}
+
+	send_call(call);
+	outcome = record_call(call);
+
+	log_stripe_call(claim->method, claim->path, call->call.account,
+					psprintf("%s:%s", call->call.operation_type, call->call.operation_id),
+					claim->generation, claim->idempotency_key, &call->reply, outcome,
+					call->key.live);
+
+	set_reply(&call->result, &call->reply, call->key.live);
+	if (is_definitive(outcome) &&
+		strcmp(outcome, stripe_outcome_name(call->reply.outcome)) != 0)
+		outcome = set_other_answer(call);
+	result_set_enum(&call->result, R_OUTCOME, outcome);
+	result_set_text(&call->result, R_IDEMPOTENCY_KEY, claim->idempotency_key);
+	result_set(&call->result, R_GENERATION, Int32GetDatum(claim->generation));
+	if (strcmp(outcome, "unknown") == 0 && !call->reply.resend)
+		say_that_resend_is_useless(&call->call);
+}
+
+static Datum
+finish_call(FunctionCallInfo fcinfo, Call *call)
+{
+	call->call.livemode = -1;
+	call->call.answer_room = Min(ANSWER_ROOM, (Size) max_response_size * 1024 * 2);
+	call->call.prepare = prepare_call;
+	call->call.prepare_arg = call;
+
+	result_begin(&call->result, fcinfo, R_NCOLUMNS);
+	PG_TRY();
+	{
+		run_call(call);
+	}
+	PG_FINALLY();
+	{
+		api_key_wipe(&call->key);
+	}
+	PG_END_TRY();
+
+	return result_end(&call->result);
+}
+
+/*
+ * stripe_call(operation_type, operation_id, method, path, params, account, timeout)
+ */
+Datum
+idempotency_stripe_call(PG_FUNCTION_ARGS)
+{
+	Call		call;
+
+	memset(&call, 0, sizeof(call));
+	begin_operation(&call.call, fcinfo, 5, "idempotency.stripe_call()");
+	call.call.method = argument_method(fcinfo, 2);
+	check_stripe_settings();
+	call.call.path = argument_path(fcinfo, 3, call.call.method);
+	call.params = argument_params(fcinfo, 4);
+	exchange_deadline(&call.deadline, argument_duration(fcinfo, 6, "timeout"));
+	call.call.api_version = stripe_version;
+	call.call.request = describe_request(call.call.method, call.call.path, call.params);
+
+	PG_RETURN_DATUM(finish_call(fcinfo, &call));
+}
+
+/*
+ * stripe_retry(operation_type, operation_id, account, timeout)
+ */
+Datum
+idempotency_stripe_retry(PG_FUNCTION_ARGS)
+{
+	Call		call;
+
+	memset(&call, 0, sizeof(call));
+	begin_operation(&call.call, fcinfo, 2, "idempotency.stripe_retry()");
+	call.call.resend = true;
+	check_stripe_settings();
+	exchange_deadline(&call.deadline, argument_duration(fcinfo, 3, "timeout"));
+
+	PG_RETURN_DATUM(finish_call(fcinfo, &call));
+}

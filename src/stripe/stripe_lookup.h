@@ -1,0 +1,29 @@
+/*-------------------------------------------------------------------------
+ *
+ * stripe_lookup.h
+ *	  Where at Stripe to look for what a call has done.
+ *
+ * src/stripe/stripe_lookup.h
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef IDEMPOTENCY_STRIPE_LOOKUP_H
+#define IDEMPOTENCY_STRIPE_LOOKUP_H
+
+#include "postgres.h"
+
+/* Paths are palloc'd; what there isn't is NULL. */
+typedef struct CallPlace
+{
+	bool		creates;		/* does it make an object? */
+	char	   *object;			/* of the object that it changes otherwise */
+	char	   *list;			/* of the objects among which is what it makes */
+	const char *list_query;		/* without which some aren't shown, or "" */
+	bool		list_created;	/* can be listed by time of creation */
+	char	   *search;
+	char	   *events;			/* types of events about it; NULL: any */
+} CallPlace;
+
+extern void place_of_call(const char *path, CallPlace *place);
+
+#endif							/* IDEMPOTENCY_STRIPE_LOOKUP_H */

@@ -1,0 +1,58 @@
+/*-------------------------------------------------------------------------
+ *
+ * stripe_outcome.h
+ *	  What an answer of Stripe's says about the call.
+ *
+ * src/stripe/stripe_outcome.h
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef IDEMPOTENCY_STRIPE_OUTCOME_H
+#define IDEMPOTENCY_STRIPE_OUTCOME_H
+
+/* What Stripe did with a call: labels of the SQL type idempotency.outcome */
+typedef enum StripeOutcome
+{
+	STRIPE_COMPLETED,
+	STRIPE_FAILED,
+	STRIPE_NOT_EXECUTED,
+	STRIPE_UNKNOWN,
+	STRIPE_MISMATCH
+} StripeOutcome;
+
+/* What came back, if anything */
+typedef struct StripeAnswer
+{
+	int			http_status;	/* 0: no answer */
+	bool		sent;			/* did a byte of the request leave?  Only
+								 * asked where there is no answer */
+	bool		genuine;		/* is it Stripe's, and all of it?
+								 * stripe_judge() says */
+	const char *error_type;		/* of the body's error object, or NULL */
+	const char *error_code;		/* likewise */
+	bool		api_v2;
+} StripeAnswer;
+
+typedef struct StripeClass
+{
+	StripeOutcome outcome;
+	bool		resend;			/* may the same key and bytes, sent again
+								 * within the key's window, settle it? */
+	bool		retry;			/* worth another attempt inside the same call? */
+	const char *reason;			/* for people; marked for translation */
+} StripeClass;
+
+/* What Stripe says of another attempt, by Stripe-Should-Retry */
+typedef enum StripeShouldRetry
+{
+	STRIPE_RETRY_UNSAID,
+	STRIPE_RETRY_TRUE,
+	STRIPE_RETRY_FALSE
+} StripeShouldRetry;
+
+extern StripeClass stripe_classify(const StripeAnswer *answer);
+extern bool stripe_retry_at_once(const StripeAnswer *answer, const StripeClass *class,
+								 StripeShouldRetry should_retry, bool replayed);
+extern const char *stripe_outcome_name(StripeOutcome outcome);
+
+#endif							/* IDEMPOTENCY_STRIPE_OUTCOME_H */
