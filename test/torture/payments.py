@@ -194,15 +194,17 @@ class LateSession(Session):
         operation = f"{self.name}-{self.number}"
         fault = self.fault(operation, times=self.random.choice((1, 3, 20)))
         start = time.time()
-        while time.time() < start + self.WINDOW + 1.5:
-            self.execute("SELECT r.* FROM idempotency.stripe_call('late', %s, 'POST', '/v1/payment_intents',"
-                         " pg_catalog.jsonb_build_object('amount', 400, 'currency', 'usd', 'confirm', true,"
-                         " 'payment_method', 'pm_card_visa', 'metadata', pg_catalog.jsonb_build_object('late', %s::text))) r",
-                         (operation, operation), op="late", operation=operation)
-            self.pause(1.2)
-            if self.chance(0.3):
-                self.reconcile("late", operation)
-        self.ask(self.control, "DELETE", f"faults/{fault}")
+        try:
+            while time.time() < start + self.WINDOW + 1.5:
+                self.execute("SELECT r.* FROM idempotency.stripe_call('late', %s, 'POST', '/v1/payment_intents',"
+                             " pg_catalog.jsonb_build_object('amount', 400, 'currency', 'usd', 'confirm', true,"
+                             " 'payment_method', 'pm_card_visa', 'metadata', pg_catalog.jsonb_build_object('late', %s::text))) r",
+                             (operation, operation), op="late", operation=operation)
+                self.pause(1.2)
+                if self.chance(0.3):
+                    self.reconcile("late", operation)
+        finally:
+            self.ask(self.control, "DELETE", f"faults/{fault}")
 
     def fault(self, operation, times):
         what = self.random.choice(({"what": "close_after"}, {"what": "reset_after"}, {"what": "close_before"},
