@@ -20,6 +20,7 @@ OBJS = \
 	src/base/owner_spi.o \
 	src/base/result_row.o \
 	src/base/secret_file.o \
+	src/base/settings.o \
 	src/base/settings_guard.o \
 	src/base/shmem.o \
 	src/base/subtransaction.o \

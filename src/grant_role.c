@@ -9,6 +9,8 @@
  * kind gets a privilege on a table.  The GRANTs run as the caller of
  * grant_role(), who must therefore be the owner of the extension's objects.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/grant_role.c
  *
  *-------------------------------------------------------------------------

@@ -7,6 +7,8 @@
  * the caller's mistake and an error (IK003), not a NULL that an application
  * reads as "go ahead".
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/arguments.c
  *
  *-------------------------------------------------------------------------
@@ -215,7 +217,7 @@ argument_http_status(FunctionCallInfo fcinfo, int argno, const char *name)
 }
 
 /*
- * Raise IK007 if some arguments together are larger than max_response_size.
+ * Raise IK007 if some arguments together are larger than idempotency.max_response_size.
  */
 void
 check_size(FunctionCallInfo fcinfo, const int *argnos, int nargs, const char *what)
@@ -229,12 +231,12 @@ check_size(FunctionCallInfo fcinfo, const int *argnos, int nargs, const char *wh
 			size += toast_raw_datum_size(PG_GETARG_DATUM(argnos[i])) - VARHDRSZ;
 	}
 
-	if (size > (int64) max_response_size * 1024)
+	if (size > (int64) setting_max_response_size * 1024)
 		ereport(ERROR,
 				(errcode(ERRCODE_TOO_LARGE),
 				 errmsg("%s is too large to be recorded", what),
 				 errdetail("It has " INT64_FORMAT " bytes, and idempotency.max_response_size is %d kB.",
-						   size, max_response_size),
+						   size, setting_max_response_size),
 				 errhint("Record what is needed to build the response again, or raise idempotency.max_response_size.")));
 }
 

@@ -3,14 +3,14 @@
  * arguments.h
  *	  Checks of what callers pass to the SQL functions.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/arguments.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_ARGUMENTS_H
 #define IDEMPOTENCY_ARGUMENTS_H
-
-#include "postgres.h"
 
 #include "datatype/timestamp.h"
 #include "fmgr.h"

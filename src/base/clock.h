@@ -8,6 +8,8 @@
  * other know the wall clock's moments only: so they say when a wait has begun, and
  * not when it ends, which may be years away then.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/clock.h
  *
  *-------------------------------------------------------------------------

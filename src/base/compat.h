@@ -4,6 +4,8 @@
  *	  Differences between PostgreSQL majors; the only place that asks for
  *	  PG_VERSION_NUM.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/compat.h
  *
  *-------------------------------------------------------------------------

@@ -18,6 +18,8 @@
  * Files, because they need neither a lock that would take part in what is
  * tested nor a transaction, and work in every process.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/debug_point.c
  *
  *-------------------------------------------------------------------------

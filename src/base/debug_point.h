@@ -6,14 +6,14 @@
  * Compiled in with -DIDEMPOTENCY_DEBUG_POINTS only; otherwise nothing is left
  * of them.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/debug_point.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_DEBUG_POINT_H
 #define IDEMPOTENCY_DEBUG_POINT_H
-
-#include "postgres.h"
 
 #ifdef IDEMPOTENCY_DEBUG_POINTS
 extern PGDLLEXPORT void debug_point(const char *name);

@@ -3,6 +3,8 @@
  * errors.h
  *	  SQLSTATEs of the extension, class IK.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/errors.h
  *
  *-------------------------------------------------------------------------

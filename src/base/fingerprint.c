@@ -30,6 +30,8 @@
  *
  * doc/formats.md describes the format, with test vectors.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/fingerprint.c
  *
  *-------------------------------------------------------------------------

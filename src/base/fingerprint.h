@@ -3,6 +3,8 @@
  * fingerprint.h
  *	  Canonical fingerprint of a request.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/fingerprint.h
  *
  *-------------------------------------------------------------------------

@@ -7,6 +7,8 @@
  * another type, or belongs to something that isn't an object (NULL included)
  * is just not found.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/json_member.c
  *
  *-------------------------------------------------------------------------

@@ -3,14 +3,14 @@
  * json_member.h
  *	  Members of JSON objects.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/json_member.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_JSON_MEMBER_H
 #define IDEMPOTENCY_JSON_MEMBER_H
-
-#include "postgres.h"
 
 #include "utils/jsonb.h"
 

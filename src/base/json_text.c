@@ -19,6 +19,8 @@
  * It allocates its result and nothing else, and raises nothing but "out of
  * memory"; test/fuzz feeds it anything.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/json_text.c
  *
  *-------------------------------------------------------------------------

@@ -3,14 +3,14 @@
  * json_text.h
  *	  JSON of somebody else's, for jsonb.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/json_text.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_JSON_TEXT_H
 #define IDEMPOTENCY_JSON_TEXT_H
-
-#include "postgres.h"
 
 #include "utils/jsonb.h"
 

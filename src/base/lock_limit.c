@@ -11,6 +11,8 @@
  * there doesn't know of our limit.  Citus hands a SET LOCAL on to the nodes of
  * the transaction if it is asked to.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/lock_limit.c
  *
  *-------------------------------------------------------------------------

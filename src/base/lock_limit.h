@@ -3,14 +3,14 @@
  * lock_limit.h
  *	  Waiting for locks no longer than we want to.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/lock_limit.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_LOCK_LIMIT_H
 #define IDEMPOTENCY_LOCK_LIMIT_H
-
-#include "postgres.h"
 
 extern int	lock_limit_begin(int timeout_ms);
 extern void lock_limit_end(int nestlevel);

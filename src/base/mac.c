@@ -14,6 +14,8 @@
  *
  * doc/formats.md describes the format for other implementers.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/mac.c
  *
  *-------------------------------------------------------------------------

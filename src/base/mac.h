@@ -3,6 +3,8 @@
  * mac.h
  *	  HMAC-SHA256 over a labelled list of fields, or over bytes as they are.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/mac.h
  *
  *-------------------------------------------------------------------------

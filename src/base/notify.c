@@ -19,6 +19,8 @@
  * A hint, which spares somebody a look that he takes now and then anyway, is left
  * out there.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/notify.c
  *
  *-------------------------------------------------------------------------
@@ -137,7 +139,7 @@ keep_notices(void)
 	}
 	PopActiveSnapshot();
 	table_close(rel, NoLock);
-	databases_note_notices();
+	worker_table_note_notices();
 }
 
 /*
@@ -321,7 +323,7 @@ on_process_utility(PlannedStmt *pstmt, const char *query, bool read_only_tree,
 	if (commits_prepared)
 	{
 		DEBUG_POINT("commit-prepared");
-		databases_send_notices_soon();
+		worker_table_send_notices_soon();
 	}
 }
 

@@ -3,6 +3,8 @@
  * notify.h
  *	  NOTIFY by us.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/notify.h
  *
  *-------------------------------------------------------------------------

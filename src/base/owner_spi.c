@@ -26,6 +26,8 @@
  * The user id is put back by hand on the normal way out and by the end of the
  * (sub)transaction on error.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/owner_spi.c
  *
  *-------------------------------------------------------------------------

@@ -3,6 +3,8 @@
  * owner_spi.h
  *	  Kept SPI statements that run with a table owner's rights.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/owner_spi.h
  *
  *-------------------------------------------------------------------------

@@ -3,6 +3,8 @@
  * result_row.c
  *	  Composite and enum results of the SQL functions.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/result_row.c
  *
  *-------------------------------------------------------------------------

@@ -3,14 +3,14 @@
  * result_row.h
  *	  Composite and enum results of the SQL functions.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/result_row.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_RESULT_ROW_H
 #define IDEMPOTENCY_RESULT_ROW_H
-
-#include "postgres.h"
 
 #include "access/tupdesc.h"
 #include "fmgr.h"

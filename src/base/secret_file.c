@@ -16,6 +16,8 @@
  * Errors name the file, where its name is for everybody to see, never what
  * stands in it.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/secret_file.c
  *
  *-------------------------------------------------------------------------

@@ -3,14 +3,14 @@
  * secret_file.h
  *	  Files and environment variables that hold secrets.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/secret_file.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_SECRET_FILE_H
 #define IDEMPOTENCY_SECRET_FILE_H
-
-#include "postgres.h"
 
 #include "nodes/pg_list.h"
 #include "utils/guc.h"

@@ -1,8 +1,9 @@
 /*-------------------------------------------------------------------------
  *
  * settings.h
- *	  Values of the idempotency.* settings; idempotency.c defines them with
- *	  their ranges and defaults.
+ *	  The idempotency.* settings: settings.c defines their ranges and defaults.
+ *
+ * Copyright (c) 2026, idempotency developers
  *
  * src/base/settings.h
  *
@@ -10,8 +11,6 @@
  */
 #ifndef IDEMPOTENCY_SETTINGS_H
 #define IDEMPOTENCY_SETTINGS_H
-
-#include "postgres.h"
 
 typedef enum OpenClaimAction
 {
@@ -43,40 +42,61 @@ typedef enum WebhookLivemode
 
 #define STRIPE_LOG_OFF 0
 
-extern int	key_ttl;			/* seconds */
-extern int	stripe_lease;		/* seconds */
-extern int	wait_timeout;		/* milliseconds; 0 doesn't wait, -1 has no
-								 * limit */
-extern int	stripe_resend_margin;	/* seconds */
-extern int	max_response_size;	/* kilobytes */
-extern int	open_claim_at_commit;	/* OpenClaimAction */
-extern int	stripe_ledger;		/* StripeLedgerMode */
-extern int	stripe_record_timeout;	/* milliseconds */
-extern char *stripe_compare_ignore; /* comma-separated list */
-extern int	webhook_tolerance;	/* seconds */
-extern int	webhook_retention;	/* seconds; -1 keeps for ever */
-extern bool webhook_notify;
-extern int	webhook_max_attempts;	/* -1: without limit */
-extern int	webhook_payload;	/* WebhookPayload */
-extern int	webhook_livemode;	/* WebhookLivemode */
-extern char *webhook_secret_file;	/* "" where it isn't set */
-extern int	stripe_timeout;		/* milliseconds, of a whole call */
-extern int	stripe_max_retries;
-extern bool stripe_key_in_metadata;
-extern int	stripe_log_level;	/* elevel, or STRIPE_LOG_OFF */
-extern char *stripe_api_base;
-extern char *stripe_version;
-extern char *stripe_allowed_paths;	/* as api_path.c says */
-extern char *stripe_api_key_file;	/* empty: the postmaster's environment */
-extern char *stripe_ca_file;	/* empty: the system's */
-extern int	abandoned_retention;	/* seconds */
-extern int	stripe_body_retention;	/* seconds; -1: for ever */
-extern int	stripe_retention;	/* seconds; -1: for ever */
-extern bool expiry;
-extern int	expiry_interval;	/* seconds */
-extern int	expiry_batch_size;	/* rows */
-extern int	max_workers;
-
 #define EXPIRY_MAX_BATCH_SIZE 100000
+
+/* What is wrong with a value, untranslated, or NULL */
+typedef const char *(*SettingProblem) (const char *value);
+
+typedef struct StripeSettingRules
+{
+	SettingProblem api_base_problem;
+	SettingProblem version_problem;
+	SettingProblem allowed_paths_problem;
+} StripeSettingRules;
+
+/* requests that an API receives */
+extern int	setting_key_ttl;	/* seconds */
+extern int	setting_wait_timeout;	/* milliseconds; 0: do not wait, -1: no
+									 * limit */
+extern int	setting_max_response_size;	/* kilobytes */
+extern int	setting_open_claim_at_commit;	/* OpenClaimAction */
+extern int	setting_abandoned_retention;	/* seconds */
+
+/* removal of expired rows */
+extern bool setting_expiry;
+extern int	setting_expiry_interval;	/* seconds */
+extern int	setting_expiry_batch_size;	/* rows */
+extern int	setting_max_workers;
+
+/* the ledger of calls to Stripe */
+extern int	setting_stripe_ledger;	/* StripeLedgerMode */
+extern int	setting_stripe_lease;	/* seconds */
+extern int	setting_stripe_record_timeout;	/* milliseconds */
+extern int	setting_stripe_resend_margin;	/* seconds */
+extern char *setting_stripe_compare_ignore; /* comma-separated list */
+extern int	setting_stripe_body_retention;	/* seconds; -1: forever */
+extern int	setting_stripe_retention;	/* seconds; -1: forever */
+
+/* calls that the server sends to Stripe */
+extern char *setting_stripe_api_base;
+extern char *setting_stripe_version;
+extern char *setting_stripe_allowed_paths;	/* see api_path.c */
+extern char *setting_stripe_api_key_file;	/* "": the postmaster's environment */
+extern char *setting_stripe_ca_file;	/* "": the system's */
+extern int	setting_stripe_timeout; /* milliseconds, of a whole call */
+extern int	setting_stripe_max_retries;
+extern bool setting_stripe_key_in_metadata;
+extern int	setting_stripe_log_level;	/* elevel, or STRIPE_LOG_OFF */
+
+/* events that Stripe sends */
+extern char *setting_webhook_secret_file;	/* "": the postmaster's environment */
+extern int	setting_webhook_tolerance;	/* seconds */
+extern int	setting_webhook_livemode;	/* WebhookLivemode */
+extern int	setting_webhook_payload;	/* WebhookPayload */
+extern int	setting_webhook_retention;	/* seconds; -1: forever */
+extern int	setting_webhook_max_attempts;	/* -1: no limit */
+extern bool setting_webhook_notify;
+
+extern void settings_define(const StripeSettingRules *rules);
 
 #endif							/* IDEMPOTENCY_SETTINGS_H */

@@ -37,6 +37,8 @@
  * Where the library is preloaded, the postmaster defines the settings, from
  * placeholders of its file; those only an invalid value there concerns.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/settings_guard.c
  *
  *-------------------------------------------------------------------------

@@ -3,6 +3,8 @@
  * settings_guard.h
  *	  Settings whose value was refused when the library was loaded.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/settings_guard.h
  *
  *-------------------------------------------------------------------------

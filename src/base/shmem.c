@@ -10,6 +10,8 @@
  * under AddinShmemInitLock, once when the server starts and again after a
  * crash: the server's life, a random number, tells the one from the other.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/shmem.c
  *
  *-------------------------------------------------------------------------
@@ -34,7 +36,7 @@ static void life_attach(void *area, LWLockPadded *locks);
 static const ShmemPart parts[] = {
 	{"idempotency server life", 0, life_size, life_init, life_attach},
 	{"idempotency recorder queue", 1, queue_size, queue_init, queue_attach},
-	{"idempotency databases", 1, databases_size, databases_init, databases_attach},
+	{"idempotency databases", 1, worker_table_size, worker_table_init, worker_table_attach},
 };
 
 static int64 *server_life = NULL;

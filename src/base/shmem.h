@@ -3,14 +3,14 @@
  * shmem.h
  *	  Shared memory of the background processes.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/shmem.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_SHMEM_H
 #define IDEMPOTENCY_SHMEM_H
-
-#include "postgres.h"
 
 #include "storage/lwlock.h"
 

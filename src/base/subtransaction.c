@@ -7,6 +7,8 @@
  * one each time.  But an error of the machine, or one that is meant for the
  * whole transaction, isn't to be caught.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/subtransaction.c
  *
  *-------------------------------------------------------------------------

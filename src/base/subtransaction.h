@@ -3,6 +3,8 @@
  * subtransaction.h
  *	  Doing something in a subtransaction, and catching its error.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/base/subtransaction.h
  *
  *-------------------------------------------------------------------------

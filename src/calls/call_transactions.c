@@ -23,6 +23,8 @@
  * as long as its commit log goes back to them; the fate is written down before.
  * After a restore elsewhere it can't be asked for.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/calls/call_transactions.c
  *
  *-------------------------------------------------------------------------

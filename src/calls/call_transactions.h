@@ -4,6 +4,8 @@
  *	  Who has called Stripe: is it still there, and what became of its
  *	  transaction?
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/calls/call_transactions.h
  *
  *-------------------------------------------------------------------------

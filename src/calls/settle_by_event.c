@@ -40,6 +40,8 @@
  * The row of a call is found from its key alone, without an index on it:
  * "type:id:UUID" is the primary key, up to where the type ends.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/calls/settle_by_event.c
  *
  *-------------------------------------------------------------------------
@@ -834,12 +836,12 @@ settle_kept_events_idly(int max_events)
 	KeptPlace	place = own;
 	KeptBatch	batch;
 
-	databases_read_kept_place(&place);
+	worker_table_read_kept_place(&place);
 	batch.max_events = max_events;
 	batch.place = &place;
 	settle_kept_events(&batch);
 	own = place;
-	databases_write_kept_place(&place);
+	worker_table_write_kept_place(&place);
 
 	if (batch.refused > 0 && !logged)
 	{

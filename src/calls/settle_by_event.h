@@ -3,14 +3,14 @@
  * settle_by_event.h
  *	  What events of Stripe's say about calls that were sent to it.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/calls/settle_by_event.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_SETTLE_BY_EVENT_H
 #define IDEMPOTENCY_SETTLE_BY_EVENT_H
-
-#include "postgres.h"
 
 #include "calls/stripe_ledger.h"
 #include "ledger/derived_key.h"

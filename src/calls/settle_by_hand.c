@@ -15,6 +15,8 @@
  *
  * A worker goes through the ledger from time to time (settle_calls).
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/calls/settle_by_hand.c
  *
  *-------------------------------------------------------------------------

@@ -3,6 +3,8 @@
  * settle_by_hand.h
  *	  Settling calls to Stripe whose outcome wasn't known.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/calls/settle_by_hand.h
  *
  *-------------------------------------------------------------------------

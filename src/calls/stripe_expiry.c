@@ -15,6 +15,8 @@
  * The first cutoff is the moment up to which rows recorded are due, the second
  * is the clock.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/calls/stripe_expiry.c
  *
  *-------------------------------------------------------------------------
@@ -57,13 +59,13 @@ retention_cutoffs(int retention, TimestampTz now, TimestampTz *cutoffs)
 static bool
 body_cutoffs(TimestampTz now, TimestampTz *cutoffs)
 {
-	return retention_cutoffs(stripe_body_retention, now, cutoffs);
+	return retention_cutoffs(setting_stripe_body_retention, now, cutoffs);
 }
 
 static bool
 row_cutoffs(TimestampTz now, TimestampTz *cutoffs)
 {
-	return retention_cutoffs(stripe_retention, now, cutoffs);
+	return retention_cutoffs(setting_stripe_retention, now, cutoffs);
 }
 
 /* IS_SETTLED, in C */

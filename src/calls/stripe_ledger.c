@@ -37,6 +37,8 @@
  * at Stripe doesn't depend on a snapshot.  Only a claim in the caller's own
  * transaction follows that transaction's isolation.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/calls/stripe_ledger.c
  *
  *-------------------------------------------------------------------------
@@ -308,8 +310,8 @@ stripe_rules(void)
 {
 	StripeRules rules;
 
-	rules.resend_margin = (int64) stripe_resend_margin * USECS_PER_SEC;
-	rules.compare_ignore = stripe_compare_ignore;
+	rules.resend_margin = (int64) setting_stripe_resend_margin * USECS_PER_SEC;
+	rules.compare_ignore = setting_stripe_compare_ignore;
 	return rules;
 }
 

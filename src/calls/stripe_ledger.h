@@ -3,6 +3,8 @@
  * stripe_ledger.h
  *	  The ledger of calls to Stripe: its rows, and what may become of them.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/calls/stripe_ledger.h
  *
  *-------------------------------------------------------------------------

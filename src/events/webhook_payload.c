@@ -16,6 +16,8 @@
  * bytea, with octal escapes, can't be told from JSON with escapes of its own:
  * it is text.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/events/webhook_payload.c
  *
  *-------------------------------------------------------------------------

@@ -3,6 +3,8 @@
  * webhook_payload.h
  *	  The body of a webhook, as an argument.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/events/webhook_payload.h
  *
  *-------------------------------------------------------------------------

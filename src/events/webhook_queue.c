@@ -21,6 +21,8 @@
  * An event without an object stands for itself.  Claims that don't come this
  * way, of Stripe's deliveries or by hand, neither take that lock nor heed it.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/events/webhook_queue.c
  *
  *-------------------------------------------------------------------------

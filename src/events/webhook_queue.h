@@ -3,14 +3,14 @@
  * webhook_queue.h
  *	  Which event stripe_webhook_next() hands out.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/events/webhook_queue.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_WEBHOOK_QUEUE_H
 #define IDEMPOTENCY_WEBHOOK_QUEUE_H
-
-#include "postgres.h"
 
 #include "ledger/ledger.h"
 

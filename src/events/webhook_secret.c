@@ -10,6 +10,8 @@
  * postmaster's environment.  Not from two of them together: whoever passes
  * secrets means those.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/events/webhook_secret.c
  *
  *-------------------------------------------------------------------------
@@ -79,8 +81,8 @@ webhook_secrets(FunctionCallInfo fcinfo, int argno, WebhookSecret **secrets)
 	if (!PG_ARGISNULL(argno))
 		return secrets_of_argument(PG_GETARG_ARRAYTYPE_P(argno), secrets);
 
-	if (webhook_secret_file[0] != '\0')
-		list = secret_file_read(webhook_secret_file);
+	if (setting_webhook_secret_file[0] != '\0')
+		list = secret_file_read(setting_webhook_secret_file);
 	else
 		list = secret_environment_read("IDEMPOTENCY_WEBHOOK_SECRET");
 	if (list_length(list) > WEBHOOK_SECRETS_MAX)

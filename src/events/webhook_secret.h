@@ -3,14 +3,14 @@
  * webhook_secret.h
  *	  Secrets that webhooks are signed with.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/events/webhook_secret.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_WEBHOOK_SECRET_H
 #define IDEMPOTENCY_WEBHOOK_SECRET_H
-
-#include "postgres.h"
 
 #include "fmgr.h"
 

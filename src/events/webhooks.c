@@ -41,6 +41,8 @@
  * is claimed (webhook_queue.c), so that what superseded_by says still holds when
  * its claimant is done.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/events/webhooks.c
  *
  *-------------------------------------------------------------------------
@@ -148,9 +150,9 @@ Ledger		webhook_events = {
 static bool
 expiry_cutoffs(TimestampTz now, TimestampTz *cutoffs)
 {
-	if (webhook_retention < 0)
+	if (setting_webhook_retention < 0)
 		return false;
-	cutoffs[0] = now - (int64) webhook_retention * USECS_PER_SEC;
+	cutoffs[0] = now - (int64) setting_webhook_retention * USECS_PER_SEC;
 	cutoffs[1] = now;
 	return true;
 }
@@ -352,7 +354,7 @@ verify(FunctionCallInfo fcinfo, const bytea *payload)
 						  now / USECS_PER_SEC +
 						  ((int64) POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * SECS_PER_DAY,
 						  tolerance.given ? tolerance.usecs :
-						  (int64) webhook_tolerance * USECS_PER_SEC);
+						  (int64) setting_webhook_tolerance * USECS_PER_SEC);
 }
 
 /*
@@ -453,11 +455,11 @@ take_in(FunctionCallInfo fcinfo, WebhookBytes payload, WebhookEvent *event)
 			break;
 	}
 
-	if (webhook_livemode != WEBHOOK_LIVEMODE_ANY &&
+	if (setting_webhook_livemode != WEBHOOK_LIVEMODE_ANY &&
 		(!event->livemode_known ||
-		 event->livemode != (webhook_livemode == WEBHOOK_LIVEMODE_LIVE)))
+		 event->livemode != (setting_webhook_livemode == WEBHOOK_LIVEMODE_LIVE)))
 		refuse_body("wrong_livemode",
-					webhook_livemode == WEBHOOK_LIVEMODE_LIVE ?
+					setting_webhook_livemode == WEBHOOK_LIVEMODE_LIVE ?
 					_("webhook is an event of Stripe's test mode, and live ones are expected") :
 					_("webhook is an event of Stripe's live mode, and test ones are expected"));
 }
@@ -594,7 +596,7 @@ claim_parameters(EventClaim *claim, Datum *values, char *nulls)
 static void
 set_back_off(Datum *values, int i)
 {
-	values[i] = Int32GetDatum(webhook_max_attempts);
+	values[i] = Int32GetDatum(setting_webhook_max_attempts);
 	values[i + 1] = Float8GetDatum(1.0 - pg_prng_double(&pg_global_prng_state) / 2);
 }
 
@@ -616,7 +618,7 @@ set_payload(EventClaim *claim, Datum *values, char *nulls, int i)
 {
 	set_pointer(values, nulls, i, claim->event == NULL ? NULL : claim->event->json);
 	set_pointer(values, nulls, i + 1,
-				webhook_payload == WEBHOOK_PAYLOAD_ALL ? claim->payload : NULL);
+				setting_webhook_payload == WEBHOOK_PAYLOAD_ALL ? claim->payload : NULL);
 }
 
 /*
@@ -704,7 +706,7 @@ insert(LedgerClaim *base, Relation rel, TimestampTz now)
 
 	if (claim->receive)
 	{
-		if (webhook_notify)
+		if (setting_webhook_notify)
 			hint_at_commit("idempotency_event", TextDatumGetCString(base->key[2]));
 		result_set(&claim->result, R_STORED, BoolGetDatum(true));
 		return true;
@@ -1091,7 +1093,7 @@ idempotency_stripe_webhook_record(PG_FUNCTION_ARGS)
 		values[i + 3] = PG_GETARG_DATUM(i);
 		nulls[i + 3] = PG_ARGISNULL(i) ? 'n' : ' ';
 	}
-	values[10] = BoolGetDatum(success && webhook_payload == WEBHOOK_PAYLOAD_NONE);
+	values[10] = BoolGetDatum(success && setting_webhook_payload == WEBHOOK_PAYLOAD_NONE);
 	set_back_off(values, 11);
 
 	rel = ledger_open(&webhook_events, RowExclusiveLock, false);

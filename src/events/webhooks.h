@@ -3,14 +3,14 @@
  * webhooks.h
  *	  The ledger of events received from Stripe, for its neighbours.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/events/webhooks.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_WEBHOOKS_H
 #define IDEMPOTENCY_WEBHOOKS_H
-
-#include "postgres.h"
 
 #include "ledger/ledger.h"
 

@@ -17,6 +17,8 @@
  *
  * doc/formats.md describes the derivation, with test vectors.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/ledger/derived_key.c
  *
  *-------------------------------------------------------------------------

@@ -4,6 +4,8 @@
  *	  UUIDs derived from the namespace, and the idempotency key of a call to
  *	  Stripe.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/ledger/derived_key.h
  *
  *-------------------------------------------------------------------------

@@ -42,6 +42,8 @@
  * Deferred constraints would fail at commit, outside of all that.  So a worker
  * has them checked at once (background_process.c).
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/ledger/expiry.c
  *
  *-------------------------------------------------------------------------
@@ -532,7 +534,7 @@ idempotency_expire(PG_FUNCTION_ARGS)
 {
 	static ExpiryCursor cursors[lengthof(expiries)];
 	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
-	int			max_rows = PG_ARGISNULL(0) ? expiry_batch_size : PG_GETARG_INT32(0);
+	int			max_rows = PG_ARGISNULL(0) ? setting_expiry_batch_size : PG_GETARG_INT32(0);
 	int			i;
 
 	if (max_rows < 1 || max_rows > EXPIRY_MAX_BATCH_SIZE)

@@ -3,6 +3,8 @@
  * expiry.h
  *	  Removal of what the ledgers no longer need.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/ledger/expiry.h
  *
  *-------------------------------------------------------------------------

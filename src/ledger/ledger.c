@@ -35,7 +35,7 @@
  * lock_timeout of 1 ms, for the case of a twin that slips in after the look.
  * A waiting claim's INSERT needs no subtransaction, which would cost every
  * fresh claim: it can block only on such a late twin, and then for
- * wait_timeout at most (an error, 55P03).  Where a trigger of the user's runs
+ * idempotency.wait_timeout at most (an error, 55P03).  Where a trigger of the user's runs
  * in it, which may do anything, it has one all the same.  A takeover can also
  * meet a row lock, which the look doesn't see, and has one.  The recorder claims for
  * others in subtransactions of its own, under a lock_timeout of its own: it waits
@@ -45,6 +45,8 @@
  * to the end of the transaction, as every statement does.  A look at what is
  * committed now gives the key's lock back at once: it is taken by callers of the
  * recorder, whom the recorder should not have to wait for.
+ *
+ * Copyright (c) 2026, idempotency developers
  *
  * src/ledger/ledger.c
  *
@@ -245,7 +247,7 @@ ledger_open(Ledger *ledger, LOCKMODE lockmode, bool nowait)
 				remember_ledger(ledger);
 				ledger_check(ledger, rel);
 				ledger->relid = relid;
-				databases_note_use();
+				worker_table_note_use();
 				return rel;
 			}
 			table_close(rel, lockmode);
@@ -503,7 +505,7 @@ write_bounded(WriteWork *work)
 {
 	int			users_timeout = LockTimeout;
 
-	if (wait_timeout < 0 || (users_timeout > 0 && users_timeout <= wait_timeout))
+	if (setting_wait_timeout < 0 || (users_timeout > 0 && users_timeout <= setting_wait_timeout))
 	{
 		do_write(work);
 		return;
@@ -511,7 +513,7 @@ write_bounded(WriteWork *work)
 
 	PG_TRY();
 	{
-		LockTimeout = Max(wait_timeout, NOWAIT_TIMEOUT_MS);
+		LockTimeout = Max(setting_wait_timeout, NOWAIT_TIMEOUT_MS);
 		do_write(work);
 	}
 	PG_FINALLY();
@@ -522,7 +524,7 @@ write_bounded(WriteWork *work)
 }
 
 /*
- * Milliseconds left of wait_timeout for a claim that began to wait at
+ * Milliseconds left of idempotency.wait_timeout for a claim that began to wait at
  * "since"; 0 stands for no limit and -1 for none left.
  */
 static int
@@ -530,10 +532,10 @@ wait_left(TimestampTz since)
 {
 	int64		left;
 
-	if (wait_timeout < 0)
+	if (setting_wait_timeout < 0)
 		return 0;
-	left = wait_timeout - (GetCurrentTimestamp() - since) / 1000;
-	return left > 0 ? (int) Min(left, wait_timeout) : -1;
+	left = setting_wait_timeout - (GetCurrentTimestamp() - since) / 1000;
+	return left > 0 ? (int) Min(left, setting_wait_timeout) : -1;
 }
 
 /*

@@ -4,6 +4,8 @@
  *	  What all ledgers have in common: finding a row, claiming it, changing
  *	  it under a fencing token.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/ledger/ledger.h
  *
  *-------------------------------------------------------------------------

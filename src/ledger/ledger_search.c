@@ -22,6 +22,8 @@
  * an entry's row, is read, so that what can't be read, or ends the process, doesn't
  * hold up what is behind it.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/ledger/ledger_search.c
  *
  *-------------------------------------------------------------------------

@@ -3,6 +3,8 @@
  * ledger_search.h
  *	  Going through a ledger piece by piece, and where one has got to.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/ledger/ledger_search.h
  *
  *-------------------------------------------------------------------------

@@ -44,6 +44,8 @@
  * ones are kept because fingerprints made with them are still compared.  Their
  * number is that of restores and copies, so reading is a scan of one page.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/ledger/namespace.c
  *
  *-------------------------------------------------------------------------

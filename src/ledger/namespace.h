@@ -3,6 +3,8 @@
  * namespace.h
  *	  The secret that this database's keys and fingerprints are derived from.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/ledger/namespace.h
  *
  *-------------------------------------------------------------------------

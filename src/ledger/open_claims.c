@@ -19,6 +19,8 @@
  *
  * All memory is in TopTransactionContext; nothing outlives the transaction.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/ledger/open_claims.c
  *
  *-------------------------------------------------------------------------
@@ -194,7 +196,7 @@ check_none_open(void)
 	OpenClaim  *first = NULL;
 	int			i;
 
-	if (nopen == 0 || open_claim_at_commit == OPEN_CLAIM_ALLOW)
+	if (nopen == 0 || setting_open_claim_at_commit == OPEN_CLAIM_ALLOW)
 		return;
 
 	/* name the one that was claimed first */
@@ -215,7 +217,7 @@ check_none_open(void)
 	}
 
 	/* NOLINTNEXTLINE(clang-analyzer-core.NullDereference): nopen > 0 */
-	ereport(open_claim_at_commit == OPEN_CLAIM_ERROR ? ERROR : WARNING,
+	ereport(setting_open_claim_at_commit == OPEN_CLAIM_ERROR ? ERROR : WARNING,
 			(errcode(ERRCODE_CLAIM_LEFT_OPEN),
 			 errmsg("%s %s was claimed but neither recorded nor released",
 					first->what, first->name),

@@ -3,14 +3,14 @@
  * open_claims.h
  *	  Claims that belong to the current transaction.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/ledger/open_claims.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_OPEN_CLAIMS_H
 #define IDEMPOTENCY_OPEN_CLAIMS_H
-
-#include "postgres.h"
 
 extern void open_claims_init(void);
 extern void open_claims_add(int64 token, const char *what, const char *name);

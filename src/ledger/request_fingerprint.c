@@ -7,6 +7,8 @@
  * restore or stripe_namespace('new') another one may be in force; then the
  * request is fingerprinted once more with the old one.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/ledger/request_fingerprint.c
  *
  *-------------------------------------------------------------------------

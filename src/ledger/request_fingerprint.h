@@ -3,14 +3,14 @@
  * request_fingerprint.h
  *	  Comparing a request with the recorded fingerprint of an earlier one.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/ledger/request_fingerprint.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_REQUEST_FINGERPRINT_H
 #define IDEMPOTENCY_REQUEST_FINGERPRINT_H
-
-#include "postgres.h"
 
 #include "utils/jsonb.h"
 

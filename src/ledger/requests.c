@@ -16,6 +16,8 @@
  * token is the fencing token of the last claim; every change of an unfinished
  * row names it.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/ledger/requests.c
  *
  *-------------------------------------------------------------------------
@@ -258,7 +260,7 @@ static bool
 expiry_cutoffs(TimestampTz now, TimestampTz *cutoffs)
 {
 	cutoffs[0] = now;
-	cutoffs[1] = now - (int64) abandoned_retention * USECS_PER_SEC;
+	cutoffs[1] = now - (int64) setting_abandoned_retention * USECS_PER_SEC;
 	return true;
 }
 
@@ -778,7 +780,7 @@ idempotency_record(PG_FUNCTION_ARGS)
 		values[4] = interval_datum(ttl.usecs);
 	else
 		nulls[4] = 'n';
-	values[5] = interval_datum((int64) key_ttl * USECS_PER_SEC);
+	values[5] = interval_datum((int64) setting_key_ttl * USECS_PER_SEC);
 	values[6] = Int32GetDatum(status);
 	values[7] = PG_GETARG_DATUM(3);
 	nulls[7] = PG_ARGISNULL(3) ? 'n' : ' ';

@@ -20,6 +20,8 @@
  * What is left of a database that isn't there any more is discarded, and the log
  * says what.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/process/abandoned_orders.c
  *
  *-------------------------------------------------------------------------
@@ -93,7 +95,7 @@ find_databases(Left *list)
 	int			n = 0;
 	int			i;
 
-	LWLockAcquire(queue_lock, LW_SHARED);
+	LWLockAcquire(recorder_queue_lock, LW_SHARED);
 	for (i = 0; i < queue_norders(); i++)
 	{
 		Order	   *order = queue_order(i);
@@ -115,7 +117,7 @@ find_databases(Left *list)
 		if (j == n)
 			n++;
 	}
-	LWLockRelease(queue_lock);
+	LWLockRelease(recorder_queue_lock);
 	return n;
 }
 
@@ -160,11 +162,11 @@ discard_orders(Oid database)
 		bool		left;
 		dsm_handle	segment;
 
-		LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+		LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 		left = queue_is_left(order) && order->database == database;
 		if (left)
 			order->state = ORDER_TAKEN;
-		LWLockRelease(queue_lock);
+		LWLockRelease(recorder_queue_lock);
 		if (!left)
 			continue;
 
@@ -175,9 +177,9 @@ discard_orders(Oid database)
 						order->type, order->id),
 				 errdetail("Its database has been dropped.")));
 		segment = order->segment;
-		LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+		LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 		queue_free_order(order);
-		LWLockRelease(queue_lock);
+		LWLockRelease(recorder_queue_lock);
 		if (segment != DSM_HANDLE_INVALID)
 			dsm_unpin_segment(segment);
 		RESUME_INTERRUPTS();

@@ -3,6 +3,8 @@
  * abandoned_orders.h
  *	  Orders that nobody waits for, in databases without a recorder.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/process/abandoned_orders.h
  *
  *-------------------------------------------------------------------------

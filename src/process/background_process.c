@@ -8,6 +8,8 @@
  * project's own can be set there.  Those that could spoil its work, or change
  * what its statements mean, are fixed.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/process/background_process.c
  *
  *-------------------------------------------------------------------------

@@ -3,6 +3,8 @@
  * background_process.h
  *	  What all background processes have in common.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/process/background_process.h
  *
  *-------------------------------------------------------------------------

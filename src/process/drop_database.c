@@ -17,6 +17,8 @@
  * The end of a transaction can't be missed: a session that is terminated rolls
  * back, and a killed one takes the shared memory with it.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/process/drop_database.c
  *
  *-------------------------------------------------------------------------
@@ -108,7 +110,7 @@ on_object_access(ObjectAccessType access, Oid classid, Oid objid, int subid, voi
 		prev_object_access_hook(access, classid, objid, subid, arg);
 
 	if (access == OAT_DROP && classid == DatabaseRelationId &&
-		databases != NULL && queue_is_there())
+		worker_table != NULL && queue_is_there())
 		leave_database(objid);
 }
 

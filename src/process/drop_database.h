@@ -3,6 +3,8 @@
  * drop_database.h
  *	  What happens at DROP DATABASE.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/process/drop_database.h
  *
  *-------------------------------------------------------------------------

@@ -27,6 +27,8 @@
  * Errors are left to the postmaster, too: it starts the launcher again after
  * LAUNCHER_RESTART_SECS.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/process/launcher.c
  *
  *-------------------------------------------------------------------------
@@ -103,8 +105,8 @@ worker_send_away(Oid dbid)
 	Database   *db;
 	bool		running = false;
 
-	databases_lock(LW_EXCLUSIVE);
-	db = databases_find(dbid);
+	worker_table_lock(LW_EXCLUSIVE);
+	db = worker_table_find(dbid);
 	if (db != NULL)
 	{
 		db->held = true;
@@ -114,7 +116,7 @@ worker_send_away(Oid dbid)
 		if (running)
 			kill(db->pid, SIGTERM);
 	}
-	databases_unlock();
+	worker_table_unlock();
 	return running;
 }
 
@@ -126,14 +128,14 @@ worker_may_return(Oid dbid, bool dropped)
 {
 	Database   *db;
 
-	databases_lock(LW_EXCLUSIVE);
-	db = databases_find(dbid);
+	worker_table_lock(LW_EXCLUSIVE);
+	db = worker_table_find(dbid);
 	if (db != NULL && !dropped)
 		db->held = false;
 	else if (db != NULL && db->pid == 0)
-		databases_forget(db);
-	databases_wake_launcher();
-	databases_unlock();
+		worker_table_forget(db);
+	worker_table_wake_launcher();
+	worker_table_unlock();
 }
 
 /* ---------- which databases there are ---------- */
@@ -211,16 +213,16 @@ refresh(void)
 	int			n;
 	int			i;
 
-	databases_lock(LW_SHARED);
-	serial = databases->serial;
-	databases_unlock();
+	worker_table_lock(LW_SHARED);
+	serial = worker_table->serial;
+	worker_table_unlock();
 
 	list = list_databases(&n);
 
-	databases_lock(LW_EXCLUSIVE);
-	for (i = 0; i < databases->used; i++)
+	worker_table_lock(LW_EXCLUSIVE);
+	for (i = 0; i < worker_table->used; i++)
 	{
-		Database   *db = &databases->entries[i];
+		Database   *db = &worker_table->entries[i];
 
 		if (!OidIsValid(db->dbid))
 			continue;
@@ -231,15 +233,15 @@ refresh(void)
 
 		/* one added since pg_database was read may be newer than that */
 		if (db->serial <= serial)
-			databases_forget(db);
+			worker_table_forget(db);
 	}
 	for (i = 0; i < n; i++)
 	{
-		Database   *db = databases_find(list[i].dbid);
+		Database   *db = worker_table_find(list[i].dbid);
 
 		if (db == NULL && list[i].connectable && list[i].used)
 		{
-			db = databases_add(list[i].dbid, false);
+			db = worker_table_add(list[i].dbid, false);
 			if (db == NULL)
 				full = true;
 		}
@@ -247,7 +249,7 @@ refresh(void)
 			db->startable = list[i].connectable &&
 				(list[i].used || db->known == DATABASE_WITH);
 	}
-	databases_unlock();
+	worker_table_unlock();
 	pfree(list);
 
 	if (full && !full_logged)
@@ -277,16 +279,16 @@ reap(void)
 			GetBackgroundWorkerPid(asked[i].handle, &pid) != BGWH_STOPPED)
 			continue;
 
-		databases_lock(LW_EXCLUSIVE);
-		if (databases->entries[i].dbid == asked[i].dbid && databases->entries[i].starting)
+		worker_table_lock(LW_EXCLUSIVE);
+		if (worker_table->entries[i].dbid == asked[i].dbid && worker_table->entries[i].starting)
 		{
-			Database   *db = &databases->entries[i];
+			Database   *db = &worker_table->entries[i];
 
 			db->starting = false;
 			db->planned = NO_SLOT_USECS;
 			db->next_run = GetCurrentTimestamp() + db->planned;
 		}
-		databases_unlock();
+		worker_table_unlock();
 
 		pfree(asked[i].handle);
 		asked[i].handle = NULL;
@@ -311,7 +313,7 @@ ask_for_worker(int index, Oid dbid)
 
 /*
  * Ask for a worker in each database that is due, the most overdue first, as
- * far as max_workers goes.  Returns the milliseconds after which to look again.
+ * far as idempotency.max_workers goes.  Returns the milliseconds after which to look again.
  */
 static long
 start_workers(void)
@@ -326,10 +328,10 @@ start_workers(void)
 		Oid			dbid = InvalidOid;
 		int			i;
 
-		databases_lock(LW_EXCLUSIVE);
-		for (i = 0; i < databases->used; i++)
+		worker_table_lock(LW_EXCLUSIVE);
+		for (i = 0; i < worker_table->used; i++)
 		{
-			Database   *db = &databases->entries[i];
+			Database   *db = &worker_table->entries[i];
 			int64		wait;
 
 			if (!OidIsValid(db->dbid))
@@ -352,19 +354,19 @@ start_workers(void)
 			if (wait > 0)
 				sleep = Min(sleep, wait);
 			else if (asked[i].handle == NULL &&
-					 (due < 0 || db->next_run < databases->entries[due].next_run))
+					 (due < 0 || db->next_run < worker_table->entries[due].next_run))
 				due = i;
 		}
-		if (due >= 0 && running < max_workers)
+		if (due >= 0 && running < setting_max_workers)
 		{
-			Database   *db = &databases->entries[due];
+			Database   *db = &worker_table->entries[due];
 
 			dbid = db->dbid;
 			db->starting = true;
 			if (db->known == DATABASE_UNKNOWN)
 				last_probe = now;
 		}
-		databases_unlock();
+		worker_table_unlock();
 
 		/* where as many run as may, the end of one wakes us */
 		if (!OidIsValid(dbid))
@@ -372,10 +374,10 @@ start_workers(void)
 
 		if (!ask_for_worker(due, dbid))
 		{
-			databases_lock(LW_EXCLUSIVE);
-			for (i = 0; i < databases->used; i++)
+			worker_table_lock(LW_EXCLUSIVE);
+			for (i = 0; i < worker_table->used; i++)
 			{
-				Database   *db = &databases->entries[i];
+				Database   *db = &worker_table->entries[i];
 
 				if (i == due && db->dbid == dbid)
 					db->starting = false;
@@ -383,7 +385,7 @@ start_workers(void)
 					db->pid == 0 && !db->starting && db->next_run <= now)
 					db->outcome = RUN_NO_SLOT;
 			}
-			databases_unlock();
+			worker_table_unlock();
 
 			if (is_over(no_slot_logged, NO_SLOT_LOG_USECS, now))
 			{
@@ -402,9 +404,9 @@ start_workers(void)
 static void
 launcher_exit(int code, Datum arg)
 {
-	databases_lock(LW_EXCLUSIVE);
-	databases->launcher_pid = 0;
-	databases_unlock();
+	worker_table_lock(LW_EXCLUSIVE);
+	worker_table->launcher_pid = 0;
+	worker_table_unlock();
 }
 
 /* Enter the table, and take up what an earlier launcher has left there. */
@@ -413,12 +415,12 @@ launcher_enter(void)
 {
 	int			i;
 
-	databases_lock(LW_EXCLUSIVE);
-	databases->launcher_pid = MyProcPid;
-	databases->launcher_proc = MY_PROC_NUMBER;
-	for (i = 0; i < databases->used; i++)
-		databases->entries[i].starting = false;
-	databases_unlock();
+	worker_table_lock(LW_EXCLUSIVE);
+	worker_table->launcher_pid = MyProcPid;
+	worker_table->launcher_proc = MY_PROC_NUMBER;
+	for (i = 0; i < worker_table->used; i++)
+		worker_table->entries[i].starting = false;
+	worker_table_unlock();
 	before_shmem_exit(launcher_exit, (Datum) 0);
 }
 

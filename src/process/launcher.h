@@ -3,6 +3,8 @@
  * launcher.h
  *	  The launcher of the background workers.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/process/launcher.h
  *
  *-------------------------------------------------------------------------

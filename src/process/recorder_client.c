@@ -28,6 +28,8 @@
  * A claim that the caller has picked up may be sent.  One that it hasn't, never
  * was.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/process/recorder_client.c
  *
  *-------------------------------------------------------------------------
@@ -135,7 +137,7 @@ stop_waiting(void)
 	bool		left = false;
 	bool		claimed;
 
-	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 	claimed = my_order->verb == ORDER_CLAIM && my_order->answer == ORDER_OK &&
 		(my_order->state == ORDER_DONE ||
 		 (my_order->state == ORDER_POSTED && my_order->committed));
@@ -160,7 +162,7 @@ stop_waiting(void)
 		default:
 			break;
 	}
-	LWLockRelease(queue_lock);
+	LWLockRelease(recorder_queue_lock);
 
 	if (left)
 	{
@@ -182,10 +184,10 @@ give_back_room(void)
 	if (segment == NULL || dsm_segment_map_length(segment) <= ORDER_SEGMENT_MIN)
 		return;
 
-	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 	handle = my_order->segment;
 	my_order->segment = DSM_HANDLE_INVALID;
-	LWLockRelease(queue_lock);
+	LWLockRelease(recorder_queue_lock);
 	my_segment = NULL;
 	dsm_detach(segment);
 	dsm_unpin_segment(handle);
@@ -212,9 +214,9 @@ at_exit(int code, Datum arg)
 		return;
 
 	segment = my_order->segment;
-	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 	queue_free_order(my_order);
-	LWLockRelease(queue_lock);
+	LWLockRelease(recorder_queue_lock);
 	leave_order_behind();
 	if (segment != DSM_HANDLE_INVALID)
 		dsm_unpin_segment(segment);
@@ -288,9 +290,9 @@ get_order(Operation *op)
 
 	if (my_order == NULL)
 	{
-		LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+		LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 		my_order = queue_new_order();
-		LWLockRelease(queue_lock);
+		LWLockRelease(recorder_queue_lock);
 		if (my_order == NULL)
 			no_recorder(gettext_noop("Too many answers of Stripe wait to be recorded."),
 						gettext_noop("Look for transactions that hold rows of \"idempotency.stripe_idempotency_keys\" locked."));
@@ -334,10 +336,10 @@ reserve(Size size)
 
 	dsm_pin_mapping(segment);
 	dsm_pin_segment(segment);
-	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 	old = my_order->segment;
 	my_order->segment = dsm_segment_handle(segment);
-	LWLockRelease(queue_lock);
+	LWLockRelease(recorder_queue_lock);
 
 	if (my_segment != NULL)
 	{
@@ -362,7 +364,7 @@ ask_for_recorder(Oid database, TimestampTz *since, BackgroundWorkerHandle **hand
 	bool		ask = false;
 	bool		started;
 
-	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 	slot = queue_slot(database, false);
 	if (slot != NULL && slot->procno >= 0)
 		result = RECORDER_RUNS;
@@ -380,12 +382,12 @@ ask_for_recorder(Oid database, TimestampTz *since, BackgroundWorkerHandle **hand
 			queue_ask_for_room(database);
 		}
 	}
-	LWLockRelease(queue_lock);
+	LWLockRelease(recorder_queue_lock);
 	if (!ask)
 		return result;
 
 	started = background_start("recorder", database, handle);
-	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 	if (started)
 		queue_stop_wanting(database, true);
 	else
@@ -396,7 +398,7 @@ ask_for_recorder(Oid database, TimestampTz *since, BackgroundWorkerHandle **hand
 			slot->database = InvalidOid;
 		queue_ask_for_room(database);
 	}
-	LWLockRelease(queue_lock);
+	LWLockRelease(recorder_queue_lock);
 	return result;
 }
 
@@ -411,7 +413,7 @@ see_to_order(void)
 	TimestampTz since;
 
 	if (ask_for_recorder(MyDatabaseId, &since, NULL) != RECORDER_RUNS)
-		databases_call_launcher();
+		worker_table_call_launcher();
 }
 
 /* ---------- posting and waiting ---------- */
@@ -454,7 +456,7 @@ wait_for_answer(bool before_send)
 
 		CHECK_FOR_INTERRUPTS();
 
-		LWLockAcquire(queue_lock, LW_SHARED);
+		LWLockAcquire(recorder_queue_lock, LW_SHARED);
 		state = my_order->state;
 		slot = queue_slot(MyDatabaseId, false);
 		if (slot != NULL)
@@ -463,19 +465,19 @@ wait_for_answer(bool before_send)
 			xid = slot->xid;
 			failed = !running && handle != NULL && slot->started == since;
 		}
-		LWLockRelease(queue_lock);
+		LWLockRelease(recorder_queue_lock);
 
 		if (state == ORDER_DONE)
 			return WAIT_ANSWERED;
 
-		left = stripe_record_timeout - (long) milliseconds_since(begin);
+		left = setting_stripe_record_timeout - (long) milliseconds_since(begin);
 		if (left <= 0)
 		{
 			if (!no_place)
 				return WAIT_TIMED_OUT;
-			LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+			LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 			queue_stop_wanting(MyDatabaseId, false);
-			LWLockRelease(queue_lock);
+			LWLockRelease(recorder_queue_lock);
 			return WAIT_NO_WORKER;
 		}
 
@@ -486,12 +488,12 @@ wait_for_answer(bool before_send)
 			/* it has ended without ever having taken its slot */
 			if (failed && before_send && GetBackgroundWorkerPid(handle, &pid) == BGWH_STOPPED)
 			{
-				LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+				LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 				slot = queue_slot(MyDatabaseId, false);
 				failed = slot != NULL && slot->procno < 0 && slot->started == since;
 				if (failed)
 					slot->started = 0;
-				LWLockRelease(queue_lock);
+				LWLockRelease(recorder_queue_lock);
 				if (failed)
 					return WAIT_NOT_STARTED;
 			}
@@ -521,10 +523,10 @@ submit(OrderVerb verb, bool before_send)
 	WaitResult	result;
 
 	order_subid = GetCurrentSubTransactionId();
-	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 	queue_post(my_order, verb);
 	queue_wake_recorder(MyDatabaseId);
-	LWLockRelease(queue_lock);
+	LWLockRelease(recorder_queue_lock);
 
 	result = wait_for_answer(before_send);
 	if (result != WAIT_ANSWERED)
@@ -536,9 +538,9 @@ submit(OrderVerb verb, bool before_send)
 static void
 take_order_back(void)
 {
-	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 	my_order->state = ORDER_OWNED;
-	LWLockRelease(queue_lock);
+	LWLockRelease(recorder_queue_lock);
 }
 
 /*
@@ -906,7 +908,7 @@ recorder_claim(const StripeCall *call, StripeCallClaim *answer)
 {
 	Operation	op;
 	StripeClaim claim;
-	bool		direct = stripe_ledger == STRIPE_LEDGER_TRANSACTION;
+	bool		direct = setting_stripe_ledger == STRIPE_LEDGER_TRANSACTION;
 
 	PreventCommandDuringRecovery("a call to Stripe");
 	PreventCommandIfReadOnly("a call to Stripe");
@@ -932,7 +934,7 @@ recorder_claim(const StripeCall *call, StripeCallClaim *answer)
 		claim.caller_vxid = my_virtual_xid();
 	}
 	else
-		claim.lease = (int64) stripe_lease * USECS_PER_SEC;
+		claim.lease = (int64) setting_stripe_lease * USECS_PER_SEC;
 
 	if (direct)
 	{
@@ -980,12 +982,12 @@ recorder_gave_up(void)
 	if (flight.direct)
 		return;
 
-	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 	my_order->token = flight.token;
 	my_order->detached = true;
 	queue_post(my_order, flight.sending ? ORDER_GAVE_UP : ORDER_RELEASE);
 	queue_wake_recorder(MyDatabaseId);
-	LWLockRelease(queue_lock);
+	LWLockRelease(recorder_queue_lock);
 	leave_order_behind();
 	see_to_order();
 }

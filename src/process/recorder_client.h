@@ -17,14 +17,14 @@
  * up, before or after it was sent according to recorder_sending().  Whoever
  * catches errors by itself says so with recorder_gave_up().
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/process/recorder_client.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_RECORDER_CLIENT_H
 #define IDEMPOTENCY_RECORDER_CLIENT_H
-
-#include "postgres.h"
 
 #include "utils/jsonb.h"
 #include "utils/timestamp.h"

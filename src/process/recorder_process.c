@@ -38,6 +38,8 @@
  * are fixed right after connecting.  What makes a commit durable is looked at
  * again before each.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/process/recorder_process.c
  *
  *-------------------------------------------------------------------------
@@ -685,7 +687,7 @@ take_batch(TransactionId xid)
 	int			n = 0;
 	int			i;
 
-	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 	slot = queue_slot(MyDatabaseId, false);
 	slot->xid = xid;
 	for (i = 0; i < queue_norders(); i++)
@@ -715,7 +717,7 @@ take_batch(TransactionId xid)
 	}
 	if (nbatch > 0)
 		slot->used = now;
-	LWLockRelease(queue_lock);
+	LWLockRelease(recorder_queue_lock);
 	pfree(candidates);
 }
 
@@ -728,9 +730,9 @@ free_order(Order *order)
 	dsm_handle	segment = order->segment;
 
 	unmap_segment(order - queue_order(0));
-	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 	queue_free_order(order);
-	LWLockRelease(queue_lock);
+	LWLockRelease(recorder_queue_lock);
 	if (segment != DSM_HANDLE_INVALID)
 		dsm_unpin_segment(segment);
 }
@@ -777,7 +779,7 @@ end_batch(bool committed, bool durable, ErrorData *edata)
 				 (order->verb == ORDER_CLAIM || order->verb == ORDER_ADOPT))
 			add_note(order);
 
-		LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+		LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 		if (order->detached && order->verb == ORDER_CLAIM && order->answer == ORDER_OK &&
 			(order->committed || !entry->retry))
 			queue_post(order, ORDER_RELEASE);	/* claimed in vain */
@@ -813,15 +815,15 @@ end_batch(bool committed, bool durable, ErrorData *edata)
 			order->state = ORDER_DONE;
 			SetLatch(&GetPGProcByNumber(order->procno)->procLatch);
 		}
-		LWLockRelease(queue_lock);
+		LWLockRelease(recorder_queue_lock);
 
 		if (free_it)
 			free_order(order);
 	}
 
-	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 	queue_slot(MyDatabaseId, false)->xid = InvalidTransactionId;
-	LWLockRelease(queue_lock);
+	LWLockRelease(recorder_queue_lock);
 	RESUME_INTERRUPTS();
 }
 
@@ -880,7 +882,7 @@ rest_after(ErrorData *edata)
 	{
 		Order	   *order = queue_order(i);
 
-		LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+		LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 		if (order->state == ORDER_POSTED && order->database == MyDatabaseId &&
 			!order->detached && !order->committed && !is_tried_again(order->verb))
 		{
@@ -888,7 +890,7 @@ rest_after(ErrorData *edata)
 			order->state = ORDER_DONE;
 			SetLatch(&GetPGProcByNumber(order->procno)->procLatch);
 		}
-		LWLockRelease(queue_lock);
+		LWLockRelease(recorder_queue_lock);
 	}
 }
 
@@ -1057,7 +1059,7 @@ at_exit(int code, Datum arg)
 	if (!have_slot)
 		return;
 
-	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 	have_slot = false;
 	slot = queue_slot(MyDatabaseId, false);
 	slot->procno = -1;
@@ -1076,11 +1078,11 @@ at_exit(int code, Datum arg)
 		else
 			SetLatch(&GetPGProcByNumber(order->procno)->procLatch);
 	}
-	LWLockRelease(queue_lock);
+	LWLockRelease(recorder_queue_lock);
 
 	/* nobody waits for those, so nobody else would start a successor */
 	if (left)
-		databases_call_launcher();
+		worker_table_call_launcher();
 }
 
 /*
@@ -1093,7 +1095,7 @@ take_slot(void)
 
 	before_shmem_exit(at_exit, (Datum) 0);
 
-	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 	slot = queue_slot(MyDatabaseId, true);
 	if (slot != NULL && slot->procno < 0 && !slot->blocked)
 	{
@@ -1103,7 +1105,7 @@ take_slot(void)
 		slot->make_room = false;
 		have_slot = true;
 	}
-	LWLockRelease(queue_lock);
+	LWLockRelease(recorder_queue_lock);
 	return have_slot;
 }
 
@@ -1118,7 +1120,7 @@ leave_if_idle(void)
 	bool		due;
 	int			pause;
 
-	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 	if (look_for_orders(&due, &pause) == 0)
 	{
 		slot = queue_slot(MyDatabaseId, false);
@@ -1127,7 +1129,7 @@ leave_if_idle(void)
 		slot->database = InvalidOid;
 		have_slot = false;
 	}
-	LWLockRelease(queue_lock);
+	LWLockRelease(recorder_queue_lock);
 	return !have_slot;
 }
 
@@ -1137,11 +1139,11 @@ decline_to_leave(void)
 {
 	RecorderSlot *slot;
 
-	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 	slot = queue_slot(MyDatabaseId, false);
 	slot->make_room = false;
 	slot->used = GetCurrentTimestamp();
-	LWLockRelease(queue_lock);
+	LWLockRelease(recorder_queue_lock);
 }
 
 static void
@@ -1203,12 +1205,12 @@ idempotency_recorder_main(Datum arg)
 			ProcessConfigFile(PGC_SIGHUP);
 		}
 
-		LWLockAcquire(queue_lock, LW_SHARED);
+		LWLockAcquire(recorder_queue_lock, LW_SHARED);
 		posted = look_for_orders(&due, &pause);
 		slot = queue_slot(MyDatabaseId, false);
 		blocked = slot->blocked;
 		make_room = slot->make_room;
-		LWLockRelease(queue_lock);
+		LWLockRelease(recorder_queue_lock);
 
 		if (blocked)
 			proc_exit(0);

@@ -27,6 +27,8 @@
  * Locking: one LWLock for all of it, held for a few stores, or for a pass over
  * the orders by a recorder that looks for work.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/process/recorder_queue.c
  *
  *-------------------------------------------------------------------------
@@ -55,7 +57,7 @@
 /* Who wants a place asks more often than that. */
 #define WANT_USECS (500 * INT64CONST(1000))
 
-LWLock	   *queue_lock = NULL;
+LWLock	   *recorder_queue_lock = NULL;
 static RecorderQueue *queue = NULL;
 
 /*
@@ -98,7 +100,7 @@ void
 queue_attach(void *area, LWLockPadded *locks)
 {
 	queue = area;
-	queue_lock = &locks[0].lock;
+	recorder_queue_lock = &locks[0].lock;
 }
 
 bool
@@ -351,7 +353,7 @@ queue_block(Oid database)
 	RecorderSlot *slot;
 	bool		running = false;
 
-	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 	slot = queue_slot(database, true);
 	if (slot != NULL)
 	{
@@ -359,7 +361,7 @@ queue_block(Oid database)
 		slot->blocked = true;
 		queue_wake_recorder(database);
 	}
-	LWLockRelease(queue_lock);
+	LWLockRelease(recorder_queue_lock);
 	return running;
 }
 
@@ -371,7 +373,7 @@ queue_unblock(Oid database)
 {
 	RecorderSlot *slot;
 
-	LWLockAcquire(queue_lock, LW_EXCLUSIVE);
+	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 	slot = queue_slot(database, false);
 	if (slot != NULL)
 	{
@@ -379,7 +381,7 @@ queue_unblock(Oid database)
 		if (slot->procno < 0)
 			slot->database = InvalidOid;
 	}
-	LWLockRelease(queue_lock);
+	LWLockRelease(recorder_queue_lock);
 }
 
 /* ---------- arguments ---------- */

@@ -3,6 +3,8 @@
  * recorder_queue.h
  *	  What callers and recorders share: orders, and who works on them.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/process/recorder_queue.h
  *
  *-------------------------------------------------------------------------
@@ -159,7 +161,7 @@ extern int64 arguments_get_int(char **from);
 extern void *arguments_get_pointer(char **from);
 extern char *arguments_get_string(char **from);
 
-extern LWLock *queue_lock;
+extern LWLock *recorder_queue_lock;
 
 extern Size queue_size(void);
 extern void queue_init(void *area);

@@ -41,6 +41,8 @@
  * the table's owner; nothing is left for the end of the transaction, which has
  * ours.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/process/worker.c
  *
  *-------------------------------------------------------------------------
@@ -159,7 +161,7 @@ own_entry(void)
 
 	if (!OidIsValid(dbid))
 		dbid = DatumGetObjectId(MyBgworkerEntry->bgw_main_arg);
-	db = databases_find(dbid);
+	db = worker_table_find(dbid);
 	if (db == NULL || db->pid != MyProcPid)
 		elog(FATAL, "idempotency worker of database %u has lost its entry", dbid);
 	return db;
@@ -188,8 +190,8 @@ leave(int code, Datum arg)
 {
 	Database   *db;
 
-	databases_lock(LW_EXCLUSIVE);
-	db = databases_find(DatumGetObjectId(arg));
+	worker_table_lock(LW_EXCLUSIVE);
+	db = worker_table_find(DatumGetObjectId(arg));
 	if (db != NULL && db->pid == MyProcPid)
 	{
 		db->pid = 0;
@@ -213,7 +215,7 @@ leave(int code, Datum arg)
 			db->error_at = GetCurrentTimestamp();
 		}
 	}
-	databases_unlock();
+	worker_table_unlock();
 }
 
 /*
@@ -226,15 +228,15 @@ enter(Oid dbid)
 	Database   *db;
 	bool		entered = false;
 
-	databases_lock(LW_EXCLUSIVE);
-	db = databases_find(dbid);
+	worker_table_lock(LW_EXCLUSIVE);
+	db = worker_table_find(dbid);
 	if (db != NULL && db->pid == 0 && !db->held)
 	{
 		db->starting = false;
 		db->pid = MyProcPid;
 		entered = true;
 	}
-	databases_unlock();
+	worker_table_unlock();
 
 	if (entered)
 		on_shmem_exit(leave, ObjectIdGetDatum(dbid));
@@ -332,7 +334,7 @@ begin_run(Run *run)
 	INSTR_TIME_SET_CURRENT(run->started);
 	run->outcome = RUN_DONE;
 
-	databases_lock(LW_EXCLUSIVE);
+	worker_table_lock(LW_EXCLUSIVE);
 	db = own_entry();
 	run->marks = db->marks;
 	if (db->pass_started == 0)
@@ -347,7 +349,7 @@ begin_run(Run *run)
 	}
 	run->part = db->part;
 	memcpy(run->places, db->places, sizeof(run->places));
-	databases_unlock();
+	worker_table_unlock();
 	begin_part(run);
 	searched = &run->cursor.at.place;
 }
@@ -369,7 +371,7 @@ note_batch(Run *run, ExpiryBatch *batch)
 	if (batch->finished || batch->gave_up)
 		end_part(run, batch->finished);
 
-	databases_lock(LW_EXCLUSIVE);
+	worker_table_lock(LW_EXCLUSIVE);
 	db = own_entry();
 	db->removed += batch->removed;
 	db->pass_refused += batch->refused;
@@ -377,7 +379,7 @@ note_batch(Run *run, ExpiryBatch *batch)
 	if (batch->left != 0 && (db->pass_left == 0 || batch->left < db->pass_left))
 		db->pass_left = batch->left;
 	note_place(run, db);
-	databases_unlock();
+	worker_table_unlock();
 }
 
 /*
@@ -395,10 +397,10 @@ begin_batch(Run *run)
 		run->without = true;
 		return false;
 	}
-	if (!expiry || XactReadOnly)
+	if (!setting_expiry || XactReadOnly)
 	{
 		CommitTransactionCommand();
-		run->outcome = !expiry ? RUN_OFF : RUN_READ_ONLY;
+		run->outcome = !setting_expiry ? RUN_OFF : RUN_READ_ONLY;
 		return false;
 	}
 	background_restrict();
@@ -466,7 +468,7 @@ run_expiry(Run *run, Expiry *todo, MemoryContext context)
 		INSTR_TIME_SET_CURRENT(started);
 		memset(&batch, 0, sizeof(batch));
 		batch.expiry = todo;
-		batch.max_rows = expiry_batch_size;
+		batch.max_rows = setting_expiry_batch_size;
 		batch.background = true;
 		batch.cursor = &run->cursor;
 		if (!begin_batch(run))
@@ -541,9 +543,9 @@ settle_some_events(Run *run, Settled *settled, int *looked_at)
 	memset(&batch, 0, sizeof(batch));
 	batch.max_events = SETTLE_BATCH;
 	batch.place = &run->kept;
-	databases_read_kept_place(&run->kept);
+	worker_table_read_kept_place(&run->kept);
 	settle_kept_events(&batch);
-	databases_write_kept_place(&run->kept);
+	worker_table_write_kept_place(&run->kept);
 	settled->done = batch.forgotten;
 	settled->seen = batch.seen;
 	settled->refused = batch.refused;
@@ -566,7 +568,7 @@ note_settled(Run *run, Settled *settled, instr_time started)
 	if (settled->over)
 		end_part(run, settled->at_end);
 
-	databases_lock(LW_EXCLUSIVE);
+	worker_table_lock(LW_EXCLUSIVE);
 	db = own_entry();
 	db->pass_refused += settled->refused;
 	db->pass_unsettled += settled->refused;
@@ -575,7 +577,7 @@ note_settled(Run *run, Settled *settled, instr_time started)
 	db->pass_searched += settled->seen == 0 ? elapsed :
 		elapsed * (settled->seen - settled->done) / settled->seen;
 	note_place(run, db);
-	databases_unlock();
+	worker_table_unlock();
 }
 
 static void
@@ -601,10 +603,10 @@ send_notices(Run *run)
 		return;
 	failed = true;
 	text = psprintf("could not send the notices of a prepared transaction: %s", error->message);
-	databases_lock(LW_SHARED);
+	worker_table_lock(LW_SHARED);
 	last = own_entry()->error;
 	is_new = last[0] == '\0' || strncmp(last, text, strlen(last)) != 0;
-	databases_unlock();
+	worker_table_unlock();
 	if (run->error[0] == '\0')
 		keep_error(run, text);
 	ereport(is_new && !error_is_about_locks(error) ? LOG : DEBUG1,
@@ -719,7 +721,7 @@ end_run(Run *run)
 	bool		new_error;
 	int			elapsed = (int) milliseconds_since(run->started);
 
-	databases_lock(LW_EXCLUSIVE);
+	worker_table_lock(LW_EXCLUSIVE);
 	db = own_entry();
 	if (run->without)
 	{
@@ -730,7 +732,7 @@ end_run(Run *run)
 		db->pass_started = 0;
 		db->outcome = RUN_NONE;
 		wrote_result = true;
-		databases_unlock();
+		worker_table_unlock();
 		return;
 	}
 
@@ -750,7 +752,7 @@ end_run(Run *run)
 	else
 	{
 		TimestampTz now = db->last_run;
-		int64		delay = expiry_interval * USECS_PER_SEC;
+		int64		delay = setting_expiry_interval * USECS_PER_SEC;
 
 		if (db->pass_failed)
 			run->outcome = RUN_FAILED;
@@ -777,7 +779,7 @@ end_run(Run *run)
 		strlcpy(db->error, run->error, DATABASE_ERROR_LEN);
 		db->error_at = db->last_run;
 	}
-	databases_unlock();
+	worker_table_unlock();
 	wrote_result = true;
 
 	if (run->outcome == RUN_OFF || run->outcome == RUN_READ_ONLY)
@@ -899,7 +901,7 @@ status_of(Database *db, bool launcher)
 		return "standby";
 	if (db != NULL && db->pid != 0)
 		return "running";
-	if (max_workers == 0)
+	if (setting_max_workers == 0)
 		return "stopped";
 	if (!launcher)
 		return "no launcher";
@@ -933,7 +935,7 @@ static char *
 more_processes(void)
 {
 	return psprintf("ALTER SYSTEM SET max_worker_processes = %d; -- and restart the server",
-					max_worker_processes + max_workers + 1);
+					max_worker_processes + setting_max_workers + 1);
 }
 
 static char *
@@ -945,7 +947,7 @@ next_step_of(Database *db, const char *name, bool launcher)
 		return preload_statement();
 	if (RecoveryInProgress())
 		return NULL;
-	if (max_workers == 0)
+	if (setting_max_workers == 0)
 		return pstrdup("ALTER SYSTEM RESET idempotency.max_workers; SELECT pg_catalog.pg_reload_conf();");
 	if (!launcher)
 		return more_processes();
@@ -1025,7 +1027,7 @@ put_row(ReturnSetInfo *rsinfo, Oid dbid, Database *db, bool launcher)
 		if (db->error[0] != '\0')
 			PUT(W_LAST_ERROR, PointerGetDatum(last_error(db)));
 		PUT_TIME(W_LAST_ERROR_AT, db->error_at);
-		if (!RecoveryInProgress() && db->startable && max_workers > 0)
+		if (!RecoveryInProgress() && db->startable && setting_max_workers > 0)
 			PUT_TIME(W_NEXT_RUN, db->next_run);
 	}
 	next_step = next_step_of(db, name, launcher);
@@ -1055,14 +1057,14 @@ idempotency_worker_states(PG_FUNCTION_ARGS)
 
 	InitMaterializedSRF(fcinfo, 0);
 
-	if (databases != NULL)
+	if (worker_table != NULL)
 	{
 		copy = palloc(MAX_DATABASES * sizeof(Database));
-		databases_lock(LW_SHARED);
-		n = databases->used;
-		memcpy(copy, databases->entries, n * sizeof(Database));
-		launcher = databases->launcher_pid != 0;
-		databases_unlock();
+		worker_table_lock(LW_SHARED);
+		n = worker_table->used;
+		memcpy(copy, worker_table->entries, n * sizeof(Database));
+		launcher = worker_table->launcher_pid != 0;
+		worker_table_unlock();
 	}
 
 	for (i = 0; i < n; i++)

@@ -21,6 +21,8 @@
  * shutdown checkpoint that it was written after, and pg_control says whether
  * that is still the latest.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/process/worker_table.c
  *
  *-------------------------------------------------------------------------
@@ -64,7 +66,7 @@ typedef struct KnownEntry
 	DatabaseKnown known;
 } KnownEntry;
 
-DatabaseTable *databases = NULL;
+WorkerTable *worker_table = NULL;
 
 /* From one worker that sends notices to the next. */
 #define NOTICES_GAP USECS_PER_SEC
@@ -73,27 +75,27 @@ static LWLock *lock = NULL;
 static bool mark_at_commit = false;
 
 void
-databases_lock(LWLockMode mode)
+worker_table_lock(LWLockMode mode)
 {
 	LWLockAcquire(lock, mode);
 }
 
 void
-databases_unlock(void)
+worker_table_unlock(void)
 {
 	LWLockRelease(lock);
 }
 
 /* The entry of a database, or NULL.  The lock is held. */
 Database *
-databases_find(Oid dbid)
+worker_table_find(Oid dbid)
 {
 	int			i;
 
-	for (i = 0; i < databases->used; i++)
+	for (i = 0; i < worker_table->used; i++)
 	{
-		if (databases->entries[i].dbid == dbid)
-			return &databases->entries[i];
+		if (worker_table->entries[i].dbid == dbid)
+			return &worker_table->entries[i];
 	}
 	return NULL;
 }
@@ -103,16 +105,16 @@ databases_find(Oid dbid)
  * with nothing locked, where there is none, or no table.
  */
 Database *
-databases_lock_own(LWLockMode mode)
+worker_table_lock_own(LWLockMode mode)
 {
 	Database   *db;
 
-	if (databases == NULL)
+	if (worker_table == NULL)
 		return NULL;
-	databases_lock(mode);
-	db = databases_find(MyDatabaseId);
+	worker_table_lock(mode);
+	db = worker_table_find(MyDatabaseId);
 	if (db == NULL)
-		databases_unlock();
+		worker_table_unlock();
 	return db;
 }
 
@@ -122,21 +124,21 @@ databases_lock_own(LWLockMode mode)
  * this returns NULL.  The lock is held in exclusive mode.
  */
 Database *
-databases_add(Oid dbid, bool evict)
+worker_table_add(Oid dbid, bool evict)
 {
 	Database   *entry = NULL;
 	int			i;
 
-	for (i = 0; i < databases->used && entry == NULL; i++)
+	for (i = 0; i < worker_table->used && entry == NULL; i++)
 	{
-		if (!OidIsValid(databases->entries[i].dbid))
-			entry = &databases->entries[i];
+		if (!OidIsValid(worker_table->entries[i].dbid))
+			entry = &worker_table->entries[i];
 	}
-	if (entry == NULL && databases->used < MAX_DATABASES)
-		entry = &databases->entries[databases->used++];
-	for (i = 0; i < databases->used && entry == NULL && evict; i++)
+	if (entry == NULL && worker_table->used < MAX_DATABASES)
+		entry = &worker_table->entries[worker_table->used++];
+	for (i = 0; i < worker_table->used && entry == NULL && evict; i++)
 	{
-		Database   *db = &databases->entries[i];
+		Database   *db = &worker_table->entries[i];
 
 		if (db->known == DATABASE_WITHOUT && db->pid == 0 && !db->starting)
 			entry = db;
@@ -146,35 +148,35 @@ databases_add(Oid dbid, bool evict)
 
 	memset(entry, 0, sizeof(Database));
 	entry->dbid = dbid;
-	entry->serial = ++databases->serial;
+	entry->serial = ++worker_table->serial;
 	return entry;
 }
 
 /* Take an entry out.  The lock is held in exclusive mode. */
 void
-databases_forget(Database *db)
+worker_table_forget(Database *db)
 {
 	db->dbid = InvalidOid;
-	while (databases->used > 0 &&
-		   !OidIsValid(databases->entries[databases->used - 1].dbid))
-		databases->used--;
+	while (worker_table->used > 0 &&
+		   !OidIsValid(worker_table->entries[worker_table->used - 1].dbid))
+		worker_table->used--;
 }
 
 /* The lock is held.  A latch too many does no harm. */
 void
-databases_wake_launcher(void)
+worker_table_wake_launcher(void)
 {
-	if (databases->launcher_pid != 0)
-		SetLatch(&ProcGlobal->allProcs[databases->launcher_proc].procLatch);
+	if (worker_table->launcher_pid != 0)
+		SetLatch(&ProcGlobal->allProcs[worker_table->launcher_proc].procLatch);
 }
 
 /* The same where the lock isn't held. */
 void
-databases_call_launcher(void)
+worker_table_call_launcher(void)
 {
-	databases_lock(LW_SHARED);
-	databases_wake_launcher();
-	databases_unlock();
+	worker_table_lock(LW_SHARED);
+	worker_table_wake_launcher();
+	worker_table_unlock();
 }
 
 /*
@@ -186,10 +188,10 @@ mark(bool created)
 {
 	Database   *db;
 
-	databases_lock(LW_EXCLUSIVE);
-	db = databases_find(MyDatabaseId);
+	worker_table_lock(LW_EXCLUSIVE);
+	db = worker_table_find(MyDatabaseId);
 	if (db == NULL)
-		db = databases_add(MyDatabaseId, true);
+		db = worker_table_add(MyDatabaseId, true);
 	if (db != NULL)
 	{
 		if (created)
@@ -200,10 +202,10 @@ mark(bool created)
 			db->startable = true;
 			db->next_run = 0;
 			db->failures = 0;
-			databases_wake_launcher();
+			worker_table_wake_launcher();
 		}
 	}
-	databases_unlock();
+	worker_table_unlock();
 }
 
 static void
@@ -228,16 +230,16 @@ at_xact_event(XactEvent event, void *arg)
 Datum
 idempotency_created(PG_FUNCTION_ARGS)
 {
-	databases_mark_at_commit();
+	worker_table_mark_at_commit();
 	PG_RETURN_VOID();
 }
 
 void
-databases_mark_at_commit(void)
+worker_table_mark_at_commit(void)
 {
 	static bool registered = false;
 
-	if (databases == NULL)
+	if (worker_table == NULL)
 		return;
 	if (!registered)
 	{
@@ -249,11 +251,11 @@ databases_mark_at_commit(void)
 
 /* A ledger of this database is being used: the extension is there. */
 void
-databases_note_use(void)
+worker_table_note_use(void)
 {
 	static bool noted = false;
 
-	if (noted || databases == NULL)
+	if (noted || worker_table == NULL)
 		return;
 	noted = true;
 	mark(false);
@@ -264,14 +266,14 @@ databases_note_use(void)
  * worker.
  */
 void
-databases_note_notices(void)
+worker_table_note_notices(void)
 {
-	Database   *db = databases_lock_own(LW_EXCLUSIVE);
+	Database   *db = worker_table_lock_own(LW_EXCLUSIVE);
 
 	if (db == NULL)
 		return;
 	db->notices = true;
-	databases_unlock();
+	worker_table_unlock();
 }
 
 /*
@@ -280,9 +282,9 @@ databases_note_notices(void)
  * that isn't known, and the next pass finds them.  Raises nothing.
  */
 void
-databases_send_notices_soon(void)
+worker_table_send_notices_soon(void)
 {
-	Database   *db = databases_lock_own(LW_EXCLUSIVE);
+	Database   *db = worker_table_lock_own(LW_EXCLUSIVE);
 
 	if (db == NULL)
 		return;
@@ -292,9 +294,9 @@ databases_send_notices_soon(void)
 
 		db->next_run = Min(db->next_run, is_over(db->last_run, NOTICES_GAP, now) ? now :
 						   db->last_run + NOTICES_GAP);
-		databases_wake_launcher();
+		worker_table_wake_launcher();
 	}
-	databases_unlock();
+	worker_table_unlock();
 }
 
 /*
@@ -302,25 +304,25 @@ databases_send_notices_soon(void)
  * alone what they are given where there is no entry.
  */
 void
-databases_read_kept_place(KeptPlace *place)
+worker_table_read_kept_place(KeptPlace *place)
 {
-	Database   *db = databases_lock_own(LW_SHARED);
+	Database   *db = worker_table_lock_own(LW_SHARED);
 
 	if (db == NULL)
 		return;
 	*place = db->kept;
-	databases_unlock();
+	worker_table_unlock();
 }
 
 void
-databases_write_kept_place(const KeptPlace *place)
+worker_table_write_kept_place(const KeptPlace *place)
 {
-	Database   *db = databases_lock_own(LW_EXCLUSIVE);
+	Database   *db = worker_table_lock_own(LW_EXCLUSIVE);
 
 	if (db == NULL)
 		return;
 	db->kept = *place;
-	databases_unlock();
+	worker_table_unlock();
 }
 
 /* ---------- across a restart ---------- */
@@ -367,7 +369,7 @@ read_known(FILE *file, XLogRecPtr checkpoint)
 		return true;
 	for (i = 0; i < header.n; i++)
 	{
-		Database   *db = databases_add(entries[i].dbid, false);
+		Database   *db = worker_table_add(entries[i].dbid, false);
 
 		if (db != NULL)
 			db->known = entries[i].known;
@@ -419,7 +421,7 @@ save_known(int code, Datum arg)
 	FILE	   *file;
 	int			i;
 
-	if (code != 0 || databases == NULL)
+	if (code != 0 || worker_table == NULL)
 		return;
 
 	header.magic = KNOWN_MAGIC;
@@ -428,10 +430,10 @@ save_known(int code, Datum arg)
 	if (header.checkpoint == InvalidXLogRecPtr)
 		return;
 
-	entries = palloc0(Max(databases->used, 1) * sizeof(KnownEntry));
-	for (i = 0; i < databases->used; i++)
+	entries = palloc0(Max(worker_table->used, 1) * sizeof(KnownEntry));
+	for (i = 0; i < worker_table->used; i++)
 	{
-		Database   *db = &databases->entries[i];
+		Database   *db = &worker_table->entries[i];
 
 		if (OidIsValid(db->dbid) && db->known != DATABASE_UNKNOWN)
 		{
@@ -475,23 +477,23 @@ save_known(int code, Datum arg)
 /* ---------- shared memory ---------- */
 
 Size
-databases_size(void)
+worker_table_size(void)
 {
-	return sizeof(DatabaseTable);
+	return sizeof(WorkerTable);
 }
 
 void
-databases_init(void *area)
+worker_table_init(void *area)
 {
-	databases = area;
+	worker_table = area;
 	if (!IsUnderPostmaster)
 		load_known();
 }
 
 void
-databases_attach(void *area, LWLockPadded *locks)
+worker_table_attach(void *area, LWLockPadded *locks)
 {
-	databases = area;
+	worker_table = area;
 	lock = &locks[0].lock;
 	if (!IsUnderPostmaster)
 		on_shmem_exit(save_known, (Datum) 0);

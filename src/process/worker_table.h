@@ -3,6 +3,8 @@
  * worker_table.h
  *	  What is known of the databases of this cluster.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/process/worker_table.h
  *
  *-------------------------------------------------------------------------
@@ -85,37 +87,37 @@ typedef struct Database
 	char		error[DATABASE_ERROR_LEN];
 } Database;
 
-typedef struct DatabaseTable
+typedef struct WorkerTable
 {
 	int			launcher_pid;	/* 0: none */
 	int			launcher_proc;
 	uint32		serial;
 	int			used;			/* entries from here on are free */
 	Database	entries[MAX_DATABASES];
-} DatabaseTable;
+} WorkerTable;
 
 /* NULL without shared memory; to be read and written under the lock */
-extern DatabaseTable *databases;
+extern WorkerTable *worker_table;
 
-extern Size databases_size(void);
-extern void databases_init(void *area);
-extern void databases_attach(void *area, LWLockPadded *locks);
+extern Size worker_table_size(void);
+extern void worker_table_init(void *area);
+extern void worker_table_attach(void *area, LWLockPadded *locks);
 
-extern void databases_lock(LWLockMode mode);
-extern void databases_unlock(void);
-extern Database *databases_lock_own(LWLockMode mode);
-extern Database *databases_find(Oid dbid);
-extern Database *databases_add(Oid dbid, bool evict);
-extern void databases_forget(Database *db);
-extern void databases_wake_launcher(void);
-extern void databases_call_launcher(void);
+extern void worker_table_lock(LWLockMode mode);
+extern void worker_table_unlock(void);
+extern Database *worker_table_lock_own(LWLockMode mode);
+extern Database *worker_table_find(Oid dbid);
+extern Database *worker_table_add(Oid dbid, bool evict);
+extern void worker_table_forget(Database *db);
+extern void worker_table_wake_launcher(void);
+extern void worker_table_call_launcher(void);
 
-extern void databases_mark_at_commit(void);
-extern void databases_note_use(void);
-extern void databases_note_notices(void);
-extern void databases_send_notices_soon(void);
+extern void worker_table_mark_at_commit(void);
+extern void worker_table_note_use(void);
+extern void worker_table_note_notices(void);
+extern void worker_table_send_notices_soon(void);
 
-extern void databases_read_kept_place(KeptPlace *place);
-extern void databases_write_kept_place(const KeptPlace *place);
+extern void worker_table_read_kept_place(KeptPlace *place);
+extern void worker_table_write_kept_place(const KeptPlace *place);
 
 #endif							/* IDEMPOTENCY_WORKER_TABLE_H */

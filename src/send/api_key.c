@@ -15,6 +15,8 @@
  * The file is one of secret_file.c's.  No message names it, as the setting is
  * for superusers to see, or quotes what is in it.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/send/api_key.c
  *
  *-------------------------------------------------------------------------
@@ -32,7 +34,7 @@
 static const char *
 source_name(void)
 {
-	return stripe_api_key_file[0] != '\0' ?
+	return setting_stripe_api_key_file[0] != '\0' ?
 		"the file of \"idempotency.stripe_api_key_file\"" :
 		"the server's environment variable " ENVIRONMENT_VARIABLE;
 }
@@ -110,8 +112,8 @@ api_key_read(ApiKey *key)
 {
 	memset(key, 0, sizeof(ApiKey));
 
-	if (stripe_api_key_file[0] != '\0')
-		secret_file_load(stripe_api_key_file, source_name(), key->secret, sizeof(key->secret));
+	if (setting_stripe_api_key_file[0] != '\0')
+		secret_file_load(setting_stripe_api_key_file, source_name(), key->secret, sizeof(key->secret));
 	else
 	{
 		const char *value = getenv(ENVIRONMENT_VARIABLE);

@@ -3,14 +3,14 @@
  * api_key.h
  *	  The secret API key of the Stripe account.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/send/api_key.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_API_KEY_H
 #define IDEMPOTENCY_API_KEY_H
-
-#include "postgres.h"
 
 #define API_KEY_MAX 512
 

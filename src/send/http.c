@@ -33,6 +33,8 @@
  * request and never in the postmaster.  curl_global_cleanup() is not called,
  * other libraries in this process may use libcurl, too.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/send/http.c
  *
  *-------------------------------------------------------------------------

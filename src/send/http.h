@@ -6,14 +6,14 @@
  * This is all that idempotency.so and idempotency_stripe.so know of each
  * other: the second hands out an HttpClient, and calls nothing of the first.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/send/http.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_HTTP_H
 #define IDEMPOTENCY_HTTP_H
-
-#include "postgres.h"
 
 #include "stripe/stripe_outcome.h"
 

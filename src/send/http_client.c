@@ -9,6 +9,8 @@
  * request.  All SQL functions and settings belong to idempotency.so, so that
  * CREATE EXTENSION, a restore and pg_upgrade work without it.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/send/http_client.c
  *
  *-------------------------------------------------------------------------

@@ -3,6 +3,8 @@
  * http_client.h
  *	  The way to idempotency_stripe.so.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/send/http_client.h
  *
  *-------------------------------------------------------------------------

@@ -38,6 +38,8 @@
  * An answer that says that we ask too much, or may not ask at all, and no answer,
  * end the function; what went wrong is evidence, not an error.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/send/reconcile.c
  *
  *-------------------------------------------------------------------------
@@ -494,7 +496,7 @@ read_doubt(Reconcile *r, Doubt *doubt, LedgerRow *row, TimestampTz now)
 	doubt->key = stripe_row_string(row, S_IDEMPOTENCY_KEY);
 	doubt->version = stripe_row_string(row, S_API_VERSION);
 	if (doubt->version == NULL)
-		doubt->version = stripe_version;
+		doubt->version = setting_stripe_version;
 	if (!row->isnull[S_REQUEST])
 		doubt->request = DatumGetJsonbPCopy(row->values[S_REQUEST]);
 
@@ -576,7 +578,7 @@ ask(Reconcile *r, Doubt *doubt, Step *step, const char *query, StripeReply *repl
 
 	step->touched = true;
 	step->at = GetCurrentTimestamp();
-	if (!path_is_allowed(stripe_allowed_paths, "GET", step->path))
+	if (!path_is_allowed(setting_stripe_allowed_paths, "GET", step->path))
 	{
 		step->problem = "not allowed by idempotency.stripe_allowed_paths";
 		step->done = true;

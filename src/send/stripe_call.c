@@ -31,6 +31,8 @@
  * roll back what the caller has just written.  Errors are for what is wrong
  * before anything is sent: arguments, settings, the API key.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/send/stripe_call.c
  *
  *-------------------------------------------------------------------------
@@ -119,12 +121,12 @@ void
 check_stripe_settings(void)
 {
 	check_settings();
-	check_setting("idempotency.stripe_api_base", stripe_api_base,
-				  api_base_problem(stripe_api_base));
-	check_setting("idempotency.stripe_version", stripe_version,
-				  api_version_problem(stripe_version));
-	check_setting("idempotency.stripe_allowed_paths", stripe_allowed_paths,
-				  path_list_problem(stripe_allowed_paths));
+	check_setting("idempotency.stripe_api_base", setting_stripe_api_base,
+				  api_base_problem(setting_stripe_api_base));
+	check_setting("idempotency.stripe_version", setting_stripe_version,
+				  api_version_problem(setting_stripe_version));
+	check_setting("idempotency.stripe_allowed_paths", setting_stripe_allowed_paths,
+				  path_list_problem(setting_stripe_allowed_paths));
 }
 
 /* May it be called?  The path may have a query string. */
@@ -133,7 +135,7 @@ check_allowed(const char *method, const char *path)
 {
 	char	   *bare = pnstrdup(path, strcspn(path, "?"));
 
-	if (!path_is_allowed(stripe_allowed_paths, method, bare))
+	if (!path_is_allowed(setting_stripe_allowed_paths, method, bare))
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 				 errmsg("not allowed by \"idempotency.stripe_allowed_paths\": %s %s",
@@ -194,7 +196,7 @@ log_stripe_call(const char *method, const char *path, const char *account,
 {
 	StringInfoData line;
 
-	if (stripe_log_level == STRIPE_LOG_OFF)
+	if (setting_stripe_log_level == STRIPE_LOG_OFF)
 		return;
 
 	initStringInfo(&line);
@@ -215,7 +217,7 @@ log_stripe_call(const char *method, const char *path, const char *account,
 	appendStringInfo(&line, " outcome=%s ms=%.0f (%s)",
 					 outcome, reply->ms, _(reply->reason));
 
-	ereport(stripe_log_level,
+	ereport(setting_stripe_log_level,
 			(errmsg_internal("%s", line.data),
 			 errhidestmt(true), errhidecontext(true)));
 	pfree(line.data);
@@ -267,7 +269,7 @@ idempotency_stripe_get(PG_FUNCTION_ARGS)
 	request.method = "GET";
 	request.target = with_query(path, argument_params(fcinfo, 1));
 	request.account = argument_account(fcinfo, 2);
-	request.version = stripe_version;
+	request.version = setting_stripe_version;
 	exchange_deadline(&deadline, argument_duration(fcinfo, 3, "timeout"));
 
 	/* whatever is missing is an error, before a secret is in memory */
@@ -400,7 +402,7 @@ static void
 encode_request(StripeCall *call, const char *path, Jsonb *params)
 {
 	StringInfoData body;
-	Size		max_size = (Size) max_response_size * 1024;
+	Size		max_size = (Size) setting_max_response_size * 1024;
 
 	if (strcmp(call->method, "POST") != 0)
 	{
@@ -416,7 +418,7 @@ encode_request(StripeCall *call, const char *path, Jsonb *params)
 	else
 	{
 		form_encode(&body, params, max_size);
-		if (stripe_key_in_metadata && path_takes_metadata(path) && has_room_for_key(params))
+		if (setting_stripe_key_in_metadata && path_takes_metadata(path) && has_room_for_key(params))
 			form_append(&body, body.len == VARHDRSZ, "metadata[" METADATA_NAME "]",
 						operation_key(call));
 	}
@@ -636,7 +638,7 @@ static Datum
 finish_call(FunctionCallInfo fcinfo, Call *call)
 {
 	call->call.livemode = -1;
-	call->call.answer_room = Min(ANSWER_ROOM, (Size) max_response_size * 1024 * 2);
+	call->call.answer_room = Min(ANSWER_ROOM, (Size) setting_max_response_size * 1024 * 2);
 	call->call.prepare = prepare_call;
 	call->call.prepare_arg = call;
 
@@ -669,7 +671,7 @@ idempotency_stripe_call(PG_FUNCTION_ARGS)
 	call.call.path = argument_path(fcinfo, 3, call.call.method);
 	call.params = argument_params(fcinfo, 4);
 	exchange_deadline(&call.deadline, argument_duration(fcinfo, 6, "timeout"));
-	call.call.api_version = stripe_version;
+	call.call.api_version = setting_stripe_version;
 	call.call.request = describe_request(call.call.method, call.call.path, call.params);
 
 	PG_RETURN_DATUM(finish_call(fcinfo, &call));

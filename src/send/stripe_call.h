@@ -3,14 +3,14 @@
  * stripe_call.h
  *	  What the functions that call Stripe have in common.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/send/stripe_call.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_STRIPE_CALL_H
 #define IDEMPOTENCY_STRIPE_CALL_H
-
-#include "postgres.h"
 
 #include "ledger/derived_key.h"
 #include "send/stripe_request.h"

@@ -10,6 +10,8 @@
  * of their own.  stripe_record() and its like belong to the caller's
  * transaction, with the rows that go with them.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/send/stripe_functions.c
  *
  *-------------------------------------------------------------------------
@@ -77,7 +79,7 @@ get_operation(Operation *op, FunctionCallInfo fcinfo, int account_argno)
 static bool
 commits_by_recorder(const char *function)
 {
-	if (stripe_ledger == STRIPE_LEDGER_RECORDER)
+	if (setting_stripe_ledger == STRIPE_LEDGER_RECORDER)
 	{
 		if (recorder_can_run())
 		{
@@ -131,7 +133,7 @@ idempotency_stripe_claim(PG_FUNCTION_ARGS)
 	claim.op = &op;
 	claim.rules = stripe_rules();
 	claim.request = argument_object(fcinfo, 2, "request");
-	claim.lease = lease.given ? lease.usecs : (int64) stripe_lease * USECS_PER_SEC;
+	claim.lease = lease.given ? lease.usecs : (int64) setting_stripe_lease * USECS_PER_SEC;
 	claim.livemode = -1;
 
 	if (commits_by_recorder("idempotency.stripe_claim()"))

@@ -20,6 +20,8 @@
  * a header of libcurl's.  It is in no message: what is told of an attempt that
  * failed is libcurl's text, which doesn't quote requests.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/send/stripe_request.c
  *
  *-------------------------------------------------------------------------
@@ -109,7 +111,7 @@ exchange_deadline(StripeDeadline *deadline, Duration timeout)
 {
 	INSTR_TIME_SET_CURRENT(deadline->start);
 	deadline->limit = timeout.given ?
-		Min(timeout.usecs / 1000, LONGEST_CALL) : stripe_timeout;
+		Min(timeout.usecs / 1000, LONGEST_CALL) : setting_stripe_timeout;
 	deadline->of_statement = false;
 	bound_by(deadline, STATEMENT_TIMEOUT);
 #ifdef HAVE_TRANSACTION_TIMEOUT
@@ -157,7 +159,7 @@ pause_for(int64 ms)
 void
 exchange_check_key(const ApiKey *key)
 {
-	if (key->live && strncmp(stripe_api_base, "https://", 8) != 0)
+	if (key->live && strncmp(setting_stripe_api_base, "https://", 8) != 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_CONFIG_FILE_ERROR),
 				 errmsg("a live Stripe API key is not sent without encryption"),
@@ -358,14 +360,14 @@ exchange(const StripeRequest *request, const ApiKey *key,
 	set_headers(request, key, headers);
 	memset(&http, 0, sizeof(http));
 	http.method = request->method;
-	http.url = psprintf("%s%s", stripe_api_base, request->target);
+	http.url = psprintf("%s%s", setting_stripe_api_base, request->target);
 	http.headers = headers;
 	http.bearer = key->secret;
 	http.body = request->body;
 	http.body_len = request->body_len;
 	http.sending = request->sending;
-	http.max_body = (size_t) max_response_size * 1024;
-	http.ca_file = stripe_ca_file[0] != '\0' ? stripe_ca_file : NULL;
+	http.max_body = (size_t) setting_max_response_size * 1024;
+	http.ca_file = setting_stripe_ca_file[0] != '\0' ? setting_stripe_ca_file : NULL;
 
 	for (;;)
 	{
@@ -398,7 +400,7 @@ exchange(const StripeRequest *request, const ApiKey *key,
 		reply->outcome = class.outcome;
 		reply->resend = class.resend;
 
-		if (attempts > stripe_max_retries || attempts == request->max_attempts ||
+		if (attempts > setting_stripe_max_retries || attempts == request->max_attempts ||
 			response.too_large ||
 			!stripe_retry_at_once(&answer, &class, response.should_retry, response.replayed))
 			break;

@@ -3,14 +3,14 @@
  * stripe_request.h
  *	  One call of Stripe's API: a request, its attempts, and the answer.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/send/stripe_request.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_STRIPE_REQUEST_H
 #define IDEMPOTENCY_STRIPE_REQUEST_H
-
-#include "postgres.h"
 
 #include "portability/instr_time.h"
 #include "utils/jsonb.h"

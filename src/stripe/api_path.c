@@ -14,6 +14,8 @@
  * In PATH, * stands for one segment or a part of it (anything but a slash),
  * and ** for anything at all.  An entry that is just * allows everything.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/stripe/api_path.c
  *
  *-------------------------------------------------------------------------

@@ -3,14 +3,14 @@
  * api_path.h
  *	  Paths of Stripe's API, and which of them may be called.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/stripe/api_path.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_API_PATH_H
 #define IDEMPOTENCY_API_PATH_H
-
-#include "postgres.h"
 
 extern const char *path_problem(const char *path);
 extern bool path_is_v2(const char *path);

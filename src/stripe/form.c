@@ -26,6 +26,8 @@
  * jsonb sorts the names of an object and keeps no name twice: the order of the
  * result is that of jsonb, and the same for equal values.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/stripe/form.c
  *
  *-------------------------------------------------------------------------

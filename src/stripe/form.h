@@ -3,14 +3,14 @@
  * form.h
  *	  Parameters as Stripe's API v1 takes them.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/stripe/form.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_FORM_H
 #define IDEMPOTENCY_FORM_H
-
-#include "postgres.h"
 
 #include "lib/stringinfo.h"
 #include "utils/jsonb.h"

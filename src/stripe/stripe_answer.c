@@ -10,6 +10,8 @@
  *
  * A body is whatever came: nothing here raises an error for what it says.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/stripe/stripe_answer.c
  *
  *-------------------------------------------------------------------------

@@ -3,14 +3,14 @@
  * stripe_answer.h
  *	  What stands in Stripe's answers, and which answers are Stripe's.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/stripe/stripe_answer.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_STRIPE_ANSWER_H
 #define IDEMPOTENCY_STRIPE_ANSWER_H
-
-#include "postgres.h"
 
 #include "utils/jsonb.h"
 

@@ -10,6 +10,8 @@
  * doesn't tell whether the confirmation in the same call was declined.  Where
  * it doesn't follow, nothing is said.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/stripe/stripe_effect.c
  *
  *-------------------------------------------------------------------------

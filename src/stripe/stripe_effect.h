@@ -3,14 +3,14 @@
  * stripe_effect.h
  *	  What an event or an object of Stripe's says about a call.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/stripe/stripe_effect.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_STRIPE_EFFECT_H
 #define IDEMPOTENCY_STRIPE_EFFECT_H
-
-#include "postgres.h"
 
 #include "utils/jsonb.h"
 

@@ -14,6 +14,8 @@
  * parameters elsewhere.  See the "list" page of each resource at
  * https://docs.stripe.com/api, and https://docs.stripe.com/search.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/stripe/stripe_lookup.c
  *
  *-------------------------------------------------------------------------

@@ -3,14 +3,14 @@
  * stripe_lookup.h
  *	  Where at Stripe to look for what a call has done.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/stripe/stripe_lookup.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_STRIPE_LOOKUP_H
 #define IDEMPOTENCY_STRIPE_LOOKUP_H
-
-#include "postgres.h"
 
 /* Paths are palloc'd; what there isn't is NULL. */
 typedef struct CallPlace

@@ -30,6 +30,8 @@
  * The sources named below are Stripe's documentation (docs.stripe.com) and the
  * source of its client libraries.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/stripe/stripe_outcome.c
  *
  *-------------------------------------------------------------------------

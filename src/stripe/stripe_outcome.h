@@ -3,6 +3,8 @@
  * stripe_outcome.h
  *	  What an answer of Stripe's says about the call.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/stripe/stripe_outcome.h
  *
  *-------------------------------------------------------------------------

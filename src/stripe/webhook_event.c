@@ -13,6 +13,8 @@
  * each release of Stripe's, and all that is asked of either is an id and a
  * type.  Whatever else has an unexpected shape counts as not said.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/stripe/webhook_event.c
  *
  *-------------------------------------------------------------------------

@@ -3,14 +3,14 @@
  * webhook_event.h
  *	  What an event of Stripe's says.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/stripe/webhook_event.h
  *
  *-------------------------------------------------------------------------
  */
 #ifndef IDEMPOTENCY_WEBHOOK_EVENT_H
 #define IDEMPOTENCY_WEBHOOK_EVENT_H
-
-#include "postgres.h"
 
 #include "utils/jsonb.h"
 #include "utils/timestamp.h"

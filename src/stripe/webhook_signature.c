@@ -28,6 +28,8 @@
  * differ.  The age is looked at last: a header that is too old is known to be
  * Stripe's.  Nothing in this file knows about SQL; test/fuzz feeds it anything.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/stripe/webhook_signature.c
  *
  *-------------------------------------------------------------------------

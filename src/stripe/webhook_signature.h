@@ -3,6 +3,8 @@
  * webhook_signature.h
  *	  The signature of a webhook of Stripe's.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * src/stripe/webhook_signature.h
  *
  *-------------------------------------------------------------------------

@@ -9,6 +9,8 @@
  * is kept, and prints how many microseconds each took.  The first twenty, which
  * connect and warm up, aren't counted.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * test/bench/curl_loop.c
  *
  *-------------------------------------------------------------------------

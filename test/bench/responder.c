@@ -12,6 +12,8 @@
  * neither side is measured with a server's work; test/stripe is the server to
  * test with.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * test/bench/responder.c
  *
  *-------------------------------------------------------------------------

@@ -8,6 +8,8 @@
  * longer than 10 ms is held to have waited for somebody: what it wrote is
  * renewed by a second statement, which isn't part of what is counted.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * test/bench/slow_clock.c
  *
  *-------------------------------------------------------------------------

@@ -7,6 +7,8 @@
  * arrives is a line with its idempotency key.  Stripe would execute each key
  * once.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * test/caller/idempotency_test_caller.c
  *
  *-------------------------------------------------------------------------

@@ -8,6 +8,8 @@
  * that are mapped: a change is seen at once, by processes that run already,
  * too.  Monotonic clocks, and so all waits, go on as ever.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * test/clock/clock.c
  *
  *-------------------------------------------------------------------------

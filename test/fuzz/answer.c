@@ -15,6 +15,8 @@
  * "completed", none that says what didn't happen comes without a status that
  * Stripe gives for it, and the headers are read as by a second parser.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * test/fuzz/answer.c
  *
  *-------------------------------------------------------------------------
@@ -34,11 +36,11 @@
 #define BODY_MAX 1024
 
 /* settings that stripe_request.c looks at */
-int			stripe_max_retries = 0;
-int			stripe_timeout = 60000;
-int			max_response_size = BODY_MAX / 1024;
-char	   *stripe_api_base = "http://localhost";
-char	   *stripe_ca_file = "";
+int			setting_stripe_max_retries = 0;
+int			setting_stripe_timeout = 60000;
+int			setting_max_response_size = BODY_MAX / 1024;
+char	   *setting_stripe_api_base = "http://localhost";
+char	   *setting_stripe_ca_file = "";
 
 /* of the input at hand */
 static struct

@@ -12,6 +12,8 @@
  *
  * The arguments are libFuzzer's, or without LIBFUZZER seconds, directory, seed.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * test/fuzz/backend.c
  *
  *-------------------------------------------------------------------------

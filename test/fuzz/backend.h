@@ -3,6 +3,8 @@
  * backend.h
  *	  Fuzz targets that need a server around them.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * test/fuzz/backend.h
  *
  *-------------------------------------------------------------------------

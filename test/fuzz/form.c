@@ -11,6 +11,8 @@
  *
  * An input is any bytes (json_tree.c), or JSON if it begins with a brace.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * test/fuzz/form.c
  *
  *-------------------------------------------------------------------------

@@ -5,6 +5,8 @@
  *
  * A target looks at an input, and aborts by CHECK() where something is wrong.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * test/fuzz/fuzz.h
  *
  *-------------------------------------------------------------------------

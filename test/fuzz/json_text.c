@@ -8,6 +8,8 @@
  * the text as it is, both are the same.  PostgreSQL's parser recurses, so what
  * is deeper than it should have to go is looked at without it.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * test/fuzz/json_text.c
  *
  *-------------------------------------------------------------------------

@@ -8,6 +8,8 @@
  * what it should come to without asking jsonb, and can be written down in two
  * ways that mean the same.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * test/fuzz/json_tree.c
  *
  *-------------------------------------------------------------------------

@@ -3,6 +3,8 @@
  * json_tree.h
  *	  JSON values made from any bytes.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * test/fuzz/json_tree.h
  *
  *-------------------------------------------------------------------------

@@ -3,6 +3,8 @@
  * mutator.c
  *	  Mutates a corpus at random, where there is no libFuzzer.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * test/fuzz/mutator.c
  *
  *-------------------------------------------------------------------------

@@ -11,6 +11,8 @@
  *
  * Built by test/fuzz/run, with libFuzzer, or with mutator.c.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * test/fuzz/webhook_signature.c
  *
  *-------------------------------------------------------------------------

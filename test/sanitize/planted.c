@@ -3,6 +3,8 @@
  * planted.c
  *	  Mistakes made on purpose, which a server with sanitizers has to find.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * test/sanitize/planted.c
  *
  *-------------------------------------------------------------------------

@@ -7,6 +7,8 @@
  * Their parameters differ between majors, and nobody looks at them, so this file
  * doesn't include postgres.h.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * test/unit/server.c
  *
  *-------------------------------------------------------------------------

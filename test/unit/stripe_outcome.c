@@ -4,6 +4,8 @@
  *	  Every row of what Stripe's answers mean, one by one, and that no answer
  *	  whatsoever is left without a meaning.  Prints TAP.
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * test/unit/stripe_outcome.c
  *
  *-------------------------------------------------------------------------

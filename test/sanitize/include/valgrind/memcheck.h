@@ -13,6 +13,8 @@
  * Whether memory was written before it is read isn't AddressSanitizer's
  * business: "undefined" is accessible, like "defined".
  *
+ * Copyright (c) 2026, idempotency developers
+ *
  * test/sanitize/include/valgrind/memcheck.h
  *
  *-------------------------------------------------------------------------
