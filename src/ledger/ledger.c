@@ -11,6 +11,12 @@
  * that is being moved at that instant; then the INSERT finds it, and the loop
  * looks again.
  *
+ * The ON CONFLICT names no columns.  With them it would know the primary key
+ * alone, and while REINDEX CONCURRENTLY keeps a second one, two claims of a key
+ * at the same moment could fail there with a unique violation or a deadlock.
+ * A unique index of the user's that is in the way ends in the error of
+ * ledger_lost_race().
+ *
  * Why a dirty snapshot.  INSERT ... ON CONFLICT alone would wait for every
  * open transaction that has touched the row, also for one that merely extends
  * a committed, live claim.  Reading by MVCC through the index would take
@@ -650,7 +656,7 @@ ledger_lost_race(Ledger *ledger, int *races)
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("could not change a row of table \"idempotency.%s\"", ledger->table),
 				 errdetail("It has been tried %d times.", MAX_RACES),
-				 errhint("A trigger or rule on the table may suppress the change.")));
+				 errhint("A trigger, a rule or a unique index of the table may prevent it.")));
 }
 
 /*
