@@ -15,7 +15,7 @@
 #include "datatype/timestamp.h"
 #include "storage/lwlock.h"
 
-#include "calls/settle_by_event.h"
+#include "events/kept_events.h"
 #include "ledger/ledger_search.h"
 
 /* Entries; where there are more databases, those without the extension go. */
