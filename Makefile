@@ -54,6 +54,8 @@ OBJS = \
 	src/process/recorder_process.o \
 	src/process/recorder_queue.o \
 	src/process/worker.o \
+	src/process/worker_pass.o \
+	src/process/worker_run.o \
 	src/process/worker_states.o \
 	src/process/worker_table.o \
 	src/send/api_key.o \
