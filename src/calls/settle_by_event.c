@@ -210,7 +210,8 @@ lock_open_call(Relation rel, CallRow *call, bool key_found, int64 claimed_token,
 
 /* Write down what was found out about a call that is locked. */
 static bool
-write_finding(Relation rel, const CallRow *call, const Finding *finding, TimestampTz now, Execute execute)
+write_finding(Relation rel, const CallRow *call, const Finding *finding, TimestampTz now,
+			  Execute execute)
 {
 	Operation	op;
 	Parameters	p;

@@ -65,7 +65,7 @@ PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_next);
 PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_reclaim);
 PG_FUNCTION_INFO_V1(idempotency_stripe_webhook_again);
 
-/* Events that wait to settle a call, looked at where none is to be handed out. */
+/* Events that wait for their call, looked at when none is to be handed out. */
 #define IDLE_KEPT_EVENTS 20
 
 /* Columns of webhook_claim_result. */
@@ -188,7 +188,7 @@ refuse_body(const char *word, const char *message)
 }
 
 /*
- * Verify and parse what has come in; raises IK004 for whatever isn't an event
+ * Verify and parse what has come in; raises IK004 for whatever is not an event
  * signed by Stripe.
  */
 static void
@@ -266,8 +266,8 @@ answer_in_progress(EventClaim *claim, int retry_after)
 }
 
 /*
- * An event that is only to be kept can't be said to be kept while it may still
- * vanish with another's transaction: Stripe wouldn't send it again.
+ * An event that is only to be kept cannot be said to be kept while it may still
+ * vanish with another's transaction: Stripe would not send it again.
  */
 static void
 busy(LedgerClaim *base)
@@ -426,7 +426,7 @@ take(LedgerClaim *base, Relation rel, LedgerRow *row, TimestampTz now)
 	return true;
 }
 
-/* The claim waited while it was written: its lease starts when it answers. */
+/* The claim had to wait when it was written: its lease starts now. */
 static void
 renew(LedgerClaim *base, Relation rel, TimestampTz now)
 {

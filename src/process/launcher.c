@@ -336,7 +336,7 @@ choose_database(TimestampTz now, Oid *dbid, int64 *sleep)
 		if (!db->startable || db->known == DATABASE_WITHOUT || db->held)
 			continue;
 
-		/* the clock was set back: don't wait until it is there again */
+		/* if the clock was set back, do not wait until it is there again */
 		if (db->next_run > now + db->planned)
 			db->next_run = now + db->planned;
 
