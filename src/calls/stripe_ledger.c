@@ -125,7 +125,7 @@ static OwnerStatement insert_claim = {
 	" VALUES ($1, $2, $3, $4, $5, $5, $5, $6, $7, 1, 1, 'in_progress'::idempotency.outcome,"
 	" false, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17,"
 	" CASE WHEN $18 IS NULL THEN NULL::pg_catalog.xid8[] ELSE ARRAY[$18] END, $19)"
-	" ON CONFLICT (account, operation_type, operation_id) DO NOTHING",
+	" ON CONFLICT DO NOTHING",
 	CLAIM_NARGS, {CLAIM_ARGTYPES}
 };
 

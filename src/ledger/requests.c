@@ -106,7 +106,7 @@ static OwnerStatement insert_claim = {
 	"INSERT INTO idempotency.idempotency_keys"
 	" (scope, key, token, claimed_at, lease_expires_at, lease, ttl, attempt, fingerprint)"
 	" VALUES ($1, $2, $3, $4, $5, $6, $7, 1, $8)"
-	" ON CONFLICT (scope, key) DO NOTHING",
+	" ON CONFLICT DO NOTHING",
 	8, {TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TIMESTAMPTZOID, INTERVALOID,
 	INTERVALOID, BYTEAOID}
 };

@@ -163,7 +163,8 @@ def main(directory, conninfo, control, *secrets):
             for where in [{}] + [{"dbname": crowd.name_of(number)} for number in range(crowd.DATABASES)]]
         look_for_secrets(connection, violations, directory, secrets)
         check_keys.check(calls, connection, violations)
-        check_stripe.check(calls, arrivals, effects + customers, lulls, connection, others, violations)
+        check_stripe.check(calls, arrivals, effects + customers, lulls, connection, others,
+                           glob.glob(f"{directory}/*.log"), violations)
         check_reconcile.check(calls, arrivals, effects + customers, declined, connection, violations)
         check_dumps.check(calls, arrivals, violations)
         check_events.check(calls, connection, violations)
