@@ -153,17 +153,17 @@ keep_notices(void)
 static void
 send_row(HeapTuple tuple, TupleDesc desc, void *arg)
 {
-	bool		isnull[2];
-	Datum		values[2];
+	bool		no_channel;
+	bool		no_payload;
+	Datum		channel_datum = heap_getattr(tuple, 1, desc, &no_channel);
+	Datum		payload_datum = heap_getattr(tuple, 2, desc, &no_payload);
 	char	   *channel;
 	char	   *payload;
 
-	values[0] = heap_getattr(tuple, 1, desc, &isnull[0]);
-	values[1] = heap_getattr(tuple, 2, desc, &isnull[1]);
-	if (isnull[0] || isnull[1])
+	if (no_channel || no_payload)
 		return;
-	channel = TextDatumGetCString(values[0]);
-	payload = TextDatumGetCString(values[1]);
+	channel = TextDatumGetCString(channel_datum);
+	payload = TextDatumGetCString(payload_datum);
 	if (channel[0] == '\0' || strlen(channel) >= NAMEDATALEN || strlen(payload) > PAYLOAD_MAX)
 		return;
 	notify_at_commit(channel, payload);

@@ -37,7 +37,13 @@
 /* How long a row's lock is waited for, in milliseconds. */
 #define LOCK_TIMEOUT_MS 10
 
-/* $1 to $3: the key behind which to search, $4: this database system */
+/* Columns of find_calls, the key first. */
+enum
+{
+	F_KEY, F_CALLERS = LEDGER_MAX_KEYS, F_CALLERS_SYSTEM, F_OPEN, F_NCOLUMNS
+};
+
+/* $1 to $3: the key after which to search, $4: this database system */
 static OwnerStatement find_calls = {
 	"SELECT account, operation_type, operation_id, callers, callers_system,"
 	" (" OUTCOME_IS("unknown") " OR (" OUTCOME_IS("in_progress")
@@ -163,22 +169,22 @@ static void
 consider_tuple(HeapTuple tuple, TupleDesc desc, void *arg)
 {
 	Work	   *work = arg;
-	bool		isnull[6];
-	Datum		values[6];
+	bool		isnull[F_NCOLUMNS];
+	Datum		values[F_NCOLUMNS];
 	Candidate  *candidate;
 	LedgerHit	hit;
 	int			i;
 
-	for (i = 0; i < lengthof(values); i++)
+	for (i = 0; i < F_NCOLUMNS; i++)
 		values[i] = SPI_getbinval(tuple, desc, i + 1, &isnull[i]);
-	for (i = 0; i < 3; i++)
-		hit.key[i] = SPI_datumTransfer(values[i], false, -1);
-	memset(&hit.place, 0, sizeof(hit.place));
+	memset(&hit, 0, sizeof(hit));
+	for (i = 0; i < LEDGER_MAX_KEYS; i++)
+		hit.key[i] = SPI_datumTransfer(values[F_KEY + i], false, -1);
 
-	candidate = new_candidate(work, !isnull[3] && !isnull[4] &&
-							  fate_is_news(DatumGetArrayTypeP(values[3]),
-										   (uint64) DatumGetInt64(values[4])),
-							  !isnull[5] && DatumGetBool(values[5]));
+	candidate = new_candidate(work, !isnull[F_CALLERS] && !isnull[F_CALLERS_SYSTEM] &&
+							  fate_is_news(DatumGetArrayTypeP(values[F_CALLERS]),
+										   (uint64) DatumGetInt64(values[F_CALLERS_SYSTEM])),
+							  !isnull[F_OPEN] && DatumGetBool(values[F_OPEN]));
 	if (candidate != NULL)
 		candidate->hit = hit;
 
