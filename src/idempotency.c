@@ -41,7 +41,10 @@ static const StripeSettingRules stripe_setting_rules = {
 	.allowed_paths_problem = path_list_problem
 };
 
-/* What folders before theirs ask of the files that are included here. */
+/*
+ * No folder includes a later one: what base/, ledger/ and events/ have to tell
+ * process/, or to ask of it, goes by these.
+ */
 static const ShmemPart shmem_parts[] = {
 	{"idempotency recorder queue", 1, queue_size, queue_init, queue_attach},
 	{"idempotency databases", 1, worker_table_size, worker_table_init, worker_table_attach},
