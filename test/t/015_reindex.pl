@@ -31,8 +31,8 @@ foreach my $table (sort keys %ledger)
 
 	append_to_file($script, "SELECT (extract(epoch FROM now()) * 200)::int8 AS k \\gset\n$ledger{$table}\n");
 	my $bench = IPC::Run::start(
-		[ 'pgbench', '--no-vacuum', '-c', 16, '-t', 1500, '-f', $script, $node->connstr('postgres') ],
-		'>', \$out, '2>&1', IPC::Run::timeout(180));
+		[ 'pgbench', '--no-vacuum', '-c', 16, '-t', 500, '-f', $script, $node->connstr('postgres') ],
+		'>', \$out, '2>&1', IPC::Run::timeout(600));
 	while ($rebuilt < 200 && $bench->pumpable)
 	{
 		sql($node, "REINDEX TABLE CONCURRENTLY idempotency.$table");
