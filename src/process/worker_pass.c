@@ -157,7 +157,7 @@ run_expiry(WorkerRun *run, Expiry *todo, MemoryContext context)
 }
 
 /* What a batch of the settling has done. */
-typedef struct Settled
+typedef struct SettledBatch
 {
 	int			done;
 	int			seen;			/* that could have been done */
@@ -165,7 +165,7 @@ typedef struct Settled
 	char	   *refusal;
 	bool		over;			/* with the part, for this pass */
 	bool		at_end;			/* of its table */
-} Settled;
+} SettledBatch;
 
 /*
  * As long as it is not written down which namespace is in force, every reader
@@ -181,7 +181,7 @@ look_at_namespace(void *arg)
 }
 
 static void
-settle_some_calls(WorkerRun *run, Settled *settled)
+settle_some_calls(WorkerRun *run, SettledBatch *settled)
 {
 	SettleBatch batch;
 
@@ -201,7 +201,7 @@ settle_some_calls(WorkerRun *run, Settled *settled)
 
 /* "looked_at" counts those of this pass, as far as this worker knows. */
 static void
-settle_some_events(WorkerRun *run, Settled *settled, int *looked_at)
+settle_some_events(WorkerRun *run, SettledBatch *settled, int *looked_at)
 {
 	KeptBatch	batch;
 
@@ -222,7 +222,7 @@ settle_some_events(WorkerRun *run, Settled *settled, int *looked_at)
 
 /* Note what it has done, for the view and for whoever goes on. */
 static void
-note_settled(WorkerRun *run, Settled *settled, instr_time started)
+note_settled(WorkerRun *run, SettledBatch *settled, instr_time started)
 {
 	int64		elapsed = (int64) (milliseconds_since(started) * 1000);
 	Database   *db;
@@ -257,7 +257,7 @@ run_settling(WorkerRun *run, bool events, MemoryContext context)
 	for (;;)
 	{
 		instr_time	started;
-		Settled		settled;
+		SettledBatch settled;
 
 		check_for_signals();
 		MemoryContextReset(context);
