@@ -12,6 +12,7 @@ OBJS = \
 	src/base/arguments.o \
 	src/base/debug_point.o \
 	src/base/fingerprint.o \
+	src/base/json_build.o \
 	src/base/json_member.o \
 	src/base/json_text.o \
 	src/base/lock_limit.o \
@@ -29,6 +30,9 @@ OBJS = \
 	src/calls/settle_by_hand.o \
 	src/calls/stripe_expiry.o \
 	src/calls/stripe_ledger.o \
+	src/events/call_sweep.o \
+	src/events/kept_events.o \
+	src/events/webhook_ledger.o \
 	src/events/webhook_payload.o \
 	src/events/webhook_queue.o \
 	src/events/webhook_secret.o \
@@ -44,11 +48,15 @@ OBJS = \
 	src/process/abandoned_orders.o \
 	src/process/background_process.o \
 	src/process/drop_database.o \
+	src/process/expire.o \
 	src/process/launcher.o \
 	src/process/recorder_client.o \
 	src/process/recorder_process.o \
 	src/process/recorder_queue.o \
 	src/process/worker.o \
+	src/process/worker_pass.o \
+	src/process/worker_run.o \
+	src/process/worker_states.o \
 	src/process/worker_table.o \
 	src/send/api_key.o \
 	src/send/http_client.o \

@@ -150,7 +150,7 @@ CREATE TYPE idempotency.stripe_call_result AS (
 -- Tables
 --
 -- Fixed-width columns come first, so that a row is short.  The C code knows
--- the columns by number (src/ledger/requests.c, src/calls/stripe_ledger.h, src/events/webhooks.c): a
+-- the columns by number (src/ledger/requests.c, src/calls/stripe_ledger.h, src/events/webhook_ledger.h): a
 -- later version adds columns at the end.  No index on idempotency_keys but the
 -- primary key: every claim would pay for it.
 --
@@ -224,7 +224,7 @@ CREATE INDEX stripe_idempotency_keys_unsettled_idx
 	WHERE outcome OPERATOR(pg_catalog.=) 'unknown'::idempotency.outcome
 		OR outcome OPERATOR(pg_catalog.=) 'in_progress'::idempotency.outcome;
 -- what somebody has to see to: the views stripe_unknown, stripe_orphans and
--- open_claims repeat this condition, as the planner wants it (and src/calls/settle_by_hand.c)
+-- open_claims repeat this condition, as the planner wants it (and src/events/call_sweep.c)
 CREATE INDEX stripe_idempotency_keys_open_idx
 	ON idempotency.stripe_idempotency_keys (claimed_at)
 	WHERE outcome OPERATOR(pg_catalog.=) 'unknown'::idempotency.outcome

@@ -109,6 +109,11 @@
 #define HAVE_TRANSACTION_TIMEOUT
 #endif
 
+/* 15.4: the connection limit of what an interrupted DROP DATABASE has left */
+#ifndef DATCONNLIMIT_INVALID_DB
+#define DATCONNLIMIT_INVALID_DB -2
+#endif
+
 /* 18 names the module and its version */
 #define IDEMPOTENCY_VERSION "1.0"
 #ifdef PG_MODULE_MAGIC_EXT

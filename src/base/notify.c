@@ -1,23 +1,23 @@
 /*-------------------------------------------------------------------------
  *
  * notify.c
- *	  NOTIFY by us: everything that the extension tells listeners goes this
+ *	  NOTIFY by the extension: everything that it tells listeners goes this
  *	  way.
  *
  * PostgreSQL refuses to prepare a transaction that has sent a NOTIFY, and what
  * settles a call would then make PREPARE TRANSACTION fail, at every delivery
- * of the event that does it.  So a notice is kept until the transaction comes to
- * its end.  At COMMIT it becomes a NOTIFY.  At PREPARE TRANSACTION it becomes
- * a row of idempotency.pending_notices, which shares the transaction's fate.
- * Once that is committed a worker sends them, and deletes the row: whoever says
- * COMMIT PREPARED only has one come soon.  (Were they sent there, an error of the
- * NOTIFY would look as if the transaction hadn't committed.)  So a notice comes
- * once at least, as ever after COMMIT.
+ * of the event that does it.  So a notice is kept until the end of the
+ * transaction.  At COMMIT it becomes a NOTIFY.  At PREPARE TRANSACTION it
+ * becomes a row of idempotency.pending_notices, which shares the transaction's
+ * fate.  Once that has committed, a worker sends the notices and deletes the
+ * rows; COMMIT PREPARED only has one come soon.  (If they were sent there, an
+ * error of the NOTIFY would look as if the transaction had not committed.)  So
+ * a notice comes at least once, as ever after COMMIT.
  *
- * That takes a hook and workers.  Where the library isn't preloaded the NOTIFY is
- * sent at PREPARE TRANSACTION, too, and PostgreSQL refuses it in its own words.
- * A hint, which spares somebody a look that he takes now and then anyway, is left
- * out there.
+ * That takes a hook and workers.  If the library is not preloaded, the NOTIFY
+ * is sent at PREPARE TRANSACTION, too, and PostgreSQL refuses it in its own
+ * words.  A hint, which only spares its listener a look that is taken now and
+ * then anyway, is left out there.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -51,15 +51,15 @@
 #include "base/errors.h"
 #include "base/notify.h"
 #include "base/owner_spi.h"
+#include "base/parameters.h"
 #include "base/shmem.h"
-#include "process/worker_table.h"
 
-/* NOTIFY takes no more than this, but says so only while the transaction commits. */
+/* NOTIFY takes no more than this, but says so only during the commit. */
 #define PAYLOAD_MAX (BLCKSZ - NAMEDATALEN - 128 - 1)
 
 typedef struct Notice
 {
-	SubTransactionId subid;		/* the innermost that isn't over */
+	SubTransactionId subid;		/* the innermost that is not over */
 	bool		hint;			/* may it be left out? */
 	char	   *channel;
 	char	   *payload;
@@ -67,9 +67,12 @@ typedef struct Notice
 
 /*
  * In TopTransactionContext, in order of time, and so with subtransaction ids
- * that don't decrease.
+ * that do not decrease.
  */
 static List *notices = NIL;
+
+/* Set exactly where there is shared memory, and with it workers. */
+static NoticeCallbacks callbacks;
 
 static ProcessUtility_hook_type prev_process_utility = NULL;
 
@@ -90,8 +93,8 @@ static OwnerStatement take_notices = {
 /* ---------- the table ---------- */
 
 /*
- * Open it.  Returns NULL where it isn't there: a table of that name that isn't
- * the extension's is somebody else's.
+ * Open it.  Returns NULL if it does not exist: a table of that name that does
+ * not belong to the extension is somebody else's.
  */
 static Relation
 open_table(void)
@@ -128,46 +131,47 @@ keep_notices(void)
 	for (i = 0; i < list_length(notices); i++)
 	{
 		Notice	   *notice = list_nth(notices, i);
-		Datum		values[4];
+		Parameters	p;
 
-		values[0] = TimestampTzGetDatum(now);
-		values[1] = Int32GetDatum(i);
-		values[2] = CStringGetTextDatum(notice->channel);
-		values[3] = CStringGetTextDatum(notice->payload);
-		(void) owner_execute(&keep_notice, rel->rd_rel->relowner, values, NULL, false,
+		parameters_begin(&p, NULL, 0);
+		parameter_timestamp(&p, now);
+		parameter_int32(&p, i);
+		parameter_string(&p, notice->channel);
+		parameter_string(&p, notice->payload);
+		(void) owner_execute(&keep_notice, rel->rd_rel->relowner, p.values, p.nulls, false,
 							 NULL, NULL, 0);
 	}
 	PopActiveSnapshot();
 	table_close(rel, NoLock);
-	worker_table_note_notices();
+	callbacks.kept();
 }
 
 /*
- * What NOTIFY wouldn't take isn't ours, whoever has put it there: it must not
- * make the commit fail, nor stand in the way of the others.
+ * What NOTIFY would not take was not put there by us: it must neither make the
+ * commit fail nor stand in the way of the others.
  */
 static void
 send_row(HeapTuple tuple, TupleDesc desc, void *arg)
 {
-	bool		isnull[2];
-	Datum		values[2];
+	bool		no_channel;
+	bool		no_payload;
+	Datum		channel_datum = heap_getattr(tuple, 1, desc, &no_channel);
+	Datum		payload_datum = heap_getattr(tuple, 2, desc, &no_payload);
 	char	   *channel;
 	char	   *payload;
 
-	values[0] = heap_getattr(tuple, 1, desc, &isnull[0]);
-	values[1] = heap_getattr(tuple, 2, desc, &isnull[1]);
-	if (isnull[0] || isnull[1])
+	if (no_channel || no_payload)
 		return;
-	channel = TextDatumGetCString(values[0]);
-	payload = TextDatumGetCString(values[1]);
+	channel = TextDatumGetCString(channel_datum);
+	payload = TextDatumGetCString(payload_datum);
 	if (channel[0] == '\0' || strlen(channel) >= NAMEDATALEN || strlen(payload) > PAYLOAD_MAX)
 		return;
 	notify_at_commit(channel, payload);
 }
 
 /*
- * Send what prepared transactions that have committed have left, with this
- * one's commit.  Costs next to nothing where there is none.  To be called in a
+ * Send what prepared transactions have left that are committed, with this one's
+ * commit.  Costs next to nothing if there is nothing.  To be called in a
  * transaction with an active snapshot.
  */
 void
@@ -247,7 +251,7 @@ at_subxact_event(SubXactEvent event, SubTransactionId subid,
 		notices = list_truncate(notices, n);
 }
 
-/* The same as the last one?  PostgreSQL would send it once anyway. */
+/* Is it the same as the last one?  PostgreSQL would send it once anyway. */
 static bool
 is_last_notice(bool hint, const char *channel, const char *payload)
 {
@@ -294,8 +298,8 @@ notify_at_commit(const char *channel, const char *payload)
 }
 
 /*
- * The same, for who isn't bound to hear it: a transaction that is prepared
- * where there are no workers doesn't fail because of it.
+ * The same for a listener that need not hear it: a transaction that is prepared
+ * where there are no workers does not fail because of it.
  */
 void
 hint_at_commit(const char *channel, const char *payload)
@@ -323,14 +327,15 @@ on_process_utility(PlannedStmt *pstmt, const char *query, bool read_only_tree,
 	if (commits_prepared)
 	{
 		DEBUG_POINT("commit-prepared");
-		worker_table_send_notices_soon();
+		callbacks.may_be_due();
 	}
 }
 
 /* To be called while the library is preloaded. */
 void
-notice_init(void)
+notice_init(const NoticeCallbacks *to_call)
 {
+	callbacks = *to_call;
 	prev_process_utility = ProcessUtility_hook;
 	ProcessUtility_hook = on_process_utility;
 }

@@ -3,12 +3,12 @@
  * shmem.c
  *	  Shared memory of the background processes.
  *
- * It is there only where the library is preloaded; everything that needs it
- * asks shmem_is_there() first and says what it can't do without.
+ * It exists only if the library is preloaded; everything that needs it asks
+ * shmem_is_there() first and says what it cannot do without.
  *
- * Each part belongs to one file and is listed below.  The parts are set up
- * under AddinShmemInitLock, once when the server starts and again after a
- * crash: the server's life, a random number, tells the one from the other.
+ * Each part belongs to one file; _PG_init() has the list of them.  The parts are
+ * set up under AddinShmemInitLock, once when the server starts and again after
+ * a crash: the server's life, a random number, tells one from the other.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -24,8 +24,6 @@
 
 #include "base/compat.h"
 #include "base/shmem.h"
-#include "process/recorder_queue.h"
-#include "process/worker_table.h"
 
 #define TRANCHE "idempotency"
 
@@ -33,11 +31,13 @@ static Size life_size(void);
 static void life_init(void *area);
 static void life_attach(void *area, LWLockPadded *locks);
 
-static const ShmemPart parts[] = {
-	{"idempotency server life", 0, life_size, life_init, life_attach},
-	{"idempotency recorder queue", 1, queue_size, queue_init, queue_attach},
-	{"idempotency databases", 1, worker_table_size, worker_table_init, worker_table_attach},
+static const ShmemPart life_part = {
+	"idempotency server life", 0, life_size, life_init, life_attach
 };
+
+/* The parts that other files have, after our own. */
+static const ShmemPart *other_parts = NULL;
+static int	nother_parts = 0;
 
 static int64 *server_life = NULL;
 
@@ -70,6 +70,12 @@ life_attach(void *area, LWLockPadded *locks)
 	server_life = area;
 }
 
+static const ShmemPart *
+get_part(int i)
+{
+	return i == 0 ? &life_part : &other_parts[i - 1];
+}
+
 static void
 request_shmem(void)
 {
@@ -79,10 +85,12 @@ request_shmem(void)
 	if (prev_shmem_request_hook)
 		prev_shmem_request_hook();
 
-	for (i = 0; i < lengthof(parts); i++)
+	for (i = 0; i <= nother_parts; i++)
 	{
-		RequestAddinShmemSpace(MAXALIGN(parts[i].size()));
-		nlocks += parts[i].nlocks;
+		const ShmemPart *part = get_part(i);
+
+		RequestAddinShmemSpace(MAXALIGN(part->size()));
+		nlocks += part->nlocks;
 	}
 	if (nlocks > 0)
 		RequestNamedLWLockTranche(TRANCHE, nlocks);
@@ -98,34 +106,37 @@ startup_shmem(void)
 		prev_shmem_startup_hook();
 
 	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
-	for (i = 0; i < lengthof(parts); i++)
+	for (i = 0; i <= nother_parts; i++)
 	{
+		const ShmemPart *part = get_part(i);
 		void	   *area;
 		bool		found;
 
-		if (parts[i].nlocks > 0 && locks == NULL)
+		if (part->nlocks > 0 && locks == NULL)
 			locks = GetNamedLWLockTranche(TRANCHE);
 
-		area = ShmemInitStruct(parts[i].name, parts[i].size(), &found);
+		area = ShmemInitStruct(part->name, part->size(), &found);
 		if (!found)
 		{
-			memset(area, 0, parts[i].size());
-			parts[i].init(area);
+			memset(area, 0, part->size());
+			part->init(area);
 		}
-		parts[i].attach(area, locks);
+		part->attach(area, locks);
 		if (locks != NULL)
-			locks += parts[i].nlocks;
+			locks += part->nlocks;
 	}
 	LWLockRelease(AddinShmemInitLock);
 }
 
 /*
- * Ask for the memory.  To be called by _PG_init while
- * process_shared_preload_libraries_in_progress.
+ * Ask for the memory.  To be called by _PG_init() while
+ * process_shared_preload_libraries_in_progress.  The array is kept.
  */
 void
-shmem_request_at_preload(void)
+shmem_request_at_preload(const ShmemPart *parts, int nparts)
 {
+	other_parts = parts;
+	nother_parts = nparts;
 	prev_shmem_request_hook = shmem_request_hook;
 	shmem_request_hook = request_shmem;
 	prev_shmem_startup_hook = shmem_startup_hook;
@@ -141,7 +152,7 @@ shmem_is_there(void)
 
 /*
  * The server's life: a random number, never 0, that changes with every start
- * and every crash restart.  Only where shmem_is_there().
+ * and every crash restart.  To be called only if shmem_is_there().
  */
 int64
 shmem_server_life(void)

@@ -15,9 +15,9 @@
 #include "storage/lwlock.h"
 
 /*
- * A part of shared memory, owned by one file.  init runs once per server life
- * on zeroed memory, with as many locks as the part asks for; attach runs in
- * every process that maps it, and keeps the two pointers.
+ * A part of shared memory, owned by one file.  init runs once per server life,
+ * on zeroed memory; attach runs in every process that maps it, and keeps the
+ * two pointers: to the memory and to as many locks as the part asks for.
  */
 typedef struct ShmemPart
 {
@@ -28,7 +28,7 @@ typedef struct ShmemPart
 	void		(*attach) (void *area, LWLockPadded *locks);
 } ShmemPart;
 
-extern void shmem_request_at_preload(void);
+extern void shmem_request_at_preload(const ShmemPart *parts, int nparts);
 extern bool shmem_is_there(void);
 extern int64 shmem_server_life(void);
 

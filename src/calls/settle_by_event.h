@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * settle_by_event.h
- *	  What events of Stripe's say about calls that were sent to it.
+ *	  What Stripe's events say about calls that were sent to it.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -17,29 +17,22 @@
 #include "stripe/stripe_effect.h"
 #include "stripe/webhook_event.h"
 
-/* Where to go on with the events that wait for their call. */
-typedef struct KeptPlace
+/* A call that an event may settle. */
+typedef enum CallColumn
 {
-	char		key[STRIPE_KEY_MAX + 1];	/* the last one's pending key */
-	int			left;			/* events with this key that were looked at
-								 * and still wait */
-} KeptPlace;
+	CALL_ACCOUNT, CALL_TYPE, CALL_ID, CALL_TOKEN, CALL_OUTCOME, CALL_LEASE_EXPIRES_AT,
+	CALL_KEY, CALL_RESOURCE_ID, CALL_REQUEST, CALL_CALLER_LIFE, CALL_CALLER_VXID,
+	CALL_LIVEMODE, CALL_SENT,
+	CALL_NCOLUMNS
+} CallColumn;
 
-/* Some of them, which is the work of one transaction. */
-typedef struct KeptBatch
+typedef struct CallRow
 {
-	int			max_events;
-	KeptPlace  *place;			/* moved on */
+	Datum		values[CALL_NCOLUMNS];
+	bool		isnull[CALL_NCOLUMNS];
+} CallRow;
 
-	/* what came of it */
-	bool		finished;		/* there are no more: the place is the start */
-	int			seen;
-	int			forgotten;		/* those that wait no longer */
-	int			refused;		/* those that raised an error */
-	char	   *refusal;		/* which was the first, and why */
-} KeptBatch;
-
-/* What was found out about a call; a pointer is NULL where there is nothing. */
+/* What was found out about a call; what is not known is NULL. */
 typedef struct Finding
 {
 	const char *outcome;		/* completed or failed */
@@ -55,14 +48,14 @@ typedef struct Finding
 } Finding;
 
 extern bool may_be_of_account(const WebhookEvent *event, const char *account);
-extern char *settle_by_event(const WebhookEvent *event);
-extern bool settle_by_kept_events(const Datum *key, int64 claimed_token, bool only_look);
-extern bool settle_open_call(const Datum *key);
-extern void settle_kept_events(KeptBatch *batch);
-extern void settle_kept_events_idly(int max_events);
 extern bool finding_of_event(const WebhookEvent *event, FoundBy found_by, Jsonb *request,
 							 Finding *finding);
+
+extern char *settle_by_event(const WebhookEvent *event);
 extern bool settle_by_finding(const Datum *key, int64 token, const Finding *finding);
-extern void settle_or_claim(StripeClaim *claim, Relation rel);
+
+extern bool find_call_to_settle(Relation rel, const Datum *key, CallRow *call);
+extern bool settle_call_by_event(Relation rel, CallRow *call, const WebhookEvent *event,
+								 int64 claimed_token, bool only_look);
 
 #endif							/* IDEMPOTENCY_SETTLE_BY_EVENT_H */

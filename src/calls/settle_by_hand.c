@@ -13,8 +13,6 @@
  * transactions all of which rolled back.  Acknowledging it says that somebody
  * has seen to it.
  *
- * A worker goes through the ledger from time to time (settle_calls).
- *
  * Copyright (c) 2026, idempotency developers
  *
  * src/calls/settle_by_hand.c
@@ -24,7 +22,6 @@
 #include "postgres.h"
 
 #include "access/xact.h"
-#include "access/xlog.h"
 #include "catalog/pg_type_d.h"
 #include "fmgr.h"
 #include "miscadmin.h"
@@ -34,20 +31,12 @@
 #include "base/arguments.h"
 #include "base/compat.h"
 #include "base/errors.h"
-#include "base/lock_limit.h"
 #include "base/result_row.h"
-#include "base/subtransaction.h"
 #include "calls/call_transactions.h"
-#include "calls/settle_by_event.h"
 #include "calls/settle_by_hand.h"
-#include "ledger/expiry.h"
-#include "ledger/ledger_search.h"
 
 PG_FUNCTION_INFO_V1(idempotency_stripe_settle);
 PG_FUNCTION_INFO_V1(idempotency_stripe_acknowledge);
-
-/* How long a row's lock is waited for, in milliseconds. */
-#define LOCK_TIMEOUT_MS 10
 
 #define SETTLED_AS_MADE(value) \
 	"CASE WHEN $6 OPERATOR(pg_catalog.=) 'not_executed' THEN NULL ELSE " value " END"
@@ -84,23 +73,6 @@ static OwnerStatement acknowledge = {
 	STRIPE_WHERE_KEY " AND acknowledged IS NULL",
 	6, {TEXTOID, TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TEXTOID}
 };
-
-/* $1 to $3: the key behind which to search, $4: this database system */
-static OwnerStatement find_calls = {
-	"SELECT account, operation_type, operation_id, callers, callers_system,"
-	" (" OUTCOME_IS("unknown") " OR (" OUTCOME_IS("in_progress")
-	" AND idempotency.stripe_has_lapsed(lease_expires_at, caller_life, caller_vxid)))"
-	" FROM idempotency.stripe_idempotency_keys"
-	" WHERE ROW(account, operation_type, operation_id) OPERATOR(pg_catalog.>) ROW($1, $2, $3)"
-	" AND ((pg_catalog.cardinality(callers) OPERATOR(pg_catalog.>) 0"
-	" AND callers_system OPERATOR(pg_catalog.=) $4)"
-	" OR " OUTCOME_IS("unknown") " OR " OUTCOME_IS("in_progress") ")"
-	" ORDER BY account, operation_type, operation_id LIMIT $5 OFFSET $6",
-	6, {TEXTOID, TEXTOID, TEXTOID, INT8OID, INT8OID, INT8OID}
-};
-
-/* It has the rows of find_calls, and those of the views stripe_unknown and stripe_orphans. */
-static const LedgerIndex open_index = {"stripe_idempotency_keys_open_idx", false};
 
 static void
 set_text(Datum *values, char *nulls, int i, const char *string)
@@ -404,257 +376,4 @@ idempotency_stripe_acknowledge(PG_FUNCTION_ARGS)
 	ledger_close(rel);
 
 	PG_RETURN_BOOL(true);
-}
-
-/* ---------- what nobody else comes to do ---------- */
-
-/* A call with which something may be done. */
-typedef struct Candidate
-{
-	LedgerHit	hit;
-	bool		fate;			/* of its callers is known, and not written down */
-	bool		open;			/* an event may tell what came of it */
-} Candidate;
-
-typedef struct Work
-{
-	SettleBatch *batch;
-	Relation	rel;
-	MemoryContext context;
-	TimestampTz now;
-	Oid			unknown;		/* labels of the outcome */
-	Oid			in_progress;
-	Candidate  *candidates;
-	int			ncandidates;
-	int			nrows;			/* of a SELECT */
-} Work;
-
-/* One of them, and whether anything came of it. */
-typedef struct Step
-{
-	Relation	rel;
-	Candidate  *candidate;
-	bool		done;
-} Step;
-
-/*
- * Is there anything to be written down about these transactions?  Not of those
- * of another database system: that they aren't known is final.
- */
-static bool
-fate_is_news(ArrayType *callers, uint64 system)
-{
-	CallersFate fate;
-
-	if (ArrayGetNItems(ARR_NDIM(callers), ARR_DIMS(callers)) == 0 ||
-		system != GetSystemIdentifier())
-		return false;
-	fate = callers_fate(callers, system, NULL);
-	return fate == CALLERS_COMMITTED || fate == CALLERS_ROLLED_BACK;
-}
-
-static Candidate *
-new_candidate(Work *work, bool fate, bool open)
-{
-	Candidate  *candidate;
-
-	if (!fate && !open)
-		return NULL;
-	candidate = &work->candidates[work->ncandidates++];
-	candidate->fate = fate;
-	candidate->open = open;
-	return candidate;
-}
-
-/* Is nobody at a call whose outcome isn't known? */
-static bool
-is_open(TupleTableSlot *slot, Work *work)
-{
-	bool		isnull;
-	Oid			outcome = DatumGetObjectId(slot_getattr(slot, S_OUTCOME + 1, &isnull));
-	LedgerRow	row;
-
-	if (outcome == work->unknown)
-		return true;
-	if (outcome != work->in_progress)
-		return false;
-
-	slot_getallattrs(slot);
-	memcpy(row.values, slot->tts_values, S_NCOLUMNS * sizeof(Datum));
-	memcpy(row.isnull, slot->tts_isnull, S_NCOLUMNS * sizeof(bool));
-	return !stripe_row_is_held(&row, work->now);
-}
-
-static bool
-consider_row(TupleTableSlot *slot, const LedgerPlace *place, void *arg)
-{
-	Work	   *work = arg;
-	bool		callers_isnull;
-	bool		system_isnull;
-	Datum		callers = slot_getattr(slot, S_CALLERS + 1, &callers_isnull);
-	Datum		system = slot_getattr(slot, S_CALLERS_SYSTEM + 1, &system_isnull);
-	Candidate  *candidate;
-
-	candidate = new_candidate(work, !callers_isnull && !system_isnull &&
-							  fate_is_news(DatumGetArrayTypeP(callers),
-										   (uint64) DatumGetInt64(system)),
-							  is_open(slot, work));
-	if (candidate != NULL && expiry_row_is_locked(slot))
-		work->ncandidates--;
-	else if (candidate != NULL)
-	{
-		MemoryContext context = MemoryContextSwitchTo(work->context);
-
-		ledger_hit_set(&candidate->hit, &stripe_calls, slot, place);
-		MemoryContextSwitchTo(context);
-	}
-	return work->ncandidates < work->batch->max_rows;
-}
-
-static void
-consider_tuple(HeapTuple tuple, TupleDesc desc, void *arg)
-{
-	Work	   *work = arg;
-	bool		isnull[6];
-	Datum		values[6];
-	Candidate  *candidate;
-	LedgerHit	hit;
-	int			i;
-
-	for (i = 0; i < lengthof(values); i++)
-		values[i] = SPI_getbinval(tuple, desc, i + 1, &isnull[i]);
-	for (i = 0; i < 3; i++)
-		hit.key[i] = SPI_datumTransfer(values[i], false, -1);
-	memset(&hit.place, 0, sizeof(hit.place));
-
-	candidate = new_candidate(work, !isnull[3] && !isnull[4] &&
-							  fate_is_news(DatumGetArrayTypeP(values[3]),
-										   (uint64) DatumGetInt64(values[4])),
-							  !isnull[5] && DatumGetBool(values[5]));
-	if (candidate != NULL)
-		candidate->hit = hit;
-
-	/* the last one is where the search goes on */
-	work->nrows++;
-	ledger_cursor_move(work->batch->cursor, &stripe_calls, &hit);
-}
-
-static void
-search_table(Work *work)
-{
-	SettleBatch *batch = work->batch;
-	Relation	index = ledger_index_open(work->rel, &open_index);
-
-	if (index != NULL)
-	{
-		batch->finished = ledger_search_index(work->rel, index, batch->cursor, DT_NOEND,
-											  consider_row, work);
-		index_close(index, NoLock);
-	}
-	else
-		batch->finished = ledger_search_window(work->rel, batch->cursor, consider_row, work);
-}
-
-static void
-search_by_select(Work *work)
-{
-	SettleBatch *batch = work->batch;
-	LedgerCursor *cursor = batch->cursor;
-	Datum		values[6];
-	int			n = ledger_search_keys(cursor, &stripe_calls, values);
-
-	values[n++] = Int64GetDatum((int64) GetSystemIdentifier());
-	values[n++] = Int64GetDatum(batch->max_rows);
-	values[n++] = Int64GetDatum(ledger_search_offset(cursor));
-	owner_select(&find_calls, work->rel->rd_rel->relowner, values, consider_tuple, work);
-	batch->finished = work->nrows < batch->max_rows;
-}
-
-/* In a subtransaction */
-static void
-settle_call(void *arg)
-{
-	Step	   *step = arg;
-	Datum	   *key = step->candidate->hit.key;
-	int			nestlevel = lock_limit_begin(LOCK_TIMEOUT_MS);
-	Operation	op;
-
-	op.account = TextDatumGetCString(key[0]);
-	op.type = TextDatumGetCString(key[1]);
-	op.id = TextDatumGetCString(key[2]);
-	memcpy(op.key, key, sizeof(op.key));
-
-	step->done = false;
-	if (step->candidate->fate)
-		step->done = stripe_note_fate_run(step->rel, &op);
-	if (step->candidate->open && settle_open_call(key))
-		step->done = true;
-	lock_limit_end(nestlevel);
-}
-
-/*
- * Do what can be done about some calls: write down what became of their
- * callers' transactions, while it is known (for rows that the recorder didn't
- * get to because it, or the server, stopped), and settle those that an event
- * tells of.
- *
- * To be called in a transaction with an active snapshot, by a worker, again and
- * again until it is finished.  Each row is looked at once: what can't be done
- * now, or raises an error, is for the next time around.  It waits for nobody.
- */
-void
-settle_calls(SettleBatch *batch)
-{
-	Work		work;
-	int			i;
-
-	memset(&work, 0, sizeof(work));
-	work.batch = batch;
-	work.context = CurrentMemoryContext;
-	work.now = GetCurrentTimestamp();
-	work.candidates = palloc(batch->max_rows * sizeof(Candidate));
-	work.rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
-
-	batch->seen = 0;
-	batch->settled = 0;
-	batch->refused = 0;
-	batch->refusal = NULL;
-	if (stripe_calls.direct)
-	{
-		Oid			type = TupleDescAttr(RelationGetDescr(work.rel), S_OUTCOME)->atttypid;
-
-		work.unknown = DatumGetObjectId(enum_datum(type, "unknown"));
-		work.in_progress = DatumGetObjectId(enum_datum(type, "in_progress"));
-		search_table(&work);
-	}
-	else
-		search_by_select(&work);
-
-	/* if one of them ends the process, the next one steps over all of them */
-	if (!stripe_calls.direct)
-		batch->cursor->place.left += work.nrows;
-
-	for (i = 0; i < work.ncandidates; i++)
-	{
-		Step		step = {work.rel, &work.candidates[i], false};
-		ErrorData  *error;
-
-		CHECK_FOR_INTERRUPTS();
-		error = try_in_subtransaction(settle_call, &step);
-		batch->seen++;
-		if (error == NULL)
-			batch->settled += step.done;
-		else if (!error_is_about_locks(error))
-		{
-			batch->refused++;
-			if (batch->refusal == NULL)
-				batch->refusal = psprintf("%s: %s",
-										  ledger_describe_key(&stripe_calls, step.candidate->hit.key),
-										  error->message);
-		}
-	}
-
-	if (!stripe_calls.direct)
-		batch->cursor->place.left -= batch->settled;
-	ledger_close(work.rel);
 }

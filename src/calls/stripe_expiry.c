@@ -28,8 +28,8 @@
 
 #include "base/result_row.h"
 #include "base/settings.h"
+#include "calls/stripe_expiry.h"
 #include "calls/stripe_ledger.h"
-#include "ledger/expiry.h"
 
 #define IS_SETTLED(cutoff) \
 	"(" OUTCOME_IS("failed") " OR (" OUTCOME_IS("completed") \

@@ -3,18 +3,17 @@
  * webhook_payload.c
  *	  The body of a webhook, as an argument.
  *
- * What is signed are bytes.  Some clients have them as such, others as a
- * string, and many say of neither what type it is; PostgreSQL then chooses
+ * What is signed is a string of bytes.  Some clients have it as such, others as
+ * characters, and many do not say which type they send; PostgreSQL then chooses
  * text.  So there are functions for both types:
  *
  * - bytea is the bytes;
- * - text is characters, and what was signed are those in UTF-8.
+ * - text is characters, and what was signed is their UTF-8.
  *
  * But a client may also write bytes down as PostgreSQL does, as \x7b22...,
- * without saying that this is a bytea.  No JSON begins with a backslash, so
- * text of that form is the bytes that it stands for.  The older form of
- * bytea, with octal escapes, can't be told from JSON with escapes of its own:
- * it is text.
+ * without saying that this is a bytea.  No JSON begins with a backslash, so text
+ * of that form is the bytes that it stands for.  The older form of bytea, with
+ * octal escapes, cannot be told from JSON with escapes of its own: it is text.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -57,8 +56,8 @@ payload_of_bytea(FunctionCallInfo fcinfo, int argno)
 }
 
 /*
- * In a database in SQL_ASCII nobody knows what the bytes of a text mean, so
- * they are what the client has sent.
+ * In a database in SQL_ASCII nobody knows what the bytes of a text mean, so they
+ * are taken as the client has sent them.
  */
 WebhookBytes
 payload_of_text(FunctionCallInfo fcinfo, int argno)

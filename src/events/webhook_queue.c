@@ -3,22 +3,23 @@
  * webhook_queue.c
  *	  Which event stripe_webhook_next() hands out.
  *
- * First the one that waits longest of those that nobody has tried yet; then
- * those whose time has come again (next_attempt_at).  So whatever fails, fresh
- * events are never behind it.  What is dead or waits isn't looked at: it is at
- * the end of the index.
+ * The one that has waited longest of those that nobody has tried yet comes
+ * first; then those whose time has come again (next_attempt_at).  So whatever
+ * fails, fresh events are never behind it.  Events that are dead or have to wait
+ * are not looked at: they are at the end of the index.
  *
  * No event is handed out while another one of its object is claimed, by a
  * transaction that is open or with a lease.  A lease can be seen, an open
- * transaction's claim can't: so whoever is handed an event holds a lock on its
- * object until his transaction ends, and looks at the leases only then.  Nobody
- * waits for that lock; an object that others are at is passed by.  It is a lock
- * of the kind that pg_advisory_xact_lock() takes, in a space of its own, and
- * there are OBJECT_LOCKS of them at most, so that a transaction may claim any
- * number of events (though others pass by no more than MAX_PASSED of them, and
- * find nothing behind).  Two objects may share one, and then wait for each other.
+ * transaction's claim cannot: so a transaction that is handed an event holds a
+ * lock on its object until it ends, and looks at the leases only once it has the
+ * lock.  Nobody waits for that lock; an object that others are at is passed by.
+ * It is a lock of the kind that pg_advisory_xact_lock() takes, in a space of its
+ * own, and there are at most OBJECT_LOCKS of them, so that a transaction may
+ * claim any number of events (though others pass by no more than MAX_PASSED of
+ * them, and find nothing behind).  Two objects may share a lock, and then wait
+ * for each other.
  *
- * An event without an object stands for itself.  Claims that don't come this
+ * An event without an object stands for itself.  Claims that do not come this
  * way, of Stripe's deliveries or by hand, neither take that lock nor heed it.
  *
  * Copyright (c) 2026, idempotency developers
@@ -39,8 +40,9 @@
 #include "utils/builtins.h"
 #include "utils/rel.h"
 
+#include "base/parameters.h"
+#include "events/webhook_ledger.h"
 #include "events/webhook_queue.h"
-#include "events/webhooks.h"
 #include "ledger/open_claims.h"
 
 #define OBJECT_LOCKS 1024
@@ -54,7 +56,7 @@
 
 /*
  * Of an event "e": is it due, and is neither it nor another one of its object
- * claimed?  $2 is the clock, $3 are tokens of this transaction's open claims.
+ * claimed?  $2 is the clock, $3 has the tokens of this transaction's open claims.
  * OFFSET 0 has that looked up for one event after the other.
  */
 #define SAME_OBJECT \
@@ -75,9 +77,9 @@
 	" AND o.token OPERATOR(pg_catalog.=) ANY ($3) OFFSET 0))"
 
 /*
- * What stands for an event when it is passed by: its object, or itself, of its
- * account.  Accounts may have objects of one name, such as a product or a coupon
- * whose id somebody has chosen.
+ * What stands for an event when it is passed by: its account, and its object or
+ * itself.  Several accounts may have an object of one name, such as a product or
+ * a coupon whose id somebody has chosen.
  */
 #define THING \
 	"account OPERATOR(pg_catalog.||) E'\\n' OPERATOR(pg_catalog.||) COALESCE(object_id, stripe_event_id)"
@@ -101,11 +103,11 @@ static OwnerStatement find_page = {
 };
 
 /*
- * $1: consumer, $4: account, $5: event.  What is asked of success is put so that
- * the planner doesn't take the queue's index for it.
+ * $1: consumer, $4: account, $5: event.  The condition on success is written so
+ * that the planner does not use the queue's index for it.
  */
 static OwnerStatement lock_event = {
-	EVENT_COLUMNS " e WHERE account OPERATOR(pg_catalog.=) $4"
+	SELECT_EVENT " e WHERE account OPERATOR(pg_catalog.=) $4"
 	" AND stripe_event_id OPERATOR(pg_catalog.=) $5 AND consumer OPERATOR(pg_catalog.=) $1"
 	" AND NOT COALESCE(success, false) AND" MAY_BE_HANDED_OUT " FOR UPDATE SKIP LOCKED",
 	5, {TEXTOID, TIMESTAMPTZOID, INT8ARRAYOID, TEXTOID, TEXTOID}
@@ -154,24 +156,32 @@ add_row(HeapTuple tuple, TupleDesc desc, void *arg)
 	MemoryContextSwitchTo(old);
 }
 
-/* The first candidate, or, where something is passed by, a page of them. */
+/* $1 to $3 of all statements */
+static void
+begin_parameters(Parameters *p, const Search *search)
+{
+	parameters_begin(p, NULL, 0);
+	parameter_pointer(p, search->consumer);
+	parameter_timestamp(p, search->now);
+	parameter_datum(p, search->own);
+}
+
+/* The first candidate or, once something is passed by, a page of them. */
 static void
 find_candidates(Search *search, int tried)
 {
-	Datum		values[5];
+	Parameters	p;
 	Datum		out[K_NCOLUMNS];
 	bool		outnull[K_NCOLUMNS];
 
-	values[0] = PointerGetDatum(search->consumer);
-	values[1] = TimestampTzGetDatum(search->now);
-	values[2] = search->own;
-	values[3] = Int32GetDatum(tried);
-	values[4] = PointerGetDatum(construct_array(search->passed, search->npassed, TEXTOID,
-												-1, false, TYPALIGN_INT));
+	begin_parameters(&p, search);
+	parameter_int32(&p, tried);
+	parameter_pointer(&p, construct_array(search->passed, search->npassed, TEXTOID,
+										  -1, false, TYPALIGN_INT));
 	search->ncandidates = 0;
 	if (search->npassed > 0)
-		owner_select(&find_page, search->rel->rd_rel->relowner, values, add_row, search);
-	else if (ledger_execute(search->rel, &find_first, values, NULL, out, outnull, K_NCOLUMNS) > 0)
+		owner_select(&find_page, search->rel->rd_rel->relowner, p.values, add_row, search);
+	else if (ledger_execute(search->rel, &find_first, p.values, NULL, out, outnull, K_NCOLUMNS) > 0)
 		add_candidate(search, out);
 }
 
@@ -209,27 +219,25 @@ object_lock(Search *search, int n, LOCKTAG *tag)
 }
 
 /*
- * Lock a candidate, if nobody is at it or at its object.  Returns false if that
- * isn't so, or not any more.
+ * Lock a candidate, unless somebody is at it or at its object.  Returns false if
+ * somebody is, or it may no longer be handed out.
  */
 static bool
 lock_candidate(Search *search, int n, LedgerRow *row)
 {
 	LOCKTAG		tag;
 	LockAcquireResult locked;
-	Datum		values[5];
+	Parameters	p;
 
 	object_lock(search, n, &tag);
 	locked = LockAcquire(&tag, ExclusiveLock, false, true);
 	if (locked == LOCKACQUIRE_NOT_AVAIL)
 		return false;
 
-	values[0] = PointerGetDatum(search->consumer);
-	values[1] = TimestampTzGetDatum(search->now);
-	values[2] = search->own;
-	values[3] = search->candidates[n][K_ACCOUNT];
-	values[4] = search->candidates[n][K_STRIPE_EVENT_ID];
-	if (ledger_execute_latest(search->rel, &lock_event, values, NULL, row->values,
+	begin_parameters(&p, search);
+	parameter_datum(&p, search->candidates[n][K_ACCOUNT]);
+	parameter_datum(&p, search->candidates[n][K_STRIPE_EVENT_ID]);
+	if (ledger_execute_latest(search->rel, &lock_event, p.values, NULL, row->values,
 							  row->isnull, webhook_events.ncolumns) > 0)
 		return true;
 
@@ -257,7 +265,7 @@ own_tokens(void)
 
 /*
  * Lock the event that comes next, and its object, and read its row.  Returns
- * false where there is none, or none behind MAX_PASSED that others are at.
+ * false if there is none, or only behind MAX_PASSED that others are at.
  */
 bool
 webhook_queue_next(Relation rel, text *consumer, TimestampTz now, LedgerRow *row)

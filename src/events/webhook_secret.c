@@ -3,12 +3,11 @@
  * webhook_secret.c
  *	  Secrets that webhooks are signed with.
  *
- * Each endpoint at Stripe has a secret, and two for a while after one was
- * rolled; one function of an application may serve several endpoints.  So there
- * are several, from the first of these that there is: the argument, the file
- * that idempotency.webhook_secret_file names (per role or database), the
- * postmaster's environment.  Not from two of them together: whoever passes
- * secrets means those.
+ * Each endpoint at Stripe has a secret, and two for a while after one was rolled;
+ * one function of an application may serve several endpoints.  So there are
+ * several.  They come from the first of these that has any: the argument, the
+ * file that idempotency.webhook_secret_file names (per role or database), the
+ * postmaster's environment.  The sources are not combined.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -68,8 +67,8 @@ secrets_of_argument(ArrayType *array, WebhookSecret **secrets)
 }
 
 /*
- * The secrets of a call, palloc'd: those of a text[] argument if that isn't
- * NULL, otherwise those that are configured.  Returns how many there are.
+ * The secrets of a call, palloc'd: those of a text[] argument if that is not NULL,
+ * otherwise those that are configured.  Returns how many there are.
  */
 int
 webhook_secrets(FunctionCallInfo fcinfo, int argno, WebhookSecret **secrets)

@@ -4,14 +4,14 @@
  *	  Removal of what the ledgers no longer need.
  *
  * The work is done in batches, each of them one short transaction of a
- * background worker (worker.c) or of the caller of expire().  A batch searches
- * the rows that are due and then removes them.
+ * background worker (worker.c) or of the caller of expire() (expire.c).  A batch
+ * searches for the rows that are due and then removes them.
  *
  * The search reads the table itself, window by window, and remembers where it
  * got to (ledger_search.c).  (LIMIT n over a scan from the start would step over
  * all that was removed before, and an index on expires_at would have to be paid
- * for by every claim and would keep record() from being a HOT update.)  Of what is
- * kept for ever it reads no more than what is due, by an index.
+ * for by every claim and would keep record() from being a HOT update.)  If rows
+ * are kept for ever, it reads only those that are due, by an index.
  *
  * What the search finds are hints.  The removal is a statement of its own for
  * each row, by the whole key, that repeats the token and the condition: a row
@@ -21,23 +21,23 @@
  * the search sees it in the row's header, and a statement that meets one all
  * the same gives up after LOCK_TIMEOUT_MS, and so does one that would wait
  * inside a user's trigger or foreign key.  So a batch waits for nobody while
- * it holds rows, and can't be part of a deadlock for longer.  Who claims a key
- * that is being removed waits for the batch to commit, and a batch of a worker
- * stops removing after BATCH_MS:
+ * it holds rows, and cannot be part of a deadlock for longer.  A claim of a key
+ * that is being removed waits for the batch to commit, and a worker's batch stops
+ * removing after BATCH_MS:
  *
  *		longest wait = BATCH_MS + one row's own triggers + LOCK_TIMEOUT_MS + commit
  *
- * where the worker's commit doesn't wait for the disk.  (Where rows are on other
+ * where the worker's commit does not wait for the disk.  (If rows are on other
  * nodes, BATCH_ELSEWHERE_MS takes the place of BATCH_MS.)  A live key is never
- * waited for: its row isn't touched.  (doc/performance.md has the measured
- * waits.)  On the table there are only locks that every statement takes, and a
- * worker that can't have them at once goes away.
+ * waited for: its row is not touched.  (doc/performance.md has the measured
+ * waits.)  The table is locked only as every statement locks it, and a worker
+ * that cannot have that lock at once goes away.
  *
  * Rows that raise an error.  A user's trigger or foreign key may refuse the
- * removal.  The statements of a batch run in a subtransaction; where one of
- * them fails, those before it are done once more without it, and those after
- * it go on: the row is skipped, counted and named.  Only after MAX_REFUSALS in
- * a row does a batch give up; the next begins after that row.
+ * removal.  The statements of a batch run in a subtransaction; if one of them
+ * fails, those before it are done once more without it, and then those after it
+ * are done: the row is skipped, counted and named.  Only after MAX_REFUSALS in a
+ * row does a batch give up; the next begins after that row.
  *
  * Deferred constraints would fail at commit, outside of all that.  So a worker
  * has them checked at once (background_process.c).
@@ -54,8 +54,6 @@
 #include "access/htup_details.h"
 #include "access/multixact.h"
 #include "access/xact.h"
-#include "fmgr.h"
-#include "funcapi.h"
 #include "miscadmin.h"
 #include "portability/instr_time.h"
 #include "storage/proc.h"
@@ -64,18 +62,14 @@
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
-#include "utils/tuplestore.h"
 
 #include "base/clock.h"
 #include "base/compat.h"
-#include "base/errors.h"
 #include "base/lock_limit.h"
-#include "base/settings.h"
+#include "base/parameters.h"
 #include "base/subtransaction.h"
 #include "ledger/expiry.h"
 #include "ledger/ledger_search.h"
-
-PG_FUNCTION_INFO_V1(idempotency_expire);
 
 /* After that a worker's batch removes no more. */
 #define BATCH_MS 5
@@ -88,15 +82,6 @@ PG_FUNCTION_INFO_V1(idempotency_expire);
 
 /* Rows refused in a row before a batch gives up. */
 #define MAX_REFUSALS 100
-
-/* What is removed, in this order. */
-Expiry	   *const expiries[] = {
-	&request_expiry,
-	&stripe_body_expiry,
-	&stripe_expiry,
-	&webhook_expiry,
-};
-const int	nexpiries = lengthof(expiries);
 
 /* A row that the search has found. */
 typedef struct Candidate
@@ -184,8 +169,8 @@ add_candidate(HeapTuple tuple, TupleDesc desc, void *arg)
 }
 
 /*
- * Entries of the index, whose time is that of the first cutoff.  Those without
- * its flag come first.
+ * Search the entries of an index, up to the time of the first cutoff.  Those
+ * without its flag come first.
  */
 static bool
 search_by_index(Work *work, Relation index)
@@ -220,23 +205,23 @@ search_table(Work *work)
 		batch->finished = ledger_search_window(work->rel, &batch->cursor->at, consider_row, work);
 }
 
-/* The same by a SELECT, for a table that the planner has to be asked about. */
+/* The same by a SELECT, for a table that only the planner can read. */
 static void
 search_by_select(Work *work)
 {
 	ExpiryBatch *batch = work->batch;
 	Ledger	   *ledger = batch->expiry->ledger;
 	LedgerCursor *cursor = &batch->cursor->at;
-	Datum		values[LEDGER_MAX_KEYS + EXPIRY_CUTOFFS + 2];
-	int			n = ledger_search_keys(cursor, ledger, values);
+	Parameters	p;
 	int			i;
 
+	ledger_search_begin(&p, cursor, ledger);
 	for (i = 0; i < EXPIRY_CUTOFFS; i++)
-		values[n++] = TimestampTzGetDatum(work->cutoffs[i]);
-	values[n++] = Int64GetDatum(batch->max_rows);
-	values[n++] = Int64GetDatum(ledger_search_offset(cursor));
+		parameter_timestamp(&p, work->cutoffs[i]);
+	parameter_int64(&p, batch->max_rows);
+	parameter_int64(&p, ledger_search_offset(cursor));
 
-	owner_select(&batch->expiry->find, work->rel->rd_rel->relowner, values,
+	owner_select(&batch->expiry->find, work->rel->rd_rel->relowner, p.values,
 				 add_candidate, work);
 
 	batch->finished = work->ncandidates < batch->max_rows;
@@ -246,23 +231,72 @@ search_by_select(Work *work)
 
 /* ---------- removal ---------- */
 
+/* Removing the candidates from the first to before hi. */
+typedef struct Removal
+{
+	Work	   *work;
+	int			hi;
+	int			reached;
+	int64		removed;
+	TimestampTz left;			/* oldest row left there, or 0 */
+} Removal;
+
+static bool
+remove_one(Work *work, const Candidate *candidate)
+{
+	Expiry	   *expiry = work->batch->expiry;
+	Parameters	p;
+	int			i;
+
+	parameters_begin(&p, candidate->hit.key, expiry->ledger->nkeys);
+	parameter_datum(&p, candidate->hit.token);
+	for (i = 0; i < EXPIRY_CUTOFFS; i++)
+		parameter_timestamp(&p, work->cutoffs[i]);
+	return ledger_execute(work->rel, &expiry->remove, p.values, NULL, NULL, NULL, 0) > 0;
+}
+
+/* In a subtransaction. */
+static void
+remove_some(void *arg)
+{
+	Removal    *removal = arg;
+	Work	   *work = removal->work;
+	bool		direct = work->batch->expiry->ledger->direct;
+	int			users_timeout = LockTimeout;
+	int			nestlevel = lock_limit_begin(users_timeout > 0 ?
+											 Min(users_timeout, LOCK_TIMEOUT_MS) :
+											 LOCK_TIMEOUT_MS);
+	const char *back = direct ? NULL : begin_limit_elsewhere(users_timeout);
+
+	for (; removal->reached < removal->hi; removal->reached++)
+	{
+		Candidate  *candidate = &work->candidates[removal->reached];
+
+		CHECK_FOR_INTERRUPTS();
+		if (work->batch->background && removal->reached > 0 &&
+			milliseconds_since(work->started) > (direct ? BATCH_MS : BATCH_ELSEWHERE_MS))
+			break;
+
+		/* one that stays was changed meanwhile, or is kept by a trigger */
+		if (remove_one(work, candidate))
+			removal->removed++;
+		else
+			note_oldest(&removal->left, candidate->since);
+	}
+	end_limit_elsewhere(back);
+	lock_limit_end(nestlevel);
+}
+
 /*
- * Remove the candidates from lo to before hi, but for those that a worker has
- * no time for any more.  Returns how far it got; or, with nothing done and
- * *error set, which of them failed.
+ * Remove the candidates from lo to before hi, but not those that a worker has no
+ * time for any more.  Returns how far it got; or, with nothing done and *error
+ * set, which of them failed.
  */
 static int
 try_remove(Work *work, int lo, int hi, ErrorData **error)
 {
 	ExpiryBatch *batch = work->batch;
-	Ledger	   *ledger = batch->expiry->ledger;
-	MemoryContext context = CurrentMemoryContext;
-	ResourceOwner owner = CurrentResourceOwner;
-	int			users_timeout = LockTimeout;
-	const char *volatile back = NULL;
-	volatile int reached = lo;
-	volatile int64 removed = 0;
-	volatile TimestampTz left = 0;
+	Removal		removal = {work, hi, lo, 0, 0};
 
 	*error = NULL;
 	if (lo == hi)
@@ -272,78 +306,19 @@ try_remove(Work *work, int lo, int hi, ErrorData **error)
 	if (lo == 0)
 		INSTR_TIME_SET_CURRENT(work->started);
 
-	BeginInternalSubTransaction(NULL);
-	MemoryContextSwitchTo(context);
-
-	PG_TRY();
-	{
-		int			nestlevel;
-
-		nestlevel = lock_limit_begin(users_timeout > 0 ?
-									 Min(users_timeout, LOCK_TIMEOUT_MS) : LOCK_TIMEOUT_MS);
-		if (!ledger->direct)
-			back = begin_limit_elsewhere(users_timeout);
-		while (reached < hi)
-		{
-			Candidate  *candidate = &work->candidates[reached];
-			Datum		values[LEDGER_MAX_KEYS + 1 + EXPIRY_CUTOFFS];
-			int			n = 0;
-			int			i;
-
-			CHECK_FOR_INTERRUPTS();
-			if (batch->background && reached > 0 &&
-				milliseconds_since(work->started) >
-				(ledger->direct ? BATCH_MS : BATCH_ELSEWHERE_MS))
-				break;
-
-			for (i = 0; i < ledger->nkeys; i++)
-				values[n++] = candidate->hit.key[i];
-			values[n++] = candidate->hit.token;
-			for (i = 0; i < EXPIRY_CUTOFFS; i++)
-				values[n++] = TimestampTzGetDatum(work->cutoffs[i]);
-
-			if (ledger_execute(work->rel, &batch->expiry->remove, values, NULL,
-							   NULL, NULL, 0) > 0)
-				removed++;
-			else if (left == 0 || candidate->since < left)
-				left = candidate->since;	/* changed meanwhile, or kept by a
-											 * trigger */
-			reached++;
-		}
-		end_limit_elsewhere(back);
-		lock_limit_end(nestlevel);
-
-		ReleaseCurrentSubTransaction();
-		MemoryContextSwitchTo(context);
-		CurrentResourceOwner = owner;
-	}
-	PG_CATCH();
-	{
-		MemoryContextSwitchTo(context);
-		*error = CopyErrorData();
-		FlushErrorState();
-
-		RollbackAndReleaseCurrentSubTransaction();
-		MemoryContextSwitchTo(context);
-		CurrentResourceOwner = owner;
-
-		if (!error_is_about_one_row(*error))
-			ReThrowError(*error);
-	}
-	PG_END_TRY();
-
+	*error = try_in_subtransaction(remove_some, &removal);
 	if (*error == NULL)
 	{
-		batch->removed += removed;
-		if (removed > 0)
+		batch->removed += removal.removed;
+		if (removal.removed > 0)
 			batch->cursor->refusals = 0;
-		if (left != 0)
-			note_oldest(&batch->left, left);
+		if (removal.left != 0)
+			note_oldest(&batch->left, removal.left);
 	}
-	return reached;
+	return removal.reached;
 }
 
-/* A row can't be removed. */
+/* A row cannot be removed. */
 static void
 refuse(ExpiryBatch *batch, Candidate *candidate, ErrorData *error)
 {
@@ -364,7 +339,7 @@ refuse(ExpiryBatch *batch, Candidate *candidate, ErrorData *error)
 }
 
 /*
- * Remove the candidates, without those that can't be.  Returns how far it got.
+ * Remove the candidates, but not those that cannot be.  Returns how far it got.
  */
 static int
 remove_candidates(Work *work)
@@ -401,9 +376,8 @@ remove_candidates(Work *work)
 }
 
 /*
- * Do one batch in the current transaction.  Raises an error where it can't be
- * done, after which the transaction has to be rolled back; the cursor may have
- * moved.
+ * Do one batch in the current transaction.  Raises an error if it cannot be done,
+ * after which the transaction has to be rolled back; the cursor may have moved.
  */
 void
 expiry_batch(ExpiryBatch *batch)
@@ -471,89 +445,4 @@ expiry_batch(ExpiryBatch *batch)
 	if (batch->refusal != NULL)
 		batch->refusal = pstrdup(batch->refusal);
 	MemoryContextDelete(context);
-}
-
-/* ---------- by hand ---------- */
-
-/*
- * Remove at most max_rows rows of one kind, from where the last call of this
- * session got to, once around.  Returns how many there were.
- */
-static int64
-expire_by_hand(Expiry *expiry, ExpiryCursor *cursor, int max_rows)
-{
-	bool		from_start = ledger_cursor_at_start(&cursor->at);
-	ExpiryBatch batch;
-	int64		removed = 0;
-	int64		refused = 0;
-	char	   *refusal = NULL;
-
-	batch.expiry = expiry;
-	batch.background = false;
-	batch.cursor = cursor;
-
-	for (;;)
-	{
-		CHECK_FOR_INTERRUPTS();
-		batch.max_rows = max_rows - removed;
-		expiry_batch(&batch);
-		removed += batch.removed;
-		refused += batch.refused;
-		if (refusal == NULL)
-			refusal = batch.refusal;
-
-		if (batch.finished)
-			ledger_cursor_reset(&cursor->at);
-		if (removed >= max_rows || batch.gave_up || (batch.finished && from_start))
-			break;
-		if (batch.finished)
-		{
-			/* once more, from the start: it counts what there is */
-			from_start = true;
-			refused = 0;
-			refusal = NULL;
-		}
-	}
-
-	if (refused > 0)
-		ereport(WARNING,
-				(errcode(ERRCODE_TRIGGERED_ACTION_EXCEPTION),
-				 errmsg_plural("%lld row of \"idempotency.%s\" could not be removed",
-							   "%lld rows of \"idempotency.%s\" could not be removed",
-							   refused, (long long) refused, expiry->ledger->table),
-				 errdetail("Row %s.", refusal),
-				 errhint("A trigger or a foreign key on the table refuses it.")));
-	return removed;
-}
-
-/*
- * expire(max_rows)
- */
-Datum
-idempotency_expire(PG_FUNCTION_ARGS)
-{
-	static ExpiryCursor cursors[lengthof(expiries)];
-	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
-	int			max_rows = PG_ARGISNULL(0) ? setting_expiry_batch_size : PG_GETARG_INT32(0);
-	int			i;
-
-	if (max_rows < 1 || max_rows > EXPIRY_MAX_BATCH_SIZE)
-		ereport(ERROR,
-				(errcode(ERRCODE_BAD_ARGUMENT),
-				 errmsg("max_rows must be from 1 to %d", EXPIRY_MAX_BATCH_SIZE)));
-	PreventCommandDuringRecovery("idempotency.expire()");
-	PreventCommandIfReadOnly("idempotency.expire()");
-
-	InitMaterializedSRF(fcinfo, 0);
-	for (i = 0; i < nexpiries; i++)
-	{
-		Datum		values[2];
-		bool		nulls[2] = {false, false};
-
-		values[0] = CStringGetTextDatum(expiries[i]->name);
-		values[1] = Int64GetDatum(expire_by_hand(expiries[i], &cursors[i], max_rows));
-		tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
-	}
-
-	return (Datum) 0;
 }

@@ -21,13 +21,13 @@
 #define EXPIRY_CUTOFFS 2
 
 /*
- * One kind of rows that is removed, or reduced, when its time has come.  Each
+ * One kind of rows that are removed, or reduced, when their time has come.  Each
  * ledger says here what it no longer needs, twice: in C, for the search, and in
  * SQL, for the statement that decides.
  *
- * cutoffs[] are the moments up to which rows are due.  In "find" they come
- * after the key after which to search and before limit and offset; in "remove"
- * they come after the whole key and the token.
+ * cutoffs[] are the moments up to which rows are due.  In "find" they follow the
+ * key after which to search, and precede limit and offset; in "remove" they
+ * follow the whole key and the token.
  */
 typedef struct Expiry
 {
@@ -43,19 +43,10 @@ typedef struct Expiry
 	OwnerStatement find;		/* keys, token, since when; by key */
 	OwnerStatement remove;
 
-	/* what has the rows that may be due, or NULL: the table is read */
+	/* an index of the rows that may be due, or NULL: the table is read */
 	const LedgerIndex *index;
 	bool		flag;			/* only those that have its flag */
 } Expiry;
-
-extern Expiry *const expiries[];
-extern const int nexpiries;
-
-/* in the files of the ledgers */
-extern Expiry request_expiry;
-extern Expiry stripe_body_expiry;
-extern Expiry stripe_expiry;
-extern Expiry webhook_expiry;
 
 /* Where the search stands. */
 typedef struct ExpiryCursor

@@ -88,7 +88,6 @@
 #include "base/settings_guard.h"
 #include "ledger/ledger.h"
 #include "ledger/open_claims.h"
-#include "process/worker_table.h"
 
 /* A statement that took longer than this has waited: 10 ms. */
 #define WAITED_USECS INT64CONST(10000)
@@ -107,6 +106,9 @@
 #define MAX_LEDGERS 4
 static Ledger *known_ledgers[MAX_LEDGERS];
 static int	nknown_ledgers = 0;
+
+/* Whoever wants to know that this database has the extension, or NULL. */
+static void (*note_use) (void) = NULL;
 
 static void
 invalidate_ledger(Datum arg, Oid relid)
@@ -263,6 +265,16 @@ ledger_check(Ledger *ledger, Relation rel)
 }
 
 /*
+ * Have a callback called when a ledger is found, which is at its first use in a
+ * backend and now and then later.  To be called while the library is preloaded.
+ */
+void
+ledger_note_use(void (*callback) (void))
+{
+	note_use = callback;
+}
+
+/*
  * Open a ledger's table.  The caller closes it with ledger_close(); the lock
  * stays until the end of the transaction.
  *
@@ -301,7 +313,8 @@ ledger_open(Ledger *ledger, LOCKMODE lockmode, bool nowait)
 				remember_ledger(ledger);
 				ledger_check(ledger, rel);
 				ledger->relid = relid;
-				worker_table_note_use();
+				if (note_use != NULL)
+					note_use();
 				return rel;
 			}
 			table_close(rel, lockmode);

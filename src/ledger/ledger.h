@@ -23,6 +23,16 @@
 #define LEDGER_MAX_COLUMNS 40
 
 /*
+ * A ledger's columns may be listed once, by a macro COLUMNS(FIRST, NEXT) that
+ * calls FIRST(ID, name) for the first and NEXT(ID, name) for each other one.
+ * COLUMNS(LEDGER_NAME, LEDGER_NAME) are their names then, and
+ * COLUMNS(LEDGER_SELECT_FIRST, LEDGER_SELECT_NEXT) begins a SELECT of all.
+ */
+#define LEDGER_NAME(id, name) #name,
+#define LEDGER_SELECT_FIRST(id, name) "SELECT " #name
+#define LEDGER_SELECT_NEXT(id, name) ", " #name
+
+/*
  * A ledger: its table, and what this backend has found out about it.
  */
 typedef struct Ledger
@@ -90,6 +100,7 @@ typedef struct LedgerClaim
 	void		(*busy) (struct LedgerClaim *claim);	/* answer in_progress */
 } LedgerClaim;
 
+extern void ledger_note_use(void (*callback) (void));
 extern Relation ledger_open(Ledger *ledger, LOCKMODE lockmode, bool nowait);
 extern void ledger_close(Relation rel);
 extern uint64 ledger_execute(Relation rel, OwnerStatement *statement, Datum *values,

@@ -1,26 +1,26 @@
 /*-------------------------------------------------------------------------
  *
  * ledger_search.c
- *	  Going through a ledger piece by piece, and where one has got to.
+ *	  Going through a ledger piece by piece, and where that has got to.
  *
- * A plain local heap is read itself, window by window, and the place is the
+ * A plain local heap is read directly, window by window, and the place is the
  * last row seen.  A large table is read through a ring of buffers, so that it
- * doesn't push others out of the cache.  Where rows are kept for ever, a partial
- * index has those that somebody looks for, by time, and is read in their stead:
- * the place is the last of its entries that were seen, which stand in the order
- * of time and TID.  (Such an index may be rebuilt, or dropped; while it isn't
- * there, the table is read.)  Any other table (ledger_check() tells) is searched by
- * a SELECT in the order of the primary key.
+ * does not push others out of the cache.  If rows are kept for ever, a partial
+ * index has those that somebody looks for, by time, and is read instead of the
+ * table: the place is the last of its entries that were seen, which are in the
+ * order of time and TID.  (Such an index may be rebuilt, or dropped; while it is
+ * not there, the table is read.)  Any other table (see ledger_check()) is
+ * searched by a SELECT in the order of the primary key.
  *
  * A worker stays for a few seconds, and the next one goes on from the place
- * that it has left (worker_table.c).  There is no room for a key there: where one
- * goes on by key, the next worker steps over as many rows as were seen and are
- * still there.
+ * that it has left (worker_table.c).  There is no room for a key there: if the
+ * search goes by key, the next worker steps over as many rows as were seen and
+ * are still there.
  *
- * The place moves on whether or not anything came of the rows behind it; what
- * couldn't be done is for the next time around.  It moves on before a window, or
- * an entry's row, is read, so that what can't be read, or ends the process, doesn't
- * hold up what is behind it.
+ * The place moves on whether or not anything came of the rows before it; what
+ * could not be done is for the next time around.  It moves on before a window,
+ * or an entry's row, is read, so that what cannot be read, or ends the process,
+ * does not hold up what comes after it.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -76,7 +76,7 @@ ledger_cursor_reset(LedgerCursor *cursor)
 	cursor->resumed = false;
 }
 
-/* Go on where another process has stopped. */
+/* Go on from where another process has stopped. */
 void
 ledger_cursor_resume(LedgerCursor *cursor, const LedgerPlace *place)
 {
@@ -92,7 +92,7 @@ ledger_cursor_at_start(const LedgerCursor *cursor)
 		cursor->key[0] == (Datum) 0 && cursor->place.left == 0;
 }
 
-/* The cursor stands behind this row. */
+/* The cursor is after this row now. */
 void
 ledger_cursor_move(LedgerCursor *cursor, Ledger *ledger, const LedgerHit *hit)
 {
@@ -133,7 +133,7 @@ ledger_hit_set(LedgerHit *hit, Ledger *ledger, TupleTableSlot *slot, const Ledge
 	hit->place = *place;
 }
 
-/* Which row, for a message */
+/* Describe a row by its key, for a message. */
 char *
 ledger_describe_key(Ledger *ledger, const Datum *key)
 {
@@ -169,7 +169,7 @@ call_back(LedgerRowCallback row, TupleTableSlot *slot, const LedgerPlace *place,
 
 /*
  * Look at the rows of one window of the table, from the cursor on, which is
- * moved to the window's end, or to the row where the callback wanted no more.
+ * moved to the window's end, or to the row at which the callback returned false.
  * The callback runs in a memory context that lasts for one row.  Returns true
  * at the end of the table.
  */
@@ -185,7 +185,7 @@ ledger_search_window(Relation rel, LedgerCursor *cursor, LedgerRowCallback row, 
 	TupleTableSlot *slot;
 	bool		more = true;
 
-	/* a place of long ago may be behind the end: then it has gone around */
+	/* a place of long ago may be past the end: then start over */
 	if (start >= nblocks && cursor->resumed)
 	{
 		start = 0;
@@ -228,7 +228,7 @@ ledger_search_window(Relation rel, LedgerCursor *cursor, LedgerRowCallback row, 
 	return more && end == nblocks;
 }
 
-/* Has an index the columns that are searched by, in ascending order? */
+/* Is an index on the columns that are searched by, in ascending order? */
 static bool
 index_is_by_time(Relation index, bool has_flag)
 {
@@ -249,9 +249,9 @@ index_is_by_time(Relation index, bool has_flag)
 }
 
 /*
- * Open an index of a table that is open and locked.  Returns NULL where the
- * index isn't there, or can't be used now: while it is being built, or has been
- * since this transaction began.
+ * Open an index of a table that is open and locked.  Returns NULL if the index
+ * does not exist, or cannot be used now, because it is being built or has been
+ * built since this transaction began.
  */
 Relation
 ledger_index_open(Relation rel, const LedgerIndex *description)
@@ -276,8 +276,8 @@ ledger_index_open(Relation rel, const LedgerIndex *description)
 
 /*
  * The same as ledger_search_window() by an index, for some of its entries from
- * the cursor on, up to a time.  Where the index has a flag it is that of the
- * cursor.  Returns true after the last one.
+ * the cursor on, up to a time.  If the index has a flag, the entries with the
+ * cursor's are searched.  Returns true after the last one.
  */
 bool
 ledger_search_index(Relation rel, Relation index, LedgerCursor *cursor, TimestampTz until,
@@ -341,21 +341,25 @@ ledger_search_index(Relation rel, Relation index, LedgerCursor *cursor, Timestam
 }
 
 /*
- * The first parameters of a SELECT that searches: the key behind which it does.
- * Returns how many there are.
+ * The first parameters of a SELECT that searches: the key after which it begins.
  */
-int
-ledger_search_keys(const LedgerCursor *cursor, Ledger *ledger, Datum *values)
+void
+ledger_search_begin(Parameters *p, const LedgerCursor *cursor, Ledger *ledger)
 {
 	int			i;
 
 	/* all keys are greater than empty ones */
+	parameters_begin(p, NULL, 0);
 	for (i = 0; i < ledger->nkeys; i++)
-		values[i] = cursor->key[i] != (Datum) 0 ? cursor->key[i] : CStringGetTextDatum("");
-	return ledger->nkeys;
+	{
+		if (cursor->key[i] != (Datum) 0)
+			parameter_datum(p, cursor->key[i]);
+		else
+			parameter_string(p, "");
+	}
 }
 
-/* And its OFFSET: how many rows it steps over. */
+/* Its OFFSET: how many rows it steps over. */
 int64
 ledger_search_offset(const LedgerCursor *cursor)
 {

@@ -16,21 +16,22 @@
 #include "storage/itemptr.h"
 #include "utils/timestamp.h"
 
+#include "base/parameters.h"
 #include "ledger/ledger.h"
 
 /* How much of a table is read at a time: 8 MB. */
 #define SEARCH_WINDOW_BLOCKS 1024
 
-/* How many entries of an index are looked at at a time. */
+/* How many entries of an index are read at a time. */
 #define SEARCH_INDEX_ENTRIES 10000
 
-/* Where it goes on in another process. */
+/* Where a search goes on in another process. */
 typedef struct LedgerPlace
 {
 	ItemPointerData tid;		/* the last row seen, or invalid */
 	TimestampTz at;				/* and, by an index, its time there */
 	bool		flag;			/* which half of an index that has two */
-	int64		left;			/* where the table isn't read directly: rows
+	int64		left;			/* if the table is not read directly: rows
 								 * seen that are still there */
 } LedgerPlace;
 
@@ -50,8 +51,8 @@ typedef struct LedgerHit
 } LedgerHit;
 
 /*
- * An index by time of those rows alone that somebody looks for, and may be by a
- * flag before that.
+ * A partial index by time, perhaps by a flag first, that has only the rows that
+ * somebody looks for.
  */
 typedef struct LedgerIndex
 {
@@ -59,7 +60,7 @@ typedef struct LedgerIndex
 	bool		has_flag;
 } LedgerIndex;
 
-/* What to do with a row, which is at this place; false: no more rows. */
+/* What to do with a row, which is at this place.  Returns false to stop. */
 typedef bool (*LedgerRowCallback) (TupleTableSlot *slot, const LedgerPlace *place, void *arg);
 
 extern void ledger_cursor_reset(LedgerCursor *cursor);
@@ -75,7 +76,7 @@ extern bool ledger_search_window(Relation rel, LedgerCursor *cursor, LedgerRowCa
 extern Relation ledger_index_open(Relation rel, const LedgerIndex *description);
 extern bool ledger_search_index(Relation rel, Relation index, LedgerCursor *cursor,
 								TimestampTz until, LedgerRowCallback row, void *arg);
-extern int	ledger_search_keys(const LedgerCursor *cursor, Ledger *ledger, Datum *values);
+extern void ledger_search_begin(Parameters *p, const LedgerCursor *cursor, Ledger *ledger);
 extern int64 ledger_search_offset(const LedgerCursor *cursor);
 
 #endif							/* IDEMPOTENCY_LEDGER_SEARCH_H */

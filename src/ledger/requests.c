@@ -39,11 +39,11 @@
 #include "base/result_row.h"
 #include "base/settings.h"
 #include "ledger/derived_key.h"
-#include "ledger/expiry.h"
 #include "ledger/ledger.h"
 #include "ledger/namespace.h"
 #include "ledger/open_claims.h"
 #include "ledger/request_fingerprint.h"
+#include "ledger/requests.h"
 
 PG_FUNCTION_INFO_V1(idempotency_claim);
 PG_FUNCTION_INFO_V1(idempotency_record);

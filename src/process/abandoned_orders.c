@@ -3,22 +3,23 @@
  * abandoned_orders.c
  *	  Orders that nobody waits for, in databases without a recorder.
  *
- * Whoever leaves an answer of Stripe's behind asks for a recorder, but may ask in
- * vain: no process is to be had at that moment, the one that was asked for can't
- * start, the database is being dropped.  Nobody comes back for it: the caller
- * was told what Stripe said, and has gone on.  So the launcher, which is always
- * there, looks: whenever it is woken, which it is when something is left behind,
- * at the end of a DROP DATABASE and when a recorder ends before its work is done;
- * and every second as long as there is anything.
+ * A backend that leaves an answer of Stripe's behind asks for a recorder, but may
+ * ask in vain: no process is to be had at that moment, the one that was asked
+ * for cannot start, the database is being dropped.  The backend does not come
+ * back for it: its caller was told what Stripe said, and has gone on.  So the
+ * launcher, which is always there, looks for such orders: whenever it is woken,
+ * which it is when something is left behind, at the end of a DROP DATABASE, and
+ * when a recorder ends before its work is done; and every second as long as
+ * there are any.
  *
- * It asks again until a recorder runs, with a pause that grows where one was asked
- * for and hasn't come.  One that has come is known by the oldest of these orders,
- * which it has done, or has taken at least; that it was terminated then is no
- * reason to have the next one wait.  Where there is no place it looks more often,
- * as callers do, so as not to lose its turn.
+ * It asks again until a recorder runs, with a pause that grows if one was asked
+ * for and has not come.  That one has come shows in the oldest of these orders,
+ * which it has done, or at least taken; that it was terminated then is no reason
+ * to have the next one wait.  If there is no slot it looks more often, as callers
+ * do, so as not to lose its turn.
  *
- * What is left of a database that isn't there any more is discarded, and the log
- * says what.
+ * The orders of a database that no longer exists are discarded, and the log says
+ * which.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -42,17 +43,18 @@
 #include "utils/snapmgr.h"
 
 #include "base/clock.h"
+#include "base/compat.h"
 #include "process/abandoned_orders.h"
 #include "process/recorder_queue.h"
 
-/* How often to look while there are such orders, and where there is no place. */
+/* How often to look while there are such orders, and while there is no slot. */
 #define LOOK_MS 1000
 #define PLACE_LOOK_MS 50
 
-/* The longest pause between two recorders that don't come. */
+/* The longest pause between two recorders that do not come. */
 #define LAST_PAUSE_MS (30 * 1000)
 
-/* After that what was tried for a database is forgotten. */
+/* How long to remember what was tried for a database. */
 #define FORGET_USECS (60 * USECS_PER_SEC)
 
 /* A database that has such orders, and the oldest of them. */
@@ -63,7 +65,7 @@ typedef struct Left
 	int			tries;
 } Left;
 
-/* What was found when a recorder was last asked for there, and when that was. */
+/* What was found when a recorder was last asked for, and when that was. */
 typedef struct Tried
 {
 	Left		left;
@@ -71,13 +73,10 @@ typedef struct Tried
 	int			pause_ms;
 } Tried;
 
-/* The connection limit that marks the remains of a broken DROP DATABASE */
-#define BROKEN_LIMIT (-2)
-
 typedef enum DatabaseState
 {
 	DATABASE_IS_THERE,
-	DATABASE_IS_BROKEN,			/* by a DROP DATABASE that didn't come to its end */
+	DATABASE_IS_BROKEN,			/* by a DROP DATABASE that was interrupted */
 	DATABASE_IS_GONE
 } DatabaseState;
 
@@ -86,8 +85,8 @@ static int	ntried = 0;
 static bool no_place_logged = false;
 
 /*
- * The databases that have such orders, each once.  One that is being dropped has
- * to wait for the end of that.
+ * The databases that have such orders, each once.  One that is being dropped is
+ * left out until that has ended.
  */
 static int
 find_databases(Left *list)
@@ -139,7 +138,7 @@ database_state(Oid database)
 	scan = table_beginscan_catalog(rel, 1, &key);
 	tuple = heap_getnext(scan, ForwardScanDirection);
 	if (tuple != NULL)
-		state = ((Form_pg_database) GETSTRUCT(tuple))->datconnlimit == BROKEN_LIMIT ?
+		state = ((Form_pg_database) GETSTRUCT(tuple))->datconnlimit == DATCONNLIMIT_INVALID_DB ?
 			DATABASE_IS_BROKEN : DATABASE_IS_THERE;
 	table_endscan(scan);
 	table_close(rel, AccessShareLock);
@@ -149,7 +148,7 @@ database_state(Oid database)
 }
 
 /*
- * The database is gone, and nobody can come to an order of it any more.
+ * The database is gone, and no recorder can come to its orders any more.
  */
 static void
 discard_orders(Oid database)
@@ -186,7 +185,7 @@ discard_orders(Oid database)
 	}
 }
 
-/* What was tried for a database; new where that was long ago. */
+/* What was tried for a database; a new entry if that was long ago. */
 static Tried *
 find_tried(const Left *left)
 {
@@ -218,8 +217,8 @@ find_tried(const Left *left)
 }
 
 /*
- * See to it that a recorder comes to one of them.  Returns false where there is
- * no place for it.
+ * See to it that a recorder comes to one of them.  Returns false if there is no
+ * slot for it.
  */
 static bool
 see_to_database(const Left *left)
@@ -258,7 +257,8 @@ see_to_database(const Left *left)
 }
 
 /*
- * Returns the milliseconds after which to look again.
+ * Look for such orders, and see to them.  Returns the milliseconds after which to
+ * look again.
  */
 long
 see_to_left_orders(void)

@@ -26,8 +26,8 @@
 #include "process/background_process.h"
 
 /*
- * What the postmaster has to know of an "idempotency KIND", whose function is
- * idempotency_KIND_main().
+ * Fill in what the postmaster has to know of an "idempotency KIND", whose
+ * function is idempotency_KIND_main().
  */
 void
 background_describe(BackgroundWorker *worker, const char *kind)
@@ -44,9 +44,8 @@ background_describe(BackgroundWorker *worker, const char *kind)
 }
 
 /*
- * Ask for one in a database, which is its argument.  Where a handle is wanted
- * we are also signalled when it starts and ends.  Returns false where there is
- * no slot.
+ * Ask for one in a database, which is its argument.  If a handle is wanted, we
+ * are also signalled when it starts and ends.  Returns false if there is no slot.
  */
 bool
 background_start(const char *kind, Oid dbid, BackgroundWorkerHandle **handle)
@@ -63,7 +62,7 @@ background_start(const char *kind, Oid dbid, BackgroundWorkerHandle **handle)
 }
 
 /*
- * Fix a setting for the process's life, where this version has it.
+ * Fix a setting for the process's life, if this version has it.
  */
 void
 background_set(const char *name, const char *value)
@@ -93,8 +92,8 @@ background_fix_settings(void)
 /*
  * Begin a transaction.
  *
- * What was fixed is safe from reloads, but a trigger of the owner's may SET
- * what it likes, and in a process that goes on it would stay.
+ * What was fixed is safe from reloads, but a trigger of the table's owner may SET
+ * what it likes, and that would last beyond its transaction.
  */
 void
 background_begin(void)
@@ -107,13 +106,11 @@ background_begin(void)
 /*
  * To be called first in a transaction that touches the ledgers.
  *
- * A background process is a superuser's, as who commits a prepared transaction
- * may be (notify.c).  Its statements run with the rights of
- * the table's owner, and so do the triggers that they fire; but what an owner
+ * A background process runs as a superuser.  Its statements run with the rights
+ * of the table's owner, and so do the triggers that they fire; but what an owner
  * leaves for the end of the transaction, a deferred trigger or a cursor WITH
  * HOLD, would run with ours.  So deferred constraints are checked at once, and
- * the rest is refused, as where PostgreSQL itself maintains the tables of
- * others.
+ * the rest is refused, as when PostgreSQL itself maintains the tables of others.
  */
 void
 background_restrict(void)
@@ -128,7 +125,7 @@ background_restrict(void)
 	SetUserIdAndSecContext(userid, sec_context | SECURITY_RESTRICTED_OPERATION);
 }
 
-/* The end of such a transaction; where it aborts, that is enough. */
+/* End such a transaction.  If it aborts instead, nothing is left to do. */
 void
 background_commit(void)
 {

@@ -8,13 +8,14 @@
  * recorder and the worker, are sent away then, and none is started until the
  * transaction has ended.
  *
- * Whether the database goes isn't known before that: other sessions, a
+ * Whether the database is dropped is not known before that: other sessions, a
  * replication slot or a subscription may be in the way.  So nothing is given up
- * here.  What waits to be recorded stays where it is, and at the end, whichever it
- * is, the launcher is woken: it has a recorder started where the database is still
- * there, and discards the orders where it isn't (abandoned_orders.c).
+ * here.  What waits to be recorded stays where it is, and at the end of the
+ * transaction, whichever it is, the launcher is woken: it has a recorder started
+ * if the database still exists, and discards the orders if it does not
+ * (abandoned_orders.c).
  *
- * The end of a transaction can't be missed: a session that is terminated rolls
+ * The end of a transaction cannot be missed: a session that is terminated rolls
  * back, and a killed one takes the shared memory with it.
  *
  * Copyright (c) 2026, idempotency developers
@@ -66,8 +67,8 @@ at_xact_event(XactEvent event, void *arg)
 }
 
 /*
- * Send our processes away, and wait until they are gone.  Where one isn't in
- * time, PostgreSQL says so to whoever drops the database.
+ * Send our processes away, and wait until they are gone.  If one is still there
+ * then, PostgreSQL reports it as it reports any other session.
  */
 static void
 leave_database(Oid dbid)

@@ -4,25 +4,25 @@
  *	  The launcher of the background workers.
  *
  * One process, connected to no database, that starts a short-lived worker
- * (worker.c) in each database that has the extension, whenever one is due
- * there.  All that it knows is in the table of databases (worker_table.c), so it
- * may die at any time: the postmaster starts it again, and it goes on from
- * the table.  It never waits for anything to have happened; it looks at what
- * is, each time that it wakes: who is due, who is running, how many may run.
- * So a start that failed is simply still due.
+ * (worker.c) in each database that has the extension, whenever one is due there.
+ * All that it knows is in the table of databases (worker_table.c), so it may die
+ * at any time: the postmaster starts it again, and it goes on from the table.
+ * It never waits for anything to have happened; each time it wakes it looks at
+ * what is: who is due, who is running, how many may run.  So a start that failed
+ * is simply still due.
  *
  * It wakes when a worker has ended, when CREATE EXTENSION has committed, on a
  * reload, and when the next worker is due.  Every ten seconds it reads
- * pg_database.  A database that nobody has spoken for is looked at by a worker,
- * one a second at most, and only where it has statistics, that is, has been
- * used.
+ * pg_database.  A database of which nothing is known is looked at by a worker,
+ * one a second at most, and only if it has statistics, that is, has been used.
  *
- * Workers are short-lived because whoever renames a database or copies it
- * waits five seconds for other processes to leave it, and no longer.  DROP
- * DATABASE needn't wait: ours are sent away (drop_database.c).
+ * Workers are short-lived because RENAME, or a copy of the database, waits only
+ * five seconds for other processes to leave it.  DROP DATABASE need not wait: our
+ * processes are sent away (drop_database.c).
  *
- * It is also who comes for answers of Stripe's that nobody waits for any more
- * (abandoned_orders.c), at first, so that no error of the rest keeps it from that.
+ * It also sees to Stripe's answers that nobody waits for any more
+ * (abandoned_orders.c); it does so first, so that no error of the rest keeps it
+ * from that.
  *
  * Errors are left to the postmaster, too: it starts the launcher again after
  * LAUNCHER_RESTART_SECS.
@@ -71,10 +71,10 @@
 /* How often pg_database is read, and the longest sleep. */
 #define REFRESH_MS (10 * 1000L)
 
-/* Between two looks into databases that nobody has spoken for. */
+/* Between two looks into databases of which nothing is known. */
 #define PROBE_USECS USECS_PER_SEC
 
-/* After there was no slot for a worker, and how often that is logged. */
+/* How long to wait after there was no slot for a worker, and how often to log it. */
 #define NO_SLOT_USECS (5 * USECS_PER_SEC)
 #define NO_SLOT_LOG_USECS USECS_PER_HOUR
 
@@ -94,10 +94,10 @@ static TimestampTz last_probe = 0;
 /* ---------- DROP DATABASE ---------- */
 
 /*
- * A database is about to be dropped: end our worker there, and keep the
- * launcher from asking for another.  It takes the rights of a superuser to end a
- * superuser's process, which is why DROP DATABASE ... WITH (FORCE) by its owner
- * can't do it itself.  Returns false when there is no worker any more.
+ * A database is about to be dropped: end our worker there, and keep the launcher
+ * from asking for another.  Only a superuser may end a superuser's process, which
+ * is why DROP DATABASE ... WITH (FORCE) by its owner cannot do that itself.
+ * Returns false if there is no worker any more.
  */
 bool
 worker_send_away(Oid dbid)
@@ -111,7 +111,7 @@ worker_send_away(Oid dbid)
 	{
 		db->held = true;
 
-		/* while we hold the lock, it can't have ended */
+		/* while we hold the lock, it cannot have ended */
 		running = db->pid != 0;
 		if (running)
 			kill(db->pid, SIGTERM);
@@ -121,7 +121,7 @@ worker_send_away(Oid dbid)
 }
 
 /*
- * It has been dropped, or stays after all.
+ * The database has been dropped, or stays after all.
  */
 void
 worker_may_return(Oid dbid, bool dropped)
@@ -184,12 +184,8 @@ list_databases(int *n)
 		}
 		list[*n].dbid = form->oid;
 
-		/*
-		 * a connection limit of -2 marks the remains of a broken DROP
-		 * DATABASE
-		 */
 		list[*n].connectable = form->datallowconn && !form->datistemplate &&
-			form->datconnlimit != -2;
+			form->datconnlimit != DATCONNLIMIT_INVALID_DB;
 		list[*n].used = pgstat_fetch_stat_dbentry(form->oid) != NULL;
 		(*n)++;
 	}
@@ -263,8 +259,8 @@ refresh(void)
 /* ---------- workers ---------- */
 
 /*
- * The postmaster says what became of the workers that were asked for.  One
- * that ended before it came to its entry has failed: the server's log says why.
+ * See what became of the workers that were asked for.  One that ended before it
+ * came to its entry has failed: the server's log says why.
  */
 static void
 reap(void)
@@ -312,8 +308,97 @@ ask_for_worker(int index, Oid dbid)
 }
 
 /*
- * Ask for a worker in each database that is due, the most overdue first, as
- * far as idempotency.max_workers goes.  Returns the milliseconds after which to look again.
+ * Choose the database that is most overdue, if one more worker may run, and mark
+ * it as starting.  Returns its entry, or -1; *sleep is when the next one is due,
+ * in microseconds, if that is sooner.
+ */
+static int
+choose_database(TimestampTz now, Oid *dbid, int64 *sleep)
+{
+	int			running = 0;
+	int			due = -1;
+	bool		probe_due = is_over(last_probe, PROBE_USECS, now);
+	int			i;
+
+	worker_table_lock(LW_EXCLUSIVE);
+	for (i = 0; i < worker_table->used; i++)
+	{
+		Database   *db = &worker_table->entries[i];
+		int64		wait;
+
+		if (!OidIsValid(db->dbid))
+			continue;
+		if (db->pid != 0 || db->starting)
+		{
+			running++;
+			continue;
+		}
+		if (!db->startable || db->known == DATABASE_WITHOUT || db->held)
+			continue;
+
+		/* if the clock was set back, do not wait until it is there again */
+		if (db->next_run > now + db->planned)
+			db->next_run = now + db->planned;
+
+		wait = db->next_run - now;
+		if (db->known == DATABASE_UNKNOWN && !probe_due)
+			wait = Max(wait, last_probe + PROBE_USECS - now);
+		if (wait > 0)
+			*sleep = Min(*sleep, wait);
+		else if (asked[i].handle == NULL &&
+				 (due < 0 || db->next_run < worker_table->entries[due].next_run))
+			due = i;
+	}
+
+	/* if as many run as may, the end of one wakes us */
+	if (running >= setting_max_workers)
+		due = -1;
+	if (due >= 0)
+	{
+		Database   *db = &worker_table->entries[due];
+
+		*dbid = db->dbid;
+		db->starting = true;
+		if (db->known == DATABASE_UNKNOWN)
+			last_probe = now;
+	}
+	worker_table_unlock();
+	return due;
+}
+
+/* There was no slot for a worker in a database that was chosen. */
+static void
+note_no_slot(int entry, Oid dbid, TimestampTz now)
+{
+	int			i;
+
+	worker_table_lock(LW_EXCLUSIVE);
+	for (i = 0; i < worker_table->used; i++)
+	{
+		Database   *db = &worker_table->entries[i];
+
+		if (i == entry && db->dbid == dbid)
+			db->starting = false;
+		if (OidIsValid(db->dbid) && db->known == DATABASE_WITH && db->startable &&
+			db->pid == 0 && !db->starting && db->next_run <= now)
+			db->outcome = RUN_NO_SLOT;
+	}
+	worker_table_unlock();
+
+	if (!is_over(no_slot_logged, NO_SLOT_LOG_USECS, now))
+		return;
+	no_slot_logged = now;
+	ereport(LOG,
+			(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
+			 errmsg("idempotency launcher: out of background worker slots"),
+			 errdetail("Expired rows are removed as soon as there is one."),
+			 errhint("Consider increasing \"max_worker_processes\".")));
+}
+
+/*
+ * Ask for a worker in each database that is due, the most overdue first, as far
+ * as idempotency.max_workers allows.  Returns the milliseconds after which to
+ * look again.
  */
 static long
 start_workers(void)
@@ -322,80 +407,14 @@ start_workers(void)
 	{
 		TimestampTz now = GetCurrentTimestamp();
 		int64		sleep = REFRESH_MS * 1000;
-		int			running = 0;
-		int			due = -1;
-		bool		probe_due = is_over(last_probe, PROBE_USECS, now);
-		Oid			dbid = InvalidOid;
-		int			i;
+		Oid			dbid;
+		int			entry = choose_database(now, &dbid, &sleep);
 
-		worker_table_lock(LW_EXCLUSIVE);
-		for (i = 0; i < worker_table->used; i++)
-		{
-			Database   *db = &worker_table->entries[i];
-			int64		wait;
-
-			if (!OidIsValid(db->dbid))
-				continue;
-			if (db->pid != 0 || db->starting)
-			{
-				running++;
-				continue;
-			}
-			if (!db->startable || db->known == DATABASE_WITHOUT || db->held)
-				continue;
-
-			/* the clock was set back: don't wait until it is there again */
-			if (db->next_run > now + db->planned)
-				db->next_run = now + db->planned;
-
-			wait = db->next_run - now;
-			if (db->known == DATABASE_UNKNOWN && !probe_due)
-				wait = Max(wait, last_probe + PROBE_USECS - now);
-			if (wait > 0)
-				sleep = Min(sleep, wait);
-			else if (asked[i].handle == NULL &&
-					 (due < 0 || db->next_run < worker_table->entries[due].next_run))
-				due = i;
-		}
-		if (due >= 0 && running < setting_max_workers)
-		{
-			Database   *db = &worker_table->entries[due];
-
-			dbid = db->dbid;
-			db->starting = true;
-			if (db->known == DATABASE_UNKNOWN)
-				last_probe = now;
-		}
-		worker_table_unlock();
-
-		/* where as many run as may, the end of one wakes us */
-		if (!OidIsValid(dbid))
+		if (entry < 0)
 			return sleep / 1000 + 1;
-
-		if (!ask_for_worker(due, dbid))
+		if (!ask_for_worker(entry, dbid))
 		{
-			worker_table_lock(LW_EXCLUSIVE);
-			for (i = 0; i < worker_table->used; i++)
-			{
-				Database   *db = &worker_table->entries[i];
-
-				if (i == due && db->dbid == dbid)
-					db->starting = false;
-				if (OidIsValid(db->dbid) && db->known == DATABASE_WITH && db->startable &&
-					db->pid == 0 && !db->starting && db->next_run <= now)
-					db->outcome = RUN_NO_SLOT;
-			}
-			worker_table_unlock();
-
-			if (is_over(no_slot_logged, NO_SLOT_LOG_USECS, now))
-			{
-				no_slot_logged = now;
-				ereport(LOG,
-						(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
-						 errmsg("idempotency launcher: out of background worker slots"),
-						 errdetail("Expired rows are removed as soon as there is one."),
-						 errhint("Consider increasing \"max_worker_processes\".")));
-			}
+			note_no_slot(entry, dbid, now);
 			return NO_SLOT_USECS / 1000;
 		}
 	}

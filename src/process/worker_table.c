@@ -4,22 +4,22 @@
  *	  What is known of the databases of this cluster.
  *
  * A table in shared memory, by database OID: whether the extension is there,
- * the worker, and what the view idempotency.workers shows.  One lock guards
- * all of it, and nobody but the launcher and its workers takes it more than
- * once a session.  It is searched in order, which takes microseconds.
+ * the worker, and what the view idempotency.workers shows.  One lock guards all
+ * of it, and only the launcher and its workers take it more than once a session.
+ * It is searched in order, which takes microseconds.
  *
- * Whether a database has the extension is found out once.  CREATE EXTENSION
- * says so when it has committed, and so does the first use of a ledger in
- * each session, in case that word was lost (in a prepared transaction).
- * Databases that nobody has spoken for (copies by TEMPLATE, or all of them
- * after a crash) are looked at by a worker.
+ * Whether a database has the extension is found out once.  CREATE EXTENSION says
+ * so when it has committed, and so does the first use of a ledger in each
+ * session, in case that word was lost (in a prepared transaction).  Databases of
+ * which nothing is known (copies by TEMPLATE, or all of them after a crash) are
+ * looked at by a worker.
  *
- * So that a restart doesn't mean to look at a thousand databases again, what
- * is known is written to a file when the server is shut down, beside the
- * statistics, and read and removed when it starts.  It counts only where
- * nobody can have created the extension in between: the file names the
- * shutdown checkpoint that it was written after, and pg_control says whether
- * that is still the latest.
+ * So that a restart does not mean looking at a thousand databases again, what is
+ * known is written to a file when the server is shut down, beside the
+ * statistics, and read and removed when it starts.  The file counts only if
+ * nobody can have created the extension in between: it names the shutdown
+ * checkpoint that it was written after, and pg_control says whether that is still
+ * the latest.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -66,10 +66,10 @@ typedef struct KnownEntry
 	DatabaseKnown known;
 } KnownEntry;
 
-WorkerTable *worker_table = NULL;
-
 /* From one worker that sends notices to the next. */
 #define NOTICES_GAP USECS_PER_SEC
+
+WorkerTable *worker_table = NULL;
 
 static LWLock *lock = NULL;
 static bool mark_at_commit = false;
@@ -102,7 +102,7 @@ worker_table_find(Oid dbid)
 
 /*
  * Lock the table and return the entry of this process's database; or return NULL,
- * with nothing locked, where there is none, or no table.
+ * with nothing locked, if there is none, or no table.
  */
 Database *
 worker_table_lock_own(LWLockMode mode)
@@ -119,9 +119,9 @@ worker_table_lock_own(LWLockMode mode)
 }
 
 /*
- * A new entry for a database that has none.  Where the table is full, it takes
- * the place of a database without the extension if "evict" says so; otherwise
- * this returns NULL.  The lock is held in exclusive mode.
+ * A new entry for a database that has none.  If the table is full, it takes the
+ * place of a database without the extension if "evict" says so; otherwise this
+ * returns NULL.  The lock is held in exclusive mode.
  */
 Database *
 worker_table_add(Oid dbid, bool evict)
@@ -162,7 +162,7 @@ worker_table_forget(Database *db)
 		worker_table->used--;
 }
 
-/* The lock is held.  A latch too many does no harm. */
+/* Wake the launcher.  The lock is held.  Waking it in vain does no harm. */
 void
 worker_table_wake_launcher(void)
 {
@@ -170,7 +170,7 @@ worker_table_wake_launcher(void)
 		SetLatch(&ProcGlobal->allProcs[worker_table->launcher_proc].procLatch);
 }
 
-/* The same where the lock isn't held. */
+/* The same if the lock is not held. */
 void
 worker_table_call_launcher(void)
 {
@@ -180,8 +180,8 @@ worker_table_call_launcher(void)
 }
 
 /*
- * This database has the extension.  "created": just now, so that an answer
- * from before doesn't count.
+ * This database has the extension.  "created": since just now, so that what a
+ * worker found before does not count.
  */
 static void
 mark(bool created)
@@ -224,8 +224,8 @@ at_xact_event(XactEvent event, void *arg)
 }
 
 /*
- * The last thing that CREATE EXTENSION does.  (A savepoint that takes it back
- * is no matter: a worker looks and finds nothing.)
+ * The last thing that CREATE EXTENSION does.  (That a savepoint may undo it does
+ * not matter: a worker looks and finds nothing.)
  */
 Datum
 idempotency_created(PG_FUNCTION_ARGS)
@@ -277,9 +277,9 @@ worker_table_note_notices(void)
 }
 
 /*
- * A prepared transaction of this database has committed: where it may have left
- * notices a worker comes now, or a second after the last one.  After a restart
- * that isn't known, and the next pass finds them.  Raises nothing.
+ * A prepared transaction of this database has committed: if it may have left
+ * notices, a worker comes now, or a second after the last one.  After a restart
+ * that is not known, and the next pass finds them.  Raises no error.
  */
 void
 worker_table_send_notices_soon(void)
@@ -301,7 +301,7 @@ worker_table_send_notices_soon(void)
 
 /*
  * Where this database goes on with events that wait for their call.  Both leave
- * alone what they are given where there is no entry.
+ * alone what they are given if there is no entry.
  */
 void
 worker_table_read_kept_place(KeptPlace *place)
@@ -328,8 +328,8 @@ worker_table_write_kept_place(const KeptPlace *place)
 /* ---------- across a restart ---------- */
 
 /*
- * The checkpoint that the server was shut down with, or was running on before
- * it was; InvalidXLogRecPtr where it wasn't shut down as a primary.
+ * The checkpoint that the server was shut down with; InvalidXLogRecPtr if it was
+ * not shut down, or not as a primary.
  */
 static XLogRecPtr
 shutdown_checkpoint(void)
@@ -394,7 +394,7 @@ load_known(void)
 			ereport(LOG,
 					(errcode_for_file_access(),
 					 errmsg("could not read file \"%s\": %m", KNOWN_FILE)));
-			/* the next one couldn't take its place */
+			/* the next one could not take its place */
 			unlink(KNOWN_FILE);
 		}
 		return;

@@ -15,21 +15,21 @@
 #include "datatype/timestamp.h"
 #include "storage/lwlock.h"
 
-#include "calls/settle_by_event.h"
+#include "events/kept_events.h"
 #include "ledger/ledger_search.h"
 
-/* Entries; where there are more databases, those without the extension go. */
+/* Entries; if there are more databases, those without the extension go. */
 #define MAX_DATABASES 4096
 
 #define DATABASE_ERROR_LEN 256
 
-/* Parts of a worker's pass; see worker.c. */
+/* Parts of a worker's pass; see worker_run.h. */
 #define DATABASE_PARTS 6
 
 typedef enum DatabaseKnown
 {
 	DATABASE_UNKNOWN,			/* nobody has looked */
-	DATABASE_WITHOUT,			/* the extension isn't there */
+	DATABASE_WITHOUT,			/* it does not have the extension */
 	DATABASE_WITH
 } DatabaseKnown;
 
@@ -50,7 +50,7 @@ typedef struct Database
 	Oid			dbid;			/* InvalidOid: the entry is free */
 	uint32		serial;			/* of the table when it was added */
 	DatabaseKnown known;
-	uint32		marks;			/* counts CREATE EXTENSION; see worker.c */
+	uint32		marks;			/* counts CREATE EXTENSION; see worker_run.c */
 	bool		startable;		/* takes connections, has been used */
 
 	/* the worker */

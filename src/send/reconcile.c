@@ -66,6 +66,7 @@
 #include "base/subtransaction.h"
 #include "calls/settle_by_event.h"
 #include "calls/stripe_ledger.h"
+#include "events/kept_events.h"
 #include "send/api_key.h"
 #include "send/http_client.h"
 #include "send/stripe_call.h"

@@ -29,8 +29,8 @@
 #include "base/errors.h"
 #include "base/result_row.h"
 #include "base/settings.h"
-#include "calls/settle_by_event.h"
 #include "calls/stripe_ledger.h"
+#include "events/kept_events.h"
 #include "process/recorder_client.h"
 
 PG_FUNCTION_INFO_V1(idempotency_stripe_idempotency_key);

@@ -28,7 +28,7 @@
 
 #include "base/compat.h"
 #include "base/debug_point.h"
-#include "calls/settle_by_hand.h"
+#include "events/call_sweep.h"
 #include "process/recorder_client.h"
 
 PG_MODULE_MAGIC;
