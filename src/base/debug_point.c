@@ -85,22 +85,30 @@ debug_point(const char *name)
 	}
 
 	if (strcmp(action, "errors") == 0)
-		ereport(ERROR, (errmsg("debug point \"%s\"", name)));
+		ereport(ERROR,
+				(errcode(ERRCODE_INTERNAL_ERROR),
+				 errmsg("debug point \"%s\"", name)));
 
 	if (strcmp(action, "numbered") == 0)
 	{
 		static int	number = 0;
 
-		ereport(ERROR, (errmsg("debug point \"%s\", number %d", name, ++number)));
+		ereport(ERROR,
+				(errcode(ERRCODE_INTERNAL_ERROR),
+				 errmsg("debug point \"%s\", number %d", name, ++number)));
 	}
 
 	/* whoever comes first */
 	if (unlink(path) != 0)
 		return;
 	if (strcmp(action, "error") == 0)
-		ereport(ERROR, (errmsg("debug point \"%s\"", name)));
+		ereport(ERROR,
+				(errcode(ERRCODE_INTERNAL_ERROR),
+				 errmsg("debug point \"%s\"", name)));
 	else if (strcmp(action, "fatal") == 0)
-		ereport(FATAL, (errmsg("debug point \"%s\"", name)));
+		ereport(FATAL,
+				(errcode(ERRCODE_INTERNAL_ERROR),
+				 errmsg("debug point \"%s\"", name)));
 	else if (strcmp(action, "kill") == 0)
 		(void) kill(MyProcPid, SIGKILL);
 }

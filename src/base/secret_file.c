@@ -49,7 +49,7 @@ secret_problem(const char *secret, size_t len)
 	for (i = 0; i < len; i++)
 	{
 		if (secret[i] <= ' ' || secret[i] > '~')
-			return gettext_noop("It has a character that isn't printable ASCII, or white space.");
+			return gettext_noop("It has a character that is not printable ASCII, or white space.");
 	}
 	return NULL;
 }
@@ -84,7 +84,7 @@ split_lines(const char *text, const char *what)
 		if (secret_problem(start, end - start) != NULL)
 			ereport(ERROR,
 					(errcode(ERRCODE_CONFIG_FILE_ERROR),
-					 errmsg("%s has a line that can't be a secret", what),
+					 errmsg("%s has a line that cannot be a secret", what),
 					 errdetail_internal("%s", _(secret_problem(start, end - start)))));
 		secrets = lappend(secrets, pnstrdup(start, end - start));
 	}
@@ -121,7 +121,7 @@ check_file(int fd, const char *what)
 				(errcode(ERRCODE_CONFIG_FILE_ERROR),
 				 errmsg("%s can be accessed by others", what),
 				 errdetail("It must have permissions 0600 or less if it belongs to the server's user, 0640 or less if to root."),
-				 errhint("chmod 600, and consider the secret in it known.")));
+				 errhint("Set its permissions to 0600, and consider the secret in it known.")));
 #endif
 }
 

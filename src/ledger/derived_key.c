@@ -124,9 +124,9 @@ stripe_operation_problem(const char *type, const char *id)
 	if (id[0] == '\0')
 		return gettext_noop("operation id is empty");
 	if (!is_printable_ascii(type))
-		return gettext_noop("operation type has a character that isn't printable ASCII");
+		return gettext_noop("operation type has a character that is not printable ASCII");
 	if (!is_printable_ascii(id))
-		return gettext_noop("operation id has a character that isn't printable ASCII");
+		return gettext_noop("operation id has a character that is not printable ASCII");
 
 	/* the id may: there it is inside the header's value */
 	if (type[0] == ' ')

@@ -244,7 +244,7 @@ ledger_check(Ledger *ledger, Relation rel)
 					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 					 errmsg("table \"idempotency.%s\" has no column \"%s\" in place %d",
 							ledger->table, ledger->columns[i], i + 1),
-					 errhint("The library and the extension's installed version don't belong together: try ALTER EXTENSION idempotency UPDATE.")));
+					 errhint("The library and the extension's installed version do not belong together: try ALTER EXTENSION idempotency UPDATE.")));
 	}
 
 	ledger->unique = has_unique_key(ledger, rel);

@@ -65,7 +65,7 @@ request_matches(RequestPrint *rp, bytea *recorded)
 	if (VARSIZE_ANY_EXHDR(recorded) != FINGERPRINT_LEN || bytes[0] != FINGERPRINT_VERSION)
 		ereport(ERROR,
 				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-				 errmsg("recorded fingerprint has a format that this version doesn't know"),
+				 errmsg("recorded fingerprint has a format that this version does not know"),
 				 errdetail("It may have been written by a later version of the extension.")));
 
 	ours = (const uint8 *) VARDATA_ANY(request_print(rp));
@@ -76,7 +76,7 @@ request_matches(RequestPrint *rp, bytea *recorded)
 		if (!namespace_by_id(bytes + 1, &ns))
 			ereport(ERROR,
 					(errcode(ERRCODE_FOREIGN_NAMESPACE),
-					 errmsg("recorded fingerprint was made with a namespace that this database doesn't have"),
+					 errmsg("recorded fingerprint was made with a namespace that this database does not have"),
 					 errhint("Restore the rows of \"idempotency.namespace\" that belong to the ledgers.")));
 		ours = (const uint8 *) VARDATA_ANY(compute(rp, &ns));
 	}

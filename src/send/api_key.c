@@ -82,16 +82,16 @@ check_key(ApiKey *key)
 
 	p = secret;
 	if (has_prefix(&p, "pk_"))
-		refuse_key(key, "It is a publishable key, which can't do anything.");
+		refuse_key(key, "It is a publishable key, which cannot do anything.");
 	if (!has_prefix(&p, "sk_") && !has_prefix(&p, "rk_"))
-		refuse_key(key, "It doesn't begin as a secret or restricted key does.");
+		refuse_key(key, "It does not begin as a secret or restricted key does.");
 	key->organization = has_prefix(&p, "org_");
 	if (has_prefix(&p, "live_"))
 		key->live = true;
 	else if (has_prefix(&p, "test_"))
 		key->live = false;
 	else
-		refuse_key(key, "It doesn't say whether it is for test mode or live mode.");
+		refuse_key(key, "It does not say whether it is for test mode or live mode.");
 
 	if (*p == '\0')
 		refuse_key(key, "It is cut.");

@@ -373,7 +373,7 @@ refuse_memory(void)
 	ereport(ERROR,
 			(errcode(ERRCODE_OUT_OF_MEMORY),
 			 errmsg("out of memory"),
-			 errdetail("libcurl couldn't be prepared for a request.")));
+			 errdetail("libcurl could not be prepared for a request.")));
 }
 
 /* Once a backend: libcurl, and the handles that stay. */

@@ -518,7 +518,7 @@ read_doubt(Reconcile *r, Doubt *doubt, LedgerRow *row, TimestampTz now)
 		doubt->path[strcspn(doubt->path, "?")] = '\0';
 	if (doubt->path == NULL || path_problem(doubt->path) != NULL)
 	{
-		doubt->skipped = "it isn't known which path was called";
+		doubt->skipped = "it is not known which path was called";
 		return;
 	}
 

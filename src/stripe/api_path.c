@@ -74,7 +74,7 @@ path_problem(const char *path)
 			if (low < 0)
 				return gettext_noop("A percent sign must be followed by two hexadecimal digits.");
 			if (c < 0x20 || c == 0x7f || strchr("./\\", c) != NULL)
-				return gettext_noop("Dots, slashes, backslashes and control characters can't be percent-encoded.");
+				return gettext_noop("Dots, slashes, backslashes and control characters cannot be percent-encoded.");
 			p += 2;
 			continue;
 		}
