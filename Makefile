@@ -39,7 +39,9 @@ OBJS = \
 	src/ledger/ledger_search.o \
 	src/ledger/namespace.o \
 	src/ledger/open_claims.o \
+	src/ledger/request_claim.o \
 	src/ledger/request_fingerprint.o \
+	src/ledger/request_ledger.o \
 	src/ledger/requests.o \
 	src/process/abandoned_orders.o \
 	src/process/background_process.o \

@@ -18,6 +18,7 @@
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
 
+#include "base/arguments.h"
 #include "base/owner_spi.h"
 
 typedef struct Parameters
@@ -87,6 +88,16 @@ static inline void
 parameter_timestamp(Parameters *parameters, TimestampTz value)
 {
 	parameter_datum(parameters, TimestampTzGetDatum(value));
+}
+
+/* A length of time as argument_duration() returns it: NULL if none was given. */
+static inline void
+parameter_duration(Parameters *parameters, Duration duration)
+{
+	if (duration.given)
+		parameter_datum(parameters, interval_datum(duration.usecs));
+	else
+		parameter_nullable(parameters, (Datum) 0, true);
 }
 
 #endif							/* IDEMPOTENCY_PARAMETERS_H */
