@@ -12,6 +12,7 @@ OBJS = \
 	src/base/arguments.o \
 	src/base/debug_point.o \
 	src/base/fingerprint.o \
+	src/base/json_build.o \
 	src/base/json_member.o \
 	src/base/json_text.o \
 	src/base/lock_limit.o \
@@ -55,6 +56,8 @@ OBJS = \
 	src/send/api_key.o \
 	src/send/http_client.o \
 	src/send/reconcile.o \
+	src/send/reconcile_evidence.o \
+	src/send/reconcile_search.o \
 	src/send/stripe_call.o \
 	src/send/stripe_functions.o \
 	src/send/stripe_request.o \

@@ -26,6 +26,7 @@
 #include "utils/fmgrprotos.h"
 
 #include "base/arguments.h"
+#include "base/clock.h"
 #include "base/compat.h"
 #include "base/json_member.h"
 #include "base/json_text.h"
@@ -211,7 +212,6 @@ parse_rfc3339(const char *p, TimestampTz *moment)
 static bool
 read_created(JsonbContainer *root, TimestampTz *moment)
 {
-	static const int64 epoch = ((int64) UNIX_EPOCH_JDATE - POSTGRES_EPOCH_JDATE) * SECS_PER_DAY;
 	JsonbValue	value;
 	char	   *digits;
 	char	   *end;
@@ -229,7 +229,7 @@ read_created(JsonbContainer *root, TimestampTz *moment)
 	seconds = strtoi64(digits, &end, 10);
 	if (errno != 0 || *end != '\0' || seconds < 0 || seconds > INT64CONST(99999999999))
 		return false;
-	*moment = (seconds + epoch) * USECS_PER_SEC;
+	*moment = timestamp_of_unix(seconds);
 	return true;
 }
 

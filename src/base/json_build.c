@@ -1,0 +1,73 @@
+/*-------------------------------------------------------------------------
+ *
+ * json_build.c
+ *	  Building the text of a JSON object, member by member.
+ *
+ * The caller appends the braces.  Each function appends a comma if the object
+ * has a member already, then the name and the value.
+ *
+ * Copyright (c) 2026, idempotency developers
+ *
+ * src/base/json_build.c
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type_d.h"
+#include "utils/datetime.h"
+#include "utils/json.h"
+
+#include "base/json_build.h"
+
+/* Append a member's name; its value comes next. */
+void
+json_add_name(StringInfo json, const char *name)
+{
+	appendStringInfoString(json, json->len > 0 && json->data[json->len - 1] == '{' ? "" : ", ");
+	escape_json(json, name);
+	appendStringInfoString(json, ": ");
+}
+
+/* Append a string, or no member for a null pointer. */
+void
+json_add_string(StringInfo json, const char *name, const char *value)
+{
+	if (value == NULL)
+		return;
+	json_add_name(json, name);
+	escape_json(json, value);
+}
+
+/* Append a value that is JSON already, or no member for a null pointer. */
+void
+json_add_json(StringInfo json, const char *name, const char *value)
+{
+	if (value == NULL)
+		return;
+	json_add_name(json, name);
+	appendStringInfoString(json, value);
+}
+
+void
+json_add_int(StringInfo json, const char *name, int value)
+{
+	json_add_name(json, name);
+	appendStringInfo(json, "%d", value);
+}
+
+void
+json_add_bool(StringInfo json, const char *name, bool value)
+{
+	json_add_json(json, name, value ? "true" : "false");
+}
+
+/* Append a moment as JSON has it: a string, in the session's time zone. */
+void
+json_add_time(StringInfo json, const char *name, TimestampTz value)
+{
+	char		buf[MAXDATELEN + 1];
+
+	json_add_string(json, name,
+					JsonEncodeDateTime(buf, TimestampTzGetDatum(value), TIMESTAMPTZOID, NULL));
+}
