@@ -37,7 +37,8 @@ refuse_library(const char *problem)
 }
 
 /*
- * The HTTP client.  Raises IK010 where it isn't installed.
+ * The HTTP client, loaded when it is first asked for.  Raises IK010 if it is
+ * not installed.
  */
 const HttpClient *
 http_client(void)
