@@ -21,6 +21,7 @@
 #include "base/arguments.h"
 #include "base/owner_spi.h"
 
+/* Parameters that were added so far. */
 typedef struct Parameters
 {
 	int			n;
@@ -42,7 +43,7 @@ parameter_datum(Parameters *parameters, Datum value)
 	parameter_nullable(parameters, value, false);
 }
 
-/* Begin with the key of a row, all of text. */
+/* Begin, with the key of a row: nkeys values that are not NULL. */
 static inline void
 parameters_begin(Parameters *parameters, const Datum *key, int nkeys)
 {
@@ -53,13 +54,14 @@ parameters_begin(Parameters *parameters, const Datum *key, int nkeys)
 		parameter_datum(parameters, key[i]);
 }
 
-/* Something of variable length: text, bytea, jsonb, an array. */
+/* A varlena, such as a text, bytea, jsonb or array; NULL for a null pointer. */
 static inline void
 parameter_pointer(Parameters *parameters, const void *varlena)
 {
 	parameter_nullable(parameters, PointerGetDatum(varlena), varlena == NULL);
 }
 
+/* A C string as text; NULL for a null pointer. */
 static inline void
 parameter_string(Parameters *parameters, const char *string)
 {
@@ -90,7 +92,7 @@ parameter_timestamp(Parameters *parameters, TimestampTz value)
 	parameter_datum(parameters, TimestampTzGetDatum(value));
 }
 
-/* A length of time as argument_duration() returns it: NULL if none was given. */
+/* A length of time as argument_duration() returns it; NULL if none was given. */
 static inline void
 parameter_duration(Parameters *parameters, Duration duration)
 {
