@@ -4,8 +4,8 @@
  *	  Comparing a request with the recorded fingerprint of an earlier one.
  *
  * A recorded fingerprint names the namespace it was made with.  After a
- * restore or stripe_namespace('new') another one may be in force; then the
- * request is fingerprinted once more with the old one.
+ * restore or stripe_namespace('new') another one may be in force; then a second
+ * fingerprint of the request is made with the old one.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -33,8 +33,8 @@ compute(RequestPrint *rp, const Namespace *ns)
 }
 
 /*
- * The fingerprint to keep, or NULL where there is no request.  Needs an active
- * snapshot.
+ * The fingerprint to store, made when it is first asked for, or NULL if there is
+ * no request.  Needs an active snapshot.
  */
 bytea *
 request_print(RequestPrint *rp)
@@ -50,7 +50,8 @@ request_print(RequestPrint *rp)
 }
 
 /*
- * Is this the request that was recorded?  Yes where either side has none.
+ * Is this the request that was recorded?  It is if either side has none.  Raises
+ * an error if the recorded fingerprint cannot be compared.
  */
 bool
 request_matches(RequestPrint *rp, bytea *recorded)
