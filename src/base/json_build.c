@@ -49,6 +49,7 @@ json_add_json(StringInfo json, const char *name, const char *value)
 	appendStringInfoString(json, value);
 }
 
+/* Append a number. */
 void
 json_add_int(StringInfo json, const char *name, int value)
 {
@@ -56,6 +57,7 @@ json_add_int(StringInfo json, const char *name, int value)
 	appendStringInfo(json, "%d", value);
 }
 
+/* Append a boolean. */
 void
 json_add_bool(StringInfo json, const char *name, bool value)
 {
