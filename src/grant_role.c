@@ -237,8 +237,8 @@ static const char *const find_grants =
 /*
  * revoke_all(): called at the end of the extension's script, it leaves the
  * objects of the schema to their owner alone.  That takes away what PostgreSQL
- * grants to PUBLIC by default, and what ALTER DEFAULT PRIVILEGES grants: whoever
- * chose that cannot have had tokens, answers and payloads in mind.
+ * grants to PUBLIC by default, and what ALTER DEFAULT PRIVILEGES grants:
+ * whoever chose that cannot have had tokens, answers and payloads in mind.
  */
 Datum
 idempotency_revoke_all(PG_FUNCTION_ARGS)

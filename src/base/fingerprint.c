@@ -90,8 +90,8 @@ static void append_bytes(StringInfo buf, const char *data, size_t len);
 static const Ignored ignore_nothing = {NULL, 0};
 
 /*
- * Compute the public id of a namespace: it says which one a fingerprint was made
- * with, and does not reveal it.
+ * Compute the public id of a namespace: it says which one a fingerprint was
+ * made with, and does not reveal it.
  *
  * Raises what mac_fields raises.
  */
@@ -107,8 +107,8 @@ namespace_id(const uint8 *ns, size_t nslen, uint8 id[NAMESPACE_ID_LEN])
 /*
  * Compute the fingerprint of a request, a detoasted jsonb.
  *
- * Members with one of the "nignore" names (in the server's encoding) are ignored
- * if they are members of the request itself or of its member "params".
+ * Members with one of the "nignore" names (in the server's encoding) are
+ * ignored if they are members of the request itself or of its member "params".
  *
  * Memory is allocated in CurrentMemoryContext and freed, unless an error is
  * raised: that of the encoding, which is less than three times as long as the
@@ -146,8 +146,8 @@ fingerprint_compute(Jsonb *request, const char *const *ignore, int nignore,
 
 /*
  * Append the encoding of a container; "top" is true for the whole request.
- * "ignored" applies to the members of this object and to no deeper level, except
- * that it is passed on from the top to "params".
+ * "ignored" applies to the members of this object and to no deeper level,
+ * except that it is passed on from the top to "params".
  */
 static void
 encode_container(StringInfo buf, JsonbContainer *container,
@@ -370,7 +370,7 @@ encode_number(StringInfo buf, Numeric number)
 	suffix_len = snprintf(suffix, sizeof(suffix), "e%d", exponent);
 
 	appendStringInfoChar(buf, 'd');
-	append_uint64(buf, (uint64) ((negative ? 1 : 0) + len + suffix_len));
+	append_uint64(buf, (uint64) (negative ? 1 : 0) + len + suffix_len);
 	if (negative)
 		appendStringInfoChar(buf, '-');
 	appendBinaryStringInfo(buf, digits, len);

@@ -6,8 +6,8 @@
  * Whatever the extension derives or compares is a MAC keyed with the
  * database's namespace.  Its input is a label, which says what the MAC is for,
  * and a list of fields, each preceded by its length.  So no two uses and no
- * two lists of fields have the same input: ("ab", "c") differs from ("a", "bc"),
- * and the MACs of one label tell nothing about those of another.
+ * two lists of fields have the same input: ("ab", "c") differs from ("a",
+ * "bc"), and the MACs of one label tell nothing about those of another.
  *
  * The result has to survive a dump and restore into a database of another
  * encoding, hence text goes in as UTF-8 (mac_text).

@@ -72,7 +72,7 @@ hide_row(void *arg)
 		errdetail("The row is not shown, because it may hold what only its owner may see.");
 }
 
-/* See owner_execute(); InvalidSnapshot stands for a new one, or the active one. */
+/* See owner_execute(); InvalidSnapshot leaves the choice to read_only. */
 static uint64
 execute(OwnerStatement *statement, Oid owner, Datum *values, const char *nulls,
 		bool read_only, Snapshot snapshot, Datum *out, bool *outnull, int nout)
@@ -125,8 +125,8 @@ execute(OwnerStatement *statement, Oid owner, Datum *values, const char *nulls,
 }
 
 /*
- * Run a statement as "owner": in a new snapshot, or with read_only in the active
- * one.
+ * Run a statement as "owner": in a new snapshot, or with read_only in the
+ * active one.
  *
  * values and nulls (' ' or 'n', or NULL) are its parameters.  If out is given
  * and a row is returned, its first nout columns are copied there, in the

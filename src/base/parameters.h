@@ -92,7 +92,7 @@ parameter_timestamp(Parameters *parameters, TimestampTz value)
 	parameter_datum(parameters, TimestampTzGetDatum(value));
 }
 
-/* A length of time as argument_duration() returns it; NULL if none was given. */
+/* A length of time from argument_duration(); NULL if none was given. */
 static inline void
 parameter_duration(Parameters *parameters, Duration duration)
 {

@@ -4,15 +4,15 @@
  *	  Files and environment variables that hold secrets.
  *
  * A secret is never the value of a setting: every role can read what ALTER
- * ROLE ... SET has set, and the server logs what a reload changes.  So a setting
- * names a file with one secret a line, or the postmaster's environment holds
- * the value.
+ * ROLE ... SET has set, and the server logs what a reload changes.  So a
+ * setting names a file with one secret a line, or the postmaster's environment
+ * holds the value.
  *
- * A file is read each time it is needed.  It is small, and so a new secret counts
- * from the next call on, with no cache that could be out of date.  It must be
- * what PostgreSQL demands of a server's private key: a regular file of the
- * server's user that nobody else can access, or one of root's that the server's
- * group may read.
+ * A file is read each time it is needed.  It is small, and so a new secret
+ * counts from the next call on, with no cache that could be out of date.  It
+ * must be what PostgreSQL demands of a server's private key: a regular file of
+ * the server's user that nobody else can access, or one of root's that the
+ * server's group may read.
  *
  * Errors name the file if everybody may see its name, and never quote it.
  *
@@ -224,8 +224,8 @@ secret_file_read(const char *path)
 }
 
 /*
- * The secrets in an environment variable of the postmaster, one a line.  Returns
- * NIL if it is not set or empty.
+ * The secrets in an environment variable of the postmaster, one a line.
+ * Returns NIL if it is not set or empty.
  */
 List *
 secret_environment_read(const char *variable)

@@ -11,9 +11,9 @@
  * nobody without the namespace can guess it, and two databases that name their
  * operations alike do not share keys at Stripe.
  *
- * The UUID alone tells operations apart.  Type and id precede it for the benefit
- * of whoever reads Stripe's log; ("a:b", "c") and ("a", "b:c") look alike there
- * and have different UUIDs.
+ * The UUID alone tells operations apart.  Type and id precede it for the
+ * benefit of whoever reads Stripe's log; ("a:b", "c") and ("a", "b:c") look
+ * alike there and have different UUIDs.
  *
  * doc/formats.md describes the derivation, with test vectors.
  *
@@ -75,9 +75,9 @@ derive_operation_uuid(const uint8 *ns, size_t nslen,
  * Derive the idempotency key of an operation's generation (1, 2, ...).
  *
  * Type and id must be free of problems that stripe_operation_problem() finds.
- * The caller has checked that, with a better message; it is checked again here,
- * because the key becomes an HTTP header.  The account may be anything.  Returns
- * "type:id:UUID" in CurrentMemoryContext, printable ASCII of at most
+ * The caller has checked that, with a better message; it is checked again
+ * here, because the key becomes an HTTP header.  The account may be anything.
+ * Returns "type:id:UUID" in CurrentMemoryContext, printable ASCII of at most
  * STRIPE_KEY_MAX characters.  Raises what mac_text and mac_fields raise.
  */
 char *

@@ -38,14 +38,14 @@
  * idempotency.wait_timeout, so that the deadlock detector, cancel and the
  * user's own lock_timeout all work and running out of time is an answer, not
  * an error.  A claim that may not wait writes in such a subtransaction with a
- * lock_timeout of 1 ms, for the case of a twin that slips in after the look.
- * A waiting claim's INSERT needs no subtransaction, which would cost every
- * fresh claim: it can block only on such a late twin, and then for
- * idempotency.wait_timeout at most (an error, 55P03).  If a user's trigger, which
- * may do anything, runs in it, it has one nevertheless.  A takeover can also
- * meet a row lock, which the look does not see, and has one.  The recorder
- * claims for others in subtransactions and under a lock_timeout of its own: it
- * waits for nobody and just writes ("bounded").
+ * lock_timeout of 1 ms, for the case of a twin that slips in after the look.  A
+ * waiting claim's INSERT needs no subtransaction, which would cost every fresh
+ * claim: it can block only on such a late twin, and then for
+ * idempotency.wait_timeout at most (an error, 55P03).  If a user's trigger,
+ * which may do anything, runs in it, it has one nevertheless.  A takeover can
+ * also meet a row lock, which the look does not see, and has one.  The
+ * recorder claims for others in subtransactions and under a lock_timeout of
+ * its own: it waits for nobody and just writes ("bounded").
  *
  * Locks: ROW EXCLUSIVE on the table and ACCESS SHARE on its primary key, kept
  * to the end of the transaction, as every statement does.  A look at what is
@@ -265,9 +265,9 @@ ledger_check(Ledger *ledger, Relation rel)
  * Open a ledger's table.  The caller closes it with ledger_close(); the lock
  * stays until the end of the transaction.
  *
- * With nowait, a lock that is not available at once is an error (55P03).  Opening
- * it to write is refused while a setting that may guard it has lost its value
- * (IK011).
+ * With nowait, a lock that is not available at once is an error (55P03).
+ * Opening it to write is refused while a setting that may guard it has lost
+ * its value (IK011).
  */
 Relation
 ledger_open(Ledger *ledger, LOCKMODE lockmode, bool nowait)

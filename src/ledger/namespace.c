@@ -17,10 +17,10 @@
  * Which row is in force is decided once, when a row is inserted, and written
  * down: the column in_force is true in that row alone, and a dump contains it.
  * CREATE EXTENSION's row is in force until a row is inserted that was in force
- * where it comes from.  That one is in force from then on (the trigger function
- * namespace_comes() sees to it, also for replicated rows).  This is not computed
- * anew from where and when rows were made: after the next restore, or
- * pg_upgrade, the result would be another.
+ * where it comes from.  That one is in force from then on (the trigger
+ * function namespace_comes() sees to it, also for replicated rows).  This is
+ * not computed anew from where and when rows were made: after the next
+ * restore, or pg_upgrade, the result would be another.
  *
  * If triggers were disabled while rows were inserted, more than one row may be
  * marked, or none.  Then readers decide among those, or among all that are not
@@ -31,14 +31,15 @@
  * A row was made here if it names this database and this system, and did not
  * come from elsewhere (the trigger writes that down, too, in the column
  * carried).  pg_upgrade keeps database OIDs but gives the cluster a new system
- * identifier and runs no script; so if no such row names this system, the newest
- * that names this database's OID counts as made here.
+ * identifier and runs no script; so if no such row names this system, the
+ * newest that names this database's OID counts as made here.
  *
  * A database that was copied with CREATE DATABASE ... TEMPLATE (or that lost
- * its rows) has no row that was made here.  Until stripe_namespace() has decided
- * whether it goes on with the namespace of its original or has one of its own,
- * nothing may be sent to Stripe from it: namespace_for_stripe() raises IK009.
- * Requests may be claimed: fingerprints name the namespace they were made with.
+ * its rows) has no row that was made here.  Until stripe_namespace() has
+ * decided whether it goes on with the namespace of its original or has one of
+ * its own, nothing may be sent to Stripe from it: namespace_for_stripe()
+ * raises IK009. Requests may be claimed: fingerprints name the namespace they
+ * were made with.
  *
  * Rows are only ever added, or retired by stripe_namespace('new'); retired
  * ones are kept because fingerprints made with them are still compared.  Their
@@ -418,8 +419,8 @@ namespace_write_down(void)
 }
 
 /*
- * Was a row that is inserted made in the same place as one of these rows that was
- * made here?
+ * Was a row that is inserted made in the same place as one of these rows that
+ * was made here?
  */
 static bool
 comes_from_here(NamespaceRow *rows, int nrows, uint64 system, Oid database)
@@ -457,12 +458,12 @@ is_retired(const NamespaceRow *rows, int nrows, bytea *value)
 }
 
 /*
- * Is a row that is inserted, and was in force where it comes from, in force here,
- * too?  It is if no other row is, and it takes the place of a row that was made
- * here.  Of two that were made elsewhere the first to be inserted stays in
- * force; so does a row that is inserted a second time, and the present one if an
- * older one of our own is inserted.  A row that was retired here does not return
- * to force: somebody has decided that.
+ * Is a row that is inserted, and was in force where it comes from, in force
+ * here, too?  It is if no other row is, and it takes the place of a row that
+ * was made here.  Of two that were made elsewhere the first to be inserted
+ * stays in force; so does a row that is inserted a second time, and the
+ * present one if an older one of our own is inserted.  A row that was retired
+ * here does not return to force: somebody has decided that.
  */
 static bool
 takes_effect(Relation rel, NamespaceRow *rows, int nrows, bytea *value, bool carried)
@@ -483,9 +484,9 @@ takes_effect(Relation rel, NamespaceRow *rows, int nrows, bytea *value, bool car
 }
 
 /*
- * namespace_comes(): trigger function, called before a row is inserted by us, a
- * restore or replication.  Writes down in the row whether it was made elsewhere,
- * and whether it is in force.
+ * namespace_comes(): trigger function, called before a row is inserted by us,
+ * a restore or replication.  Writes down in the row whether it was made
+ * elsewhere, and whether it is in force.
  */
 Datum
 idempotency_namespace_comes(PG_FUNCTION_ARGS)

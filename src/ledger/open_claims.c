@@ -4,18 +4,18 @@
  *	  Claims that belong to the current transaction.
  *
  * A claim made without a lease must be recorded or released before its
- * transaction commits.  COMMIT and PREPARE TRANSACTION fail (IK005) while one is
- * open; otherwise a forgotten call of record() would be noticed only in
+ * transaction commits.  COMMIT and PREPARE TRANSACTION fail (IK005) while one
+ * is open; otherwise a forgotten call of record() would be noticed only in
  * production, by a second execution.
  *
  * When a savepoint is rolled back, what was claimed in it is closed again, and
- * what was recorded in it is open again.  So every change of the set is an entry
- * in a journal, with the subtransaction it was made in.  The abort of a
- * subtransaction undoes its entries from the end, its commit passes them to the
- * parent.  Subtransaction ids only grow, hence the entries of a subtransaction
- * and of all that it contained are those at the end with an id not below its
- * own.  Each entry is looked at once per level, so the cost of a transaction
- * grows linearly with its claims.
+ * what was recorded in it is open again.  So every change of the set is an
+ * entry in a journal, with the subtransaction it was made in.  The abort of a
+ * subtransaction undoes its entries from the end, its commit passes them to
+ * the parent.  Subtransaction ids only grow, hence the entries of a
+ * subtransaction and of all that it contained are those at the end with an id
+ * not below its own.  Each entry is looked at once per level, so the cost of a
+ * transaction grows linearly with its claims.
  *
  * All memory is in TopTransactionContext; nothing outlives the transaction.
  *
@@ -126,8 +126,8 @@ open_claims_add(int64 token, const char *what, const char *name)
 }
 
 /*
- * Note that the current (sub)transaction has recorded or released the claim with
- * this token, or given it a lease.
+ * Note that the current (sub)transaction has recorded or released the claim
+ * with this token, or given it a lease.
  */
 void
 open_claims_remove(int64 token)

@@ -33,8 +33,8 @@ compute(RequestPrint *rp, const Namespace *ns)
 }
 
 /*
- * The fingerprint to store, made when it is first asked for, or NULL if there is
- * no request.  Needs an active snapshot.
+ * The fingerprint to store, made when it is first asked for, or NULL if there
+ * is no request.  Needs an active snapshot.
  */
 bytea *
 request_print(RequestPrint *rp)
@@ -50,8 +50,8 @@ request_print(RequestPrint *rp)
 }
 
 /*
- * Is this the request that was recorded?  It is if either side has none.  Raises
- * an error if the recorded fingerprint cannot be compared.
+ * Is this the request that was recorded?  It is if either side has none.
+ * Raises an error if the recorded fingerprint cannot be compared.
  */
 bool
 request_matches(RequestPrint *rp, bytea *recorded)

@@ -613,9 +613,9 @@ is_watched(curl_socket_t fd)
 }
 
 /*
- * Make a set of all that ends a wait.  A socket cannot be removed from a set, so
- * a new one is made whenever libcurl waits for others.  It is the caller's to
- * free as soon as it exists: what follows may fail.
+ * Make a set of all that ends a wait.  A socket cannot be removed from a set,
+ * so a new one is made whenever libcurl waits for others.  It is the caller's
+ * to free as soon as it exists: what follows may fail.
  */
 static void
 build_wait_set(WaitEventSet *volatile *set)

@@ -11,11 +11,12 @@
  *	list			the objects made at that time, for the key in metadata
  *	events			the events of that time, for the key of their request
  *
- * Only what has this operation's key, or the id that the row knows, settles it,
- * and only as stripe_effect.c allows.  Metadata can be copied, so a list is read
- * to its end before an object counts as the one that has the key.  What is not
- * found is not settled, however well it was looked for: a search lags, metadata
- * can be changed, and Stripe may carry out later what has failed in the middle.
+ * Only what has this operation's key, or the id that the row knows, settles
+ * it, and only as stripe_effect.c allows.  Metadata can be copied, so a list
+ * is read to its end before an object counts as the one that has the key.
+ * What is not found is not settled, however well it was looked for: a search
+ * lags, metadata can be changed, and Stripe may carry out later what has
+ * failed in the middle.
  *
  * Copyright (c) 2026, idempotency developers
  *

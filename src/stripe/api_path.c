@@ -159,7 +159,8 @@ split_method(const char *entry, size_t len, const char **pattern, size_t *patter
 }
 
 /*
- * What is wrong with a list of allowed paths: a sentence, untranslated, or NULL.
+ * What is wrong with a list of allowed paths: a sentence, untranslated, or
+ * NULL.
  */
 const char *
 path_list_problem(const char *list)

@@ -15,11 +15,11 @@
  * are sent, because a caller who writes them has a reason to.
  *
  * Numbers are written in full, without exponent, and a whole one without a
- * fraction, however it is spelled: 1990.00 and 1.99e3 are 1990 when requests are
- * compared, and Stripe, which refuses an amount with a decimal point, gets what
- * was compared.  A number with a fraction keeps its zeros, as jsonb shows them:
- * where Stripe accepts decimals (percent_off, unit_amount_decimal) 19.90 and
- * 19.9 are the same to it, and metadata shows what was written.
+ * fraction, however it is spelled: 1990.00 and 1.99e3 are 1990 when requests
+ * are compared, and Stripe, which refuses an amount with a decimal point, gets
+ * what was compared.  A number with a fraction keeps its zeros, as jsonb shows
+ * them: where Stripe accepts decimals (percent_off, unit_amount_decimal) 19.90
+ * and 19.9 are the same to it, and metadata shows what was written.
  *
  * A name with brackets in it would be read as another name, so it is refused.
  *
@@ -48,8 +48,8 @@
 #define FORM_MAX_DEPTH 20
 
 /*
- * Digits of a number before the decimal point, and after it: as many as metadata
- * accepts.  jsonb can hold 1e131071, which would be written out.
+ * Digits of a number before the decimal point, and after it: as many as
+ * metadata accepts.  jsonb can hold 1e131071, which would be written out.
  */
 #define FORM_MAX_DIGITS 500
 
@@ -241,8 +241,8 @@ encode_container(Form *form, JsonbContainer *container, int depth)
 }
 
 /*
- * Append an object's members as a form.  Raises IK003 for what cannot be encoded,
- * and IK007 if the result is larger than max_size bytes.
+ * Append an object's members as a form.  Raises IK003 for what cannot be
+ * encoded, and IK007 if the result is larger than max_size bytes.
  */
 void
 form_encode(StringInfo out, Jsonb *params, Size max_size)

@@ -3,12 +3,12 @@
  * stripe_effect.c
  *	  What an event or an object of Stripe's says about a call.
  *
- * The path of a call says which object it was to make or to change, and the call
- * is judged by that very object only: a payment also touches charges, invoices
- * and balances, with the same key, and the retry has to be given the right id.
- * And the outcome must follow from what is seen: that a payment intent exists
- * does not tell whether the confirmation in the same call was declined.  If it
- * does not follow, nothing is said.
+ * The path of a call says which object it was to make or to change, and the
+ * call is judged by that very object only: a payment also touches charges,
+ * invoices and balances, with the same key, and the retry has to be given the
+ * right id.  And the outcome must follow from what is seen: that a payment
+ * intent exists does not tell whether the confirmation in the same call was
+ * declined.  If it does not follow, nothing is said.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -67,8 +67,8 @@ collection_of_type(const char *type)
  * Is the object the one that this path makes or changes?  Sets *verb to what is
  * done to one that is changed, "" for an update; it points into the path.
  *
- * There are three forms: /v1/COLLECTION; /v1/COLLECTION/ID, and a verb after it; and
- * /v1/COLLECTION/ID/COLLECTION, where the inner one is the type's own
+ * There are three forms: /v1/COLLECTION; /v1/COLLECTION/ID, and a verb after
+ * it; and /v1/COLLECTION/ID/COLLECTION, where the inner one is the type's own
  * (charges/ID/refunds) or named after both (transfers/ID/reversals:
  * transfer_reversal).
  */

@@ -3,11 +3,11 @@
  * webhook_event.c
  *	  What an event of Stripe's says.
  *
- * A body is parsed after its signature has been verified.  Stripe delivers again,
- * for three days, what is refused, so nothing is refused that Stripe may have
- * meant: what jsonb cannot hold is replaced (json_text.c), and of a member that
- * occurs twice jsonb has the last value.  The bytes that were signed are kept
- * beside it.
+ * A body is parsed after its signature has been verified.  Stripe delivers
+ * again, for three days, what is refused, so nothing is refused that Stripe
+ * may have meant: what jsonb cannot hold is replaced (json_text.c), and of a
+ * member that occurs twice jsonb has the last value.  The bytes that were
+ * signed are kept beside it.
  *
  * There are events of API v1 and thin ones of API v2, and every release of
  * Stripe's adds types.  Each must have an id and a type; anything else that has
@@ -116,9 +116,10 @@ uuid_member(JsonbContainer *object, const char *name)
 }
 
 /*
- * The key of ours that is a value in an object's metadata, whatever its name, or
- * NULL.  If there are several, the metadata was copied, or it names another call,
- * too; then only the key under the name that stripe_call() gives it counts.
+ * The key of ours that is a value in an object's metadata, whatever its name,
+ * or NULL.  If there are several, the metadata was copied, or it names another
+ * call, too; then only the key under the name that stripe_call() gives it
+ * counts.
  */
 char *
 key_in_metadata(JsonbContainer *metadata)

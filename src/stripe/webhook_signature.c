@@ -8,10 +8,10 @@
  *
  *		t=1795300000,v1=82e1...fb05,v0=6ffb...9a39
  *
- * The MAC is HMAC-SHA256, keyed with the whole secret of the endpoint, over the
- * digits of t, a dot and the body's bytes.  There is one v1 for each secret that
- * is active, so any of them may match; other schemes are not signatures (v0
- * is a fake one that comes with test events).
+ * The MAC is HMAC-SHA256, keyed with the whole secret of the endpoint, over
+ * the digits of t, a dot and the body's bytes.  There is one v1 for each
+ * secret that is active, so any of them may match; other schemes are not
+ * signatures (v0 is a fake one that comes with test events).
  *
  * Client libraries disagree about what is well-formed.  Here:
  *
@@ -182,9 +182,9 @@ same_signature(const char *a, const char *b)
 /*
  * Is this body signed with one of the secrets, and not too long ago?
  *
- * "now" is in seconds since 1970.  An age of exactly the tolerance is valid, and
- * so is a time in the future, however far: Stripe's clock and ours need not
- * agree, and a signature from the future is still a signature.
+ * "now" is in seconds since 1970.  An age of exactly the tolerance is valid,
+ * and so is a time in the future, however far: Stripe's clock and ours need
+ * not agree, and a signature from the future is still a signature.
  *
  * Raises what mac_concatenated() raises.
  */

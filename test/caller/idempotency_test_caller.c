@@ -140,8 +140,8 @@ test_stripe_call(PG_FUNCTION_ARGS)
 }
 
 /*
- * test_note_fates(max_rows): call settle_calls() for so many rows at a time until
- * it is through, and return how many it tried.
+ * test_note_fates(max_rows): call settle_calls() for so many rows at a time
+ * until it is through, and return how many it tried.
  */
 Datum
 test_note_fates(PG_FUNCTION_ARGS)
@@ -180,8 +180,8 @@ test_occupier_main(Datum arg)
 }
 
 /*
- * test_occupy_workers(): take all free slots for background processes, and return
- * how many there were.
+ * test_occupy_workers(): take all free slots for background processes, and
+ * return how many there were.
  */
 Datum
 test_occupy_workers(PG_FUNCTION_ARGS)

@@ -3,10 +3,10 @@
  * clock.c
  *	  A wall clock that a test can set.
  *
- * To be loaded into a server by LD_PRELOAD.  All its processes see the time moved
- * by the number of seconds in the file $CLOCK_FILE, eight bytes that are mapped:
- * a change takes effect at once, also in running processes.  Monotonic clocks,
- * and so all waits, are not changed.
+ * To be loaded into a server by LD_PRELOAD.  All its processes see the time
+ * moved by the number of seconds in the file $CLOCK_FILE, eight bytes that are
+ * mapped: a change takes effect at once, also in running processes.  Monotonic
+ * clocks, and so all waits, are not changed.
  *
  * Copyright (c) 2026, idempotency developers
  *

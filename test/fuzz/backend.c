@@ -3,10 +3,10 @@
  * backend.c
  *	  Fuzz targets that need a server around them: jsonb, palloc, ereport.
  *
- * jsonb's code cannot be linked outside of the server, so the fuzzer runs inside
- * one.  This is a library with the targets, the extension's files that they
- * test, and libFuzzer; test/fuzz/run makes a single-user server load it and call
- * its one SQL function.
+ * jsonb's code cannot be linked outside of the server, so the fuzzer runs
+ * inside one.  This is a library with the targets, the extension's files that
+ * they test, and libFuzzer; test/fuzz/run makes a single-user server load it
+ * and call its one SQL function.
  *
  *	fuzz(target text, arguments text[])
  *

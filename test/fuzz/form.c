@@ -4,9 +4,9 @@
  *	  Fuzz target: parameters as Stripe takes them (src/stripe/form.c).
  *
  * The encoding is decoded as a server does it: split at & and =, then names at
- * their brackets, then %.  The result has to be what was encoded: the same leaves
- * in the same order, with the same names and equal numbers, whole ones without a
- * fraction.  Only what has no encoding is an error.
+ * their brackets, then %.  The result has to be what was encoded: the same
+ * leaves in the same order, with the same names and equal numbers, whole ones
+ * without a fraction.  Only what has no encoding is an error.
  *
  * An input is any bytes (json_tree.c), or JSON if it begins with a brace.
  *

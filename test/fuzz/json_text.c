@@ -4,9 +4,9 @@
  *	  Fuzz target: turning JSON into jsonb (src/base/json_text.c).
  *
  * The code accepts exactly what PostgreSQL's parser calls JSON.  jsonb_in()
- * accepts the result, and so does the code itself, a second time.  If jsonb_in()
- * accepts the text as it is, both results are equal.  PostgreSQL's parser
- * recurses, so it is not given what is nested too deeply.
+ * accepts the result, and so does the code itself, a second time.  If
+ * jsonb_in() accepts the text as it is, both results are equal.  PostgreSQL's
+ * parser recurses, so it is not given what is nested too deeply.
  *
  * Copyright (c) 2026, idempotency developers
  *

@@ -3,10 +3,10 @@
  * json_tree.c
  *	  JSON values made from any bytes.
  *
- * A fuzzer that has to discover JSON's syntax first gets nowhere, so here every
- * input is a value.  It is kept as a tree of our own, so that a target knows the
- * right result without asking jsonb, and can write the value in two ways that
- * mean the same.
+ * A fuzzer that has to discover JSON's syntax first gets nowhere, so here
+ * every input is a value.  It is kept as a tree of our own, so that a target
+ * knows the right result without asking jsonb, and can write the value in two
+ * ways that mean the same.
  *
  * Copyright (c) 2026, idempotency developers
  *

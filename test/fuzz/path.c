@@ -4,11 +4,11 @@
  *	  Fuzz target: paths of Stripe's API, lists of allowed ones, API bases and
  *	  versions (src/stripe/api_path.c).
  *
- * An input is a list, a zero byte, and a path; each is also tried as everything
- * else.  What is accepted is checked by other means: a path, decoded as a server
- * might do it, stays below /v1 or /v2 and contains no query, no header and no
- * other host; a base is a host and a port; and a list is matched by a second
- * matcher.
+ * An input is a list, a zero byte, and a path; each is also tried as
+ * everything else.  What is accepted is checked by other means: a path,
+ * decoded as a server might do it, stays below /v1 or /v2 and contains no
+ * query, no header and no other host; a base is a host and a port; and a list
+ * is matched by a second matcher.
  *
  * Built by test/fuzz/run, with libFuzzer, or with mutator.c.
  *
@@ -77,8 +77,8 @@ check_path(const char *path)
 }
 
 /*
- * The second matcher: a table of which prefix of the pattern matches which prefix
- * of the path.
+ * The second matcher: a table of which prefix of the pattern matches which
+ * prefix of the path.
  */
 static bool
 fits(const char *pattern, size_t len, const char *path)

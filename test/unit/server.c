@@ -4,8 +4,8 @@
  *	  Stand-ins for functions of the server, for a program linked without one:
  *	  what elog() and a failed assertion call, which must not happen.
  *
- * Their parameters differ between majors, and are not used, so this file does not
- * include postgres.h.
+ * Their parameters differ between majors, and are not used, so this file does
+ * not include postgres.h.
  *
  * Copyright (c) 2026, idempotency developers
  *
