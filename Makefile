@@ -43,7 +43,9 @@ OBJS = \
 	src/ledger/ledger_search.o \
 	src/ledger/namespace.o \
 	src/ledger/open_claims.o \
+	src/ledger/request_claim.o \
 	src/ledger/request_fingerprint.o \
+	src/ledger/request_ledger.o \
 	src/ledger/requests.o \
 	src/process/abandoned_orders.o \
 	src/process/background_process.o \
@@ -61,6 +63,8 @@ OBJS = \
 	src/send/api_key.o \
 	src/send/http_client.o \
 	src/send/reconcile.o \
+	src/send/reconcile_evidence.o \
+	src/send/reconcile_search.o \
 	src/send/stripe_call.o \
 	src/send/stripe_functions.o \
 	src/send/stripe_request.o \

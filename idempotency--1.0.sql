@@ -307,7 +307,7 @@ CREATE TABLE idempotency.namespace (
 -- rows have no key by which their changes could be replicated
 ALTER TABLE idempotency.namespace REPLICA IDENTITY FULL;
 
--- What prepared transactions have to NOTIFY when they are committed.  It isn't
+-- What prepared transactions have to NOTIFY when they are committed.  It is not
 -- dumped: a restore has nobody to tell.
 CREATE TABLE idempotency.pending_notices (
 	prepared_at timestamptz NOT NULL,
@@ -315,7 +315,7 @@ CREATE TABLE idempotency.pending_notices (
 	channel text NOT NULL,
 	payload text NOT NULL
 ) WITH (vacuum_truncate = off);
--- so that a publication of all tables doesn't keep its rows from being deleted
+-- so that a publication of all tables does not keep its rows from being deleted
 ALTER TABLE idempotency.pending_notices REPLICA IDENTITY FULL;
 
 SELECT pg_catalog.pg_extension_config_dump('idempotency.idempotency_keys', '');
@@ -744,7 +744,7 @@ COMMENT ON TYPE idempotency.verdict IS
 	'Answer of a claim. claimed: the caller, and nobody else, runs the operation now; '
 	'replay: it was recorded before, here is the result; in_progress: someone else holds it; '
 	'mismatch: the same key came with another request; '
-	'unknown: sending again can''t settle a call to Stripe any more';
+	'unknown: sending again cannot settle a call to Stripe any more';
 COMMENT ON TYPE idempotency.outcome IS
 	'What Stripe did with a call. completed: executed (2xx), which says nothing about money; '
 	'failed: definitive refusal; not_executed: Stripe did nothing, free to be claimed again; '
@@ -807,7 +807,7 @@ COMMENT ON COLUMN idempotency.stripe_claim_result.verdict IS
 COMMENT ON COLUMN idempotency.stripe_claim_result.outcome IS 'What Stripe did with the call';
 COMMENT ON COLUMN idempotency.stripe_claim_result.idempotency_key IS
 	'Idempotency-Key of the operation''s current generation; '
-	'NULL only where another transaction has just claimed it and isn''t committed';
+	'NULL only where another transaction has just claimed it and is not committed';
 COMMENT ON COLUMN idempotency.stripe_claim_result.token IS
 	'Proof of the claim for stripe_record(), stripe_extend() and stripe_release(): '
 	'random, 1 to 2^53 - 1; NULL unless claimed';
@@ -820,7 +820,7 @@ COMMENT ON COLUMN idempotency.stripe_claim_result.resource_id IS 'Stripe''s id o
 COMMENT ON COLUMN idempotency.stripe_claim_result.resource_type IS 'Its type, such as payment_intent, or NULL';
 COMMENT ON COLUMN idempotency.stripe_claim_result.http_status IS 'Status of Stripe''s last recorded answer, or NULL';
 COMMENT ON COLUMN idempotency.stripe_claim_result.response IS
-	'Stripe''s last recorded answer; NULL also where it was settled without, was too large, or isn''t kept any more';
+	'Stripe''s last recorded answer; NULL also where it was settled without, was too large, or is not kept any more';
 COMMENT ON COLUMN idempotency.stripe_claim_result.error IS 'The error object of that answer, or NULL';
 COMMENT ON COLUMN idempotency.stripe_claim_result.retry_after IS
 	'If in_progress, seconds after which to try again, at least 1';
@@ -843,7 +843,7 @@ COMMENT ON COLUMN idempotency.stripe_key_info.resource_id IS 'Stripe''s id of wh
 COMMENT ON COLUMN idempotency.stripe_key_info.resource_type IS 'Its type, such as payment_intent, or NULL';
 COMMENT ON COLUMN idempotency.stripe_key_info.http_status IS 'Status of Stripe''s last recorded answer, or NULL';
 COMMENT ON COLUMN idempotency.stripe_key_info.response IS
-	'Stripe''s last recorded answer; NULL also where it was settled without, was too large, or isn''t kept any more';
+	'Stripe''s last recorded answer; NULL also where it was settled without, was too large, or is not kept any more';
 COMMENT ON COLUMN idempotency.stripe_key_info.error IS 'The error object of that answer, or NULL';
 COMMENT ON COLUMN idempotency.stripe_key_info.request_id IS 'Stripe''s Request-Id, or NULL';
 COMMENT ON COLUMN idempotency.stripe_key_info.livemode IS 'Stripe''s livemode as recorded, or NULL';
@@ -878,7 +878,7 @@ COMMENT ON TYPE idempotency.webhook_claim_result IS
 COMMENT ON COLUMN idempotency.webhook_claim_result.verdict IS 'claimed, replay or in_progress';
 COMMENT ON COLUMN idempotency.webhook_claim_result.stripe_event_id IS 'Stripe''s id of the event';
 COMMENT ON COLUMN idempotency.webhook_claim_result.event_type IS 'Stripe''s type, such as payment_intent.succeeded';
-COMMENT ON COLUMN idempotency.webhook_claim_result.event IS 'The event; NULL where it isn''t kept any more';
+COMMENT ON COLUMN idempotency.webhook_claim_result.event IS 'The event; NULL where it is not kept any more';
 COMMENT ON COLUMN idempotency.webhook_claim_result.token IS
 	'Proof of the claim for stripe_webhook_record(): random, 1 to 2^53 - 1; NULL unless claimed';
 COMMENT ON COLUMN idempotency.webhook_claim_result.attempt IS 'Which claim of this event it is, from 1';
@@ -916,7 +916,7 @@ COMMENT ON COLUMN idempotency.stripe_call_result.http_status IS
 	'HTTP status of the last attempt, NULL where no answer came';
 COMMENT ON COLUMN idempotency.stripe_call_result.response IS
 	'Body of the answer, {"error": ...} included; NULL where none came whole, and in a replay '
-	'also where it was settled without, was too large, or isn''t kept any more';
+	'also where it was settled without, was too large, or is not kept any more';
 COMMENT ON COLUMN idempotency.stripe_call_result.error IS
 	'Stripe''s error object, or one that says why no answer came (type api_connection_error or api_error); '
 	'NULL if there was none';
@@ -1000,7 +1000,7 @@ COMMENT ON COLUMN idempotency.stripe_idempotency_keys.past_tokens IS
 COMMENT ON COLUMN idempotency.stripe_idempotency_keys.request IS
 	'The request as first claimed, for whoever has to send it again; or NULL';
 COMMENT ON COLUMN idempotency.stripe_idempotency_keys.response IS
-	'Stripe''s last recorded answer; NULL also where it was settled without, was too large, or isn''t kept any more';
+	'Stripe''s last recorded answer; NULL also where it was settled without, was too large, or is not kept any more';
 COMMENT ON COLUMN idempotency.stripe_idempotency_keys.error IS 'The error object of that answer, or NULL';
 COMMENT ON COLUMN idempotency.stripe_idempotency_keys.history IS
 	'Earlier generations, oldest first, each as stripe_reopen() found it, or NULL';
@@ -1115,14 +1115,14 @@ COMMENT ON COLUMN idempotency.open_claims.recovery_point IS 'Of a request: its l
 COMMENT ON COLUMN idempotency.open_claims.next_step IS 'The statement to type';
 
 COMMENT ON VIEW idempotency.stripe_webhook_pending IS
-	'Events that aren''t processed, the one that waits longest first, without any bodies';
+	'Events that are not processed, the one that waits longest first, without any bodies';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.account IS 'Connected account, '''' for one''s own';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.stripe_event_id IS 'Stripe''s id of the event';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.consumer IS 'Who processes it';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.event_type IS 'Stripe''s type';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.object_id IS 'What it is about, or NULL';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.state IS
-	'received: nobody had it yet; claimed: somebody is at it; lapsed: and didn''t finish; failed: recorded so; '
+	'received: nobody had it yet; claimed: somebody is at it; lapsed: and did not finish; failed: recorded so; '
 	'dead: as often as idempotency.webhook_max_attempts says, and not handed out any more';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.attempts IS 'How often it was claimed';
 COMMENT ON COLUMN idempotency.stripe_webhook_pending.received_at IS 'When it was received first';
@@ -1159,7 +1159,7 @@ COMMENT ON COLUMN idempotency.workers.next_run IS 'When the next worker is due, 
 COMMENT ON COLUMN idempotency.workers.next_step IS 'The statement to type; NULL where all is well';
 
 COMMENT ON VIEW idempotency.stripe_unknown IS
-	'Calls to Stripe of which it isn''t known whether Stripe has executed them, oldest first, without any bodies';
+	'Calls to Stripe of which it is not known whether Stripe has executed them, oldest first, without any bodies';
 COMMENT ON COLUMN idempotency.stripe_unknown.account IS 'Stripe account, '''' for one''s own';
 COMMENT ON COLUMN idempotency.stripe_unknown.operation_type IS 'What the call does, such as payment';
 COMMENT ON COLUMN idempotency.stripe_unknown.operation_id IS 'Id of the operation within its type';
@@ -1210,7 +1210,7 @@ COMMENT ON FUNCTION idempotency.record(text, text, bigint, jsonb, integer, jsonb
 	'Records the result of a claim, success or failure, and returns when it expires. '
 	'response: as jsonb; response_status: 100 to 599 (default 200); response_headers: an object; '
 	'response_body: any bytes; ttl: how long it is replayed (default the claim''s, then idempotency.key_ttl, 24 h). '
-	'Recording the same again changes nothing. Raises IK001 for a token that doesn''t hold the key, '
+	'Recording the same again changes nothing. Raises IK001 for a token that does not hold the key, '
 	'IK002 where another result is recorded, IK003 for a bad argument, '
 	'IK007 over idempotency.max_response_size';
 COMMENT ON FUNCTION idempotency.checkpoint(text, text, bigint, text, jsonb, interval) IS
@@ -1225,7 +1225,7 @@ COMMENT ON FUNCTION idempotency.extend(text, text, bigint, interval) IS
 COMMENT ON FUNCTION idempotency.release(text, text, bigint, boolean) IS
 	'Gives a claim up and returns true: the key is absent again, its checkpoint forgotten. '
 	'keep (default false): the claim lapses at once, and keeps request, attempt and checkpoint, '
-	'for a result that isn''t known yet. '
+	'for a result that is not known yet. '
 	'Raises IK001, IK002 if recorded, IK003';
 COMMENT ON FUNCTION idempotency.lookup(text, text) IS
 	'Shows a key as the query''s snapshot sees it, NULL where it is absent or expired. '
@@ -1238,7 +1238,7 @@ COMMENT ON FUNCTION idempotency.stripe_idempotency_key(text, text, text) IS
 	'Returns the Idempotency-Key that an operation has or will have. '
 	'operation_type and operation_id: printable ASCII, 217 characters together; '
 	'account: printable ASCII without spaces, default '''', one''s own. '
-	'Raises IK003 for a bad argument, IK009 in a copied database that hasn''t decided on its namespace';
+	'Raises IK003 for a bad argument, IK009 in a copied database that has not decided on its namespace';
 COMMENT ON FUNCTION idempotency.stripe_claim(text, text, jsonb, text, interval) IS
 	'Claims a call to Stripe: says whether the caller sends it, with which key and request, or what came of it. '
 	'Call it in FROM. '
@@ -1266,7 +1266,7 @@ COMMENT ON FUNCTION idempotency.stripe_extend(text, text, bigint, interval, text
 COMMENT ON FUNCTION idempotency.stripe_reopen(text, text, text, boolean, integer) IS
 	'Starts an operation''s next generation and returns its new key: for another request than the one that failed, '
 	'also where a refused one (400) was corrected. '
-	'account: default ''''; force (default false): also where the outcome isn''t known, '
+	'account: default ''''; force (default false): also where the outcome is not known, '
 	'which may charge a second time; from_generation: does nothing where that one is reopened already. '
 	'Raises IK002 for an operation completed, in progress or, without force, unknown; '
 	'IK003, also for one never claimed; IK006 and IK008 as stripe_claim(); IK009';
@@ -1281,7 +1281,7 @@ COMMENT ON FUNCTION idempotency.stripe_call(text, text, text, text, jsonb, text,
 	'account: default ''''; timeout: of the whole call (default idempotency.stripe_timeout, 30 s). '
 	'What Stripe or the network does is a result. Raises IK002 for an operation begun in the other mode, '
 	'IK003, IK006 where this transaction has changed the operation or nothing can commit for it, '
-	'IK007, IK008, IK009, IK010, 42501 for a path that idempotency.stripe_allowed_paths doesn''t allow, '
+	'IK007, IK008, IK009, IK010, 42501 for a path that idempotency.stripe_allowed_paths does not allow, '
 	'F0000 without a usable API key';
 COMMENT ON FUNCTION idempotency.stripe_retry(text, text, text, interval) IS
 	'Sends what is stored of an operation again, with the same key, where that may settle it; '
@@ -1293,17 +1293,17 @@ COMMENT ON FUNCTION idempotency.stripe_get(text, jsonb, text, interval) IS
 	'path: /v1/... or /v2/...; params: become the query string (default {}); account: default ''''; '
 	'timeout: of the whole call (default idempotency.stripe_timeout, 30 s). '
 	'What Stripe or the network does is a result. Raises IK003, IK007, IK009, '
-	'IK010 where the library idempotency_stripe isn''t installed, '
-	'42501 for a path that idempotency.stripe_allowed_paths doesn''t allow, F0000 without a usable API key';
+	'IK010 where the library idempotency_stripe is not installed, '
+	'42501 for a path that idempotency.stripe_allowed_paths does not allow, F0000 without a usable API key';
 COMMENT ON FUNCTION idempotency.stripe_reconcile(text, text, text, integer) IS
-	'Asks Stripe what came of operations whose outcome isn''t known, those asked about longest ago first, '
+	'Asks Stripe what came of operations whose outcome is not known, those asked about longest ago first, '
 	'and settles what is found, as stripe_settle(). Call it in FROM. Only reads there; commits with the caller. '
 	'operation_type: which (default all); operation_id: which one of that type (default all); account: default ''''; '
 	'max_requests: how many requests to Stripe, 1 to 1000 (default 20). '
 	'What Stripe or the network does is evidence. Raises IK003, also for one never claimed, IK009, '
-	'IK010 where the library idempotency_stripe isn''t installed, F0000 without a usable API key';
+	'IK010 where the library idempotency_stripe is not installed, F0000 without a usable API key';
 COMMENT ON FUNCTION idempotency.stripe_settle(text, text, idempotency.outcome, text, text, text, jsonb) IS
-	'Settles an operation whose outcome isn''t known, by somebody who has found out; keeps who, when and note, '
+	'Settles an operation whose outcome is not known, by somebody who has found out; keeps who, when and note, '
 	'and sends NOTIFY idempotency_settled. '
 	'outcome: completed, failed or not_executed; resource_id: what Stripe has made; note: how you know; '
 	'account: default ''''; response: the object that was made, or {"error": ...} of a refusal, as Stripe shows it. '
@@ -1359,7 +1359,7 @@ COMMENT ON FUNCTION idempotency.stripe_webhook_record(text, bigint, boolean, tex
 	'Records that a claimed event is processed, which is final, or that this has failed, so that it is due again later. '
 	'success: default true unless there is an error_message; '
 	'reference, order_id, correlation_id: kept beside the event; account, consumer: as claimed (default ''''). '
-	'Recording the same again changes nothing. Raises IK001 for a token that doesn''t hold the event, '
+	'Recording the same again changes nothing. Raises IK001 for a token that does not hold the event, '
 	'IK002 where another result is recorded, IK003';
 COMMENT ON FUNCTION idempotency.stripe_webhook_receive(bytea, text, text[], interval, text) IS
 	'Verifies an event and keeps it for stripe_webhook_next(): answer 200 and work later. '
@@ -1379,7 +1379,7 @@ COMMENT ON FUNCTION idempotency.stripe_webhook_reclaim(text, text, interval, tex
 	'Claims an event that was received before, from what is stored, however old its signature is. '
 	'account: default ''''; '
 	'lease: how long the claim outlives COMMIT (NULL: it must be recorded before COMMIT, or IK005); '
-	'consumer: default ''''. Raises IK003, also for an event that isn''t known';
+	'consumer: default ''''. Raises IK003, also for an event that is not known';
 COMMENT ON FUNCTION idempotency.stripe_webhook_reclaim(text, boolean, interval, text, text) IS
 	'For operators: again => true claims an event whatever came of it, also one that is processed or dead, '
 	'begins the count of its attempts anew and notes in "reclaimed" who has done so. '

@@ -3,10 +3,10 @@
  * grant_role.c
  *	  grant_role(): what a role of each kind needs, and no more.
  *
- * The extension grants nothing to PUBLIC, nor to anybody else: its script takes
- * back what ALTER DEFAULT PRIVILEGES has given away.  The functions do their table work
- * with the table owner's rights, so EXECUTE is all that a caller needs; no
- * kind gets a privilege on a table.  The GRANTs run as the caller of
+ * The extension grants nothing to PUBLIC, nor to anybody else: its script
+ * revokes what ALTER DEFAULT PRIVILEGES has granted.  The functions access
+ * tables with the table owner's rights, so EXECUTE is all that a caller needs,
+ * and no kind gets a privilege on a table.  The GRANTs run as the caller of
  * grant_role(), who must therefore be the owner of the extension's objects.
  *
  * Copyright (c) 2026, idempotency developers
@@ -129,7 +129,8 @@ static const struct
 };
 
 /*
- * A GRANT by anybody else would only warn that nothing was granted.
+ * Raise an error unless the current user owns the extension: a GRANT by anybody
+ * else would only warn that nothing was granted.
  */
 static void
 check_owner(void)
@@ -205,9 +206,9 @@ idempotency_grant_role(PG_FUNCTION_ARGS)
 }
 
 /*
- * A REVOKE for each privilege on an object of the schema that somebody else than
- * the object's owner has.  (The operators of plain text need no qualification
- * here: search_path is the extension script's.)
+ * Makes a REVOKE for each privilege on an object of the schema that anybody but
+ * the object's owner has.  (The operators need no qualification here:
+ * search_path is the extension script's.)
  */
 static const char *const find_grants =
 "SELECT pg_catalog.format('REVOKE ALL ON %s FROM %s CASCADE', o.name,"
@@ -234,10 +235,10 @@ static const char *const find_grants =
 " GROUP BY o.name, a.grantee ORDER BY o.name, a.grantee";
 
 /*
- * At the end of the extension's script: leave the objects of the schema to their
- * owner alone.  What PostgreSQL gives to PUBLIC by default goes, and so does
- * what somebody has chosen to give by ALTER DEFAULT PRIVILEGES, who can't have
- * had tokens, answers and payloads in mind.
+ * revoke_all(): called at the end of the extension's script, it leaves the
+ * objects of the schema to their owner alone.  That takes away what PostgreSQL
+ * grants to PUBLIC by default, and what ALTER DEFAULT PRIVILEGES grants:
+ * whoever chose that cannot have had tokens, answers and payloads in mind.
  */
 Datum
 idempotency_revoke_all(PG_FUNCTION_ARGS)

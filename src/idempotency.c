@@ -35,6 +35,7 @@ IDEMPOTENCY_MODULE_MAGIC;
 
 PGDLLEXPORT void _PG_init(void);
 
+/* What the settings cannot know: they are in a layer below. */
 static const StripeSettingRules stripe_setting_rules = {
 	.api_base_problem = api_base_problem,
 	.version_problem = api_version_problem,
@@ -60,6 +61,7 @@ static const KeptPlaceCallbacks kept_place_callbacks = {
 	.write = worker_table_write_kept_place
 };
 
+/* The library is loaded, by a backend or by the postmaster. */
 void
 _PG_init(void)
 {
@@ -68,7 +70,7 @@ _PG_init(void)
 	settings_guard_end();
 	open_claims_init();
 
-	/* pg_upgrade's server runs none of our processes */
+	/* the server that pg_upgrade starts runs no processes of ours */
 	if (process_shared_preload_libraries_in_progress && !IsBinaryUpgrade)
 	{
 		shmem_request_at_preload(shmem_parts, lengthof(shmem_parts));

@@ -3,9 +3,9 @@
  * arguments.c
  *	  Checks of what callers pass to the SQL functions.
  *
- * No function of the interface is STRICT: a NULL where a value is needed is
- * the caller's mistake and an error (IK003), not a NULL that an application
- * reads as "go ahead".
+ * No function of the interface is STRICT.  A NULL that must be a value is the
+ * caller's mistake and an error (IK003); a NULL as the result could be read as
+ * "go ahead" by an application.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -30,6 +30,7 @@
 #define DURATION_MAX (INT64CONST(1000) * DAYS_PER_YEAR_ROUNDED * USECS_PER_DAY)
 #define DAYS_PER_YEAR_ROUNDED 365
 
+/* Raise IK003 if an argument is NULL. */
 static void
 refuse_null(FunctionCallInfo fcinfo, int argno, const char *name)
 {
@@ -39,7 +40,7 @@ refuse_null(FunctionCallInfo fcinfo, int argno, const char *name)
 				 errmsg("%s must not be null", name)));
 }
 
-/* A text argument that must be there. */
+/* A text argument that must not be NULL. */
 text *
 argument_text(FunctionCallInfo fcinfo, int argno, const char *name)
 {
@@ -48,9 +49,10 @@ argument_text(FunctionCallInfo fcinfo, int argno, const char *name)
 }
 
 /*
- * A label by which a row is found: at most KEY_MAX_CHARS characters, none of
- * them a control character, which would be lost or read differently on its
- * way through a header, a log or a terminal.
+ * Raise IK003 if a text of "len" bytes cannot be part of a row's key.  It may
+ * have at most KEY_MAX_CHARS characters, and no control characters, which would
+ * be lost or read differently on their way through a header, a log or a
+ * terminal.
  */
 void
 check_label(const char *value, int len, bool may_be_empty, const char *name)
@@ -87,6 +89,7 @@ check_label(const char *value, int len, bool may_be_empty, const char *name)
 				 errdetail("It has %d characters.", nchars)));
 }
 
+/* The argument "key": a label that is not empty. */
 text *
 argument_key(FunctionCallInfo fcinfo, int argno)
 {
@@ -96,6 +99,7 @@ argument_key(FunctionCallInfo fcinfo, int argno)
 	return key;
 }
 
+/* The argument "scope": a label that may be empty. */
 text *
 argument_scope(FunctionCallInfo fcinfo, int argno)
 {
@@ -105,6 +109,7 @@ argument_scope(FunctionCallInfo fcinfo, int argno)
 	return scope;
 }
 
+/* The argument "token": a fencing token, not NULL. */
 int64
 argument_token(FunctionCallInfo fcinfo, int argno)
 {
@@ -112,6 +117,7 @@ argument_token(FunctionCallInfo fcinfo, int argno)
 	return PG_GETARG_INT64(argno);
 }
 
+/* A boolean argument that must not be NULL. */
 bool
 argument_bool(FunctionCallInfo fcinfo, int argno, const char *name)
 {
@@ -119,7 +125,7 @@ argument_bool(FunctionCallInfo fcinfo, int argno, const char *name)
 	return PG_GETARG_BOOL(argno);
 }
 
-/* A jsonb argument, or NULL. */
+/* A jsonb argument, detoasted, or NULL. */
 Jsonb *
 argument_jsonb(FunctionCallInfo fcinfo, int argno)
 {
@@ -127,9 +133,9 @@ argument_jsonb(FunctionCallInfo fcinfo, int argno)
 }
 
 /*
- * Raise IK003 for JSON that isn't an object where one is meant.  Mostly that is
- * an object all the same, turned into text by the application and then once
- * more by its driver.
+ * Raise IK003 if JSON is not an object.  Mostly it was meant to be one: the
+ * application has turned an object into text, and its driver has done so once
+ * more.
  */
 void
 check_object(Jsonb *json, const char *name)
@@ -156,7 +162,7 @@ check_object(Jsonb *json, const char *name)
 			 errhint("Where there is none, leave it out or pass an SQL NULL.") : 0));
 }
 
-/* An object, or NULL where the argument is. */
+/* A jsonb argument that is an object, or NULL. */
 Jsonb *
 argument_object(FunctionCallInfo fcinfo, int argno, const char *name)
 {
@@ -168,8 +174,9 @@ argument_object(FunctionCallInfo fcinfo, int argno, const char *name)
 }
 
 /*
- * A length of time, or none.  Days count 24 hours and months 30 days, so that
- * a lease doesn't depend on anybody's time zone.
+ * A length of time in microseconds, or none for NULL.  Days have 24 hours and
+ * months 30 days, so that a lease does not depend on anybody's time zone.
+ * Raises IK003 unless it is longer than zero and at most DURATION_MAX.
  */
 Duration
 argument_duration(FunctionCallInfo fcinfo, int argno, const char *name)
@@ -201,6 +208,7 @@ argument_duration(FunctionCallInfo fcinfo, int argno, const char *name)
 	return duration;
 }
 
+/* An HTTP status from 100 to 599. */
 int
 argument_http_status(FunctionCallInfo fcinfo, int argno, const char *name)
 {
@@ -217,7 +225,8 @@ argument_http_status(FunctionCallInfo fcinfo, int argno, const char *name)
 }
 
 /*
- * Raise IK007 if some arguments together are larger than idempotency.max_response_size.
+ * Raise IK007 if some arguments together are larger than
+ * idempotency.max_response_size.
  */
 void
 check_size(FunctionCallInfo fcinfo, const int *argnos, int nargs, const char *what)
@@ -240,7 +249,7 @@ check_size(FunctionCallInfo fcinfo, const int *argnos, int nargs, const char *wh
 				 errhint("Record what is needed to build the response again, or raise idempotency.max_response_size.")));
 }
 
-/* A duration as an interval of hours, minutes and seconds alone. */
+/* Microseconds as an interval of hours, minutes and seconds alone, palloc'd. */
 Datum
 interval_datum(int64 usecs)
 {
@@ -251,7 +260,8 @@ interval_datum(int64 usecs)
 }
 
 /*
- * A Stripe account: printable ASCII without spaces, since it becomes a header.
+ * Raise IK003 if this is no Stripe account: printable ASCII without spaces,
+ * since it becomes a header.
  */
 void
 check_account(const char *account)

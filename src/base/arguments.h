@@ -16,14 +16,14 @@
 #include "fmgr.h"
 #include "utils/jsonb.h"
 
-/* A length of time in microseconds; not given where the argument was NULL. */
+/* A length of time in microseconds; not given if the argument was NULL. */
 typedef struct Duration
 {
 	bool		given;
 	int64		usecs;
 } Duration;
 
-/* Longest key and scope, in characters. */
+/* Longest key, scope or other label, in characters. */
 #define KEY_MAX_CHARS 255
 
 extern text *argument_text(FunctionCallInfo fcinfo, int argno, const char *name);

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * compat.h
- *	  Differences between PostgreSQL majors; the only place that asks for
+ *	  Differences between PostgreSQL majors: the only file that tests
  *	  PG_VERSION_NUM.
  *
  * Copyright (c) 2026, idempotency developers
@@ -29,8 +29,8 @@
 #endif
 
 /*
- * 18: index_beginscan counts its work where EXPLAIN asks for it
- * 19: and is told what the scan is for
+ * 18: index_beginscan can count its work for EXPLAIN
+ * 19: it also takes flags that say what the scan is for
  */
 #if PG_VERSION_NUM >= 190000
 #define index_beginscan_compat(heap, index, snapshot, nkeys) \
@@ -43,7 +43,7 @@
 	index_beginscan(heap, index, snapshot, nkeys, 0)
 #endif
 
-/* 19: a table scan is told what it is for, too */
+/* 19: a table scan takes such flags, too */
 #if PG_VERSION_NUM >= 190000
 #define table_beginscan_compat(rel, snapshot) \
 	table_beginscan(rel, snapshot, 0, NULL, SO_NONE)
@@ -52,29 +52,26 @@
 	table_beginscan(rel, snapshot, 0, NULL)
 #endif
 
-/* 16: all settings are a copy, with their number; before that an array */
+/* 16: all settings are returned as a copy, with their number */
 #if PG_VERSION_NUM >= 160000
 #define get_guc_variables_compat(n) get_guc_variables(n)
 #else
 #define get_guc_variables_compat(n) (*(n) = GetNumConfigOptions(), get_guc_variables())
 #endif
 
-/* 19: CREATE DATABASE and its like ask such a worker to go */
+/* 19: CREATE DATABASE and the like may terminate such a worker */
 #ifndef BGWORKER_INTERRUPTIBLE
 #define BGWORKER_INTERRUPTIBLE 0
 #endif
 
-/* 18: a deferrable primary key has to be asked for */
+/* 18: the caller says whether a deferrable primary key will do */
 #if PG_VERSION_NUM >= 180000
 #define RelationGetPrimaryKeyIndexCompat(rel) RelationGetPrimaryKeyIndex(rel, false)
 #else
 #define RelationGetPrimaryKeyIndexCompat(rel) RelationGetPrimaryKeyIndex(rel)
 #endif
 
-/*
- * 17: processes are known by their number everywhere; also in virtual
- * transaction ids
- */
+/* 17: backends are identified by their ProcNumber, also in virtual xids */
 #if PG_VERSION_NUM >= 170000
 #define MY_PROC_NUMBER MyProcNumber
 #define VXID_PROC(vxid) ((vxid).procNumber)
@@ -104,7 +101,7 @@
 #define CreateWaitEventSetCompat(nevents) CreateWaitEventSet(TopMemoryContext, nevents)
 #endif
 
-/* 17 bounds whole transactions */
+/* 17: transaction_timeout */
 #if PG_VERSION_NUM >= 170000
 #define HAVE_TRANSACTION_TIMEOUT
 #endif
@@ -114,7 +111,7 @@
 #define DATCONNLIMIT_INVALID_DB -2
 #endif
 
-/* 18 names the module and its version */
+/* 18: a module has a name and a version */
 #define IDEMPOTENCY_VERSION "1.0"
 #ifdef PG_MODULE_MAGIC_EXT
 #define IDEMPOTENCY_MODULE_MAGIC \
@@ -124,8 +121,8 @@
 #endif
 
 /*
- * Write a record to the WAL that means nothing, but to whoever decodes it.
- * PostgreSQL 17 can flush it, too.
+ * Write a message to the WAL for those who decode it.
+ * 17: it can be flushed, too
  */
 #if PG_VERSION_NUM >= 170000
 #define log_message_compat(prefix) ((void) LogLogicalMessage(prefix, "", 0, false, false))

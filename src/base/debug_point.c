@@ -3,7 +3,7 @@
  * debug_point.c
  *	  Named places where a test can hold, fail or kill a process.
  *
- * A test arms a point by a file debug_points/NAME in the data directory; its
+ * A test arms a point with a file debug_points/NAME in the data directory; its
  * first word says what to do:
  *
  *	wait	write one's process id to NAME.reached and wait until the file is
@@ -15,8 +15,9 @@
  *	fatal	end the session, once
  *	kill	kill the process, and with it the server, once
  *
- * Files, because they need neither a lock that would take part in what is
- * tested nor a transaction, and work in every process.
+ * They are files because those work in every process, need no transaction, and
+ * take no lock that would take part in what is tested.  PostgreSQL's injection
+ * points exist since version 17 only.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -54,6 +55,7 @@ read_action(const char *path, char *action, int size)
 	return found;
 }
 
+/* What DEBUG_POINT() calls: do what the point is armed with, if it is. */
 void
 debug_point(const char *name)
 {
@@ -85,22 +87,30 @@ debug_point(const char *name)
 	}
 
 	if (strcmp(action, "errors") == 0)
-		ereport(ERROR, (errmsg("debug point \"%s\"", name)));
+		ereport(ERROR,
+				(errcode(ERRCODE_INTERNAL_ERROR),
+				 errmsg("debug point \"%s\"", name)));
 
 	if (strcmp(action, "numbered") == 0)
 	{
 		static int	number = 0;
 
-		ereport(ERROR, (errmsg("debug point \"%s\", number %d", name, ++number)));
+		ereport(ERROR,
+				(errcode(ERRCODE_INTERNAL_ERROR),
+				 errmsg("debug point \"%s\", number %d", name, ++number)));
 	}
 
-	/* whoever comes first */
+	/* the first process to remove the file is the one */
 	if (unlink(path) != 0)
 		return;
 	if (strcmp(action, "error") == 0)
-		ereport(ERROR, (errmsg("debug point \"%s\"", name)));
+		ereport(ERROR,
+				(errcode(ERRCODE_INTERNAL_ERROR),
+				 errmsg("debug point \"%s\"", name)));
 	else if (strcmp(action, "fatal") == 0)
-		ereport(FATAL, (errmsg("debug point \"%s\"", name)));
+		ereport(FATAL,
+				(errcode(ERRCODE_INTERNAL_ERROR),
+				 errmsg("debug point \"%s\"", name)));
 	else if (strcmp(action, "kill") == 0)
 		(void) kill(MyProcPid, SIGKILL);
 }

@@ -4,9 +4,9 @@
  *	  Canonical fingerprint of a request.
  *
  * Two requests have the same fingerprint exactly if they are equal as jsonb
- * values, the members that take no part left out.  The text of a jsonb won't
- * do for that: 1.0 and 1 are equal and print differently.  Nor will its bytes,
- * which PostgreSQL may lay out in another way one day, while a fingerprint is
+ * values, without the members that are ignored.  The text of a jsonb will not
+ * do for that: 1.0 and 1 are equal and print differently.  Nor will its bytes:
+ * PostgreSQL may lay them out in another way one day, while a fingerprint is
  * stored for years and compared after an upgrade or a restore elsewhere.  So
  * the value is encoded anew, in a form of our own:
  *
@@ -24,9 +24,9 @@
  * 1e131071 is followed by 131,071 of them.
  *
  * The fingerprint is a MAC of the encoding, keyed with the namespace: whoever
- * reads the ledger can't find a request by trying likely ones.  Before it
- * stand the version of all this and an id of the namespace, so that the reader
- * of a stored fingerprint knows how to make another one like it.
+ * reads the ledger cannot find a request by trying likely ones.  It is preceded
+ * by the version of this format and an id of the namespace, so that the reader
+ * of a stored fingerprint knows how to compute another one like it.
  *
  * doc/formats.md describes the format, with test vectors.
  *
@@ -90,8 +90,8 @@ static void append_bytes(StringInfo buf, const char *data, size_t len);
 static const Ignored ignore_nothing = {NULL, 0};
 
 /*
- * Compute the public name of a namespace: it says which one a fingerprint was
- * made with, and doesn't give it away.
+ * Compute the public id of a namespace: it says which one a fingerprint was
+ * made with, and does not reveal it.
  *
  * Raises what mac_fields raises.
  */
@@ -107,14 +107,14 @@ namespace_id(const uint8 *ns, size_t nslen, uint8 id[NAMESPACE_ID_LEN])
 /*
  * Compute the fingerprint of a request, a detoasted jsonb.
  *
- * Members with one of the "nignore" names (in the server's encoding) take no
- * part where they are members of the request itself or of its member "params".
+ * Members with one of the "nignore" names (in the server's encoding) are
+ * ignored if they are members of the request itself or of its member "params".
  *
- * Memory is CurrentMemoryContext's.  It is given back, except for what an
- * error leaves behind; for a moment it is that of the encoding, which is less
- * than three times as long as the jsonb.
+ * Memory is allocated in CurrentMemoryContext and freed, unless an error is
+ * raised: that of the encoding, which is less than three times as long as the
+ * jsonb.
  *
- * Raises ERRCODE_PROGRAM_LIMIT_EXCEEDED where 1 GB isn't enough,
+ * Raises ERRCODE_PROGRAM_LIMIT_EXCEEDED if 1 GB is not enough,
  * ERRCODE_STATEMENT_TOO_COMPLEX for nesting deeper than the stack, and what
  * mac_text and mac_fields raise.
  */
@@ -146,8 +146,8 @@ fingerprint_compute(Jsonb *request, const char *const *ignore, int nignore,
 
 /*
  * Append the encoding of a container; "top" is true for the whole request.
- * "ignored" concerns the members of this object, no further level, except that
- * it goes on from the top to "params".
+ * "ignored" applies to the members of this object and to no deeper level,
+ * except that it is passed on from the top to "params".
  */
 static void
 encode_container(StringInfo buf, JsonbContainer *container,
@@ -252,7 +252,7 @@ encode_object(StringInfo buf, JsonbContainer *object, const Ignored *ignored,
 }
 
 /*
- * Append a member's name and value, and free the name where it is a copy.
+ * Append a member's name and value, and free the name if it is a copy.
  */
 static void
 encode_member(StringInfo buf, const Member *member)
@@ -264,8 +264,8 @@ encode_member(StringInfo buf, const Member *member)
 }
 
 /*
- * Append the encoding of a value inside the request; "ignored" concerns its
- * members if it is an object.
+ * Append the encoding of a value inside the request; "ignored" applies to
+ * its members if it is an object.
  */
 static void
 encode_value(StringInfo buf, const JsonbValue *value, const Ignored *ignored)
@@ -370,7 +370,7 @@ encode_number(StringInfo buf, Numeric number)
 	suffix_len = snprintf(suffix, sizeof(suffix), "e%d", exponent);
 
 	appendStringInfoChar(buf, 'd');
-	append_uint64(buf, (uint64) ((negative ? 1 : 0) + len + suffix_len));
+	append_uint64(buf, (uint64) (negative ? 1 : 0) + len + suffix_len);
 	if (negative)
 		appendStringInfoChar(buf, '-');
 	appendBinaryStringInfo(buf, digits, len);

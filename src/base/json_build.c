@@ -1,9 +1,10 @@
 /*-------------------------------------------------------------------------
  *
  * json_build.c
- *	  JSON objects, written member by member.
+ *	  Building the text of a JSON object, member by member.
  *
- * Names and strings are escaped, and a value of NULL is a null.
+ * json_begin() opens an object, the json_add functions append a member each, and
+ * json_end() closes it.  An object inside it is opened and closed by hand.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -13,68 +14,86 @@
  */
 #include "postgres.h"
 
+#include "catalog/pg_type_d.h"
 #include "utils/builtins.h"
+#include "utils/datetime.h"
 #include "utils/json.h"
 
 #include "base/json_build.h"
 
 /* Begin an object, in a buffer of its own. */
 void
-json_build_begin(StringInfo json)
+json_begin(StringInfo json)
 {
 	initStringInfo(json);
 	appendStringInfoChar(json, '{');
 }
 
-static void
-add_name(StringInfo json, const char *name)
-{
-	/* no member ends with a brace that opens */
-	if (json->data[json->len - 1] != '{')
-		appendStringInfoString(json, ", ");
-	escape_json(json, name);
-	appendStringInfoString(json, ": ");
-}
-
+/* The object is complete. */
 void
-json_build_string(StringInfo json, const char *name, const char *value)
-{
-	add_name(json, name);
-	if (value != NULL)
-		escape_json(json, value);
-	else
-		appendStringInfoString(json, "null");
-}
-
-/* Something that is JSON already: a number, true or false, another object. */
-void
-json_build_text(StringInfo json, const char *name, const char *text)
-{
-	add_name(json, name);
-	appendStringInfoString(json, text != NULL ? text : "null");
-}
-
-void
-json_build_jsonb(StringInfo json, const char *name, Jsonb *value)
-{
-	add_name(json, name);
-	if (value != NULL)
-		(void) JsonbToCString(json, &value->root, VARSIZE(value));
-	else
-		appendStringInfoString(json, "null");
-}
-
-/* The object is complete; json->data is its text. */
-void
-json_build_end(StringInfo json)
+json_end(StringInfo json)
 {
 	appendStringInfoChar(json, '}');
 }
 
-/* The same, and returns it as a jsonb. */
+/* The object is complete: return it as jsonb. */
 Jsonb *
-json_build_end_jsonb(StringInfo json)
+json_end_jsonb(StringInfo json)
 {
-	json_build_end(json);
+	json_end(json);
 	return DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(json->data)));
+}
+
+/* Append a member's name; its value comes next. */
+void
+json_add_name(StringInfo json, const char *name)
+{
+	appendStringInfoString(json, json->len > 0 && json->data[json->len - 1] == '{' ? "" : ", ");
+	escape_json(json, name);
+	appendStringInfoString(json, ": ");
+}
+
+/* Append a string, or no member for a null pointer. */
+void
+json_add_string(StringInfo json, const char *name, const char *value)
+{
+	if (value == NULL)
+		return;
+	json_add_name(json, name);
+	escape_json(json, value);
+}
+
+/* Append a value that is JSON already, or no member for a null pointer. */
+void
+json_add_json(StringInfo json, const char *name, const char *value)
+{
+	if (value == NULL)
+		return;
+	json_add_name(json, name);
+	appendStringInfoString(json, value);
+}
+
+/* Append a number. */
+void
+json_add_int(StringInfo json, const char *name, int value)
+{
+	json_add_name(json, name);
+	appendStringInfo(json, "%d", value);
+}
+
+/* Append a boolean. */
+void
+json_add_bool(StringInfo json, const char *name, bool value)
+{
+	json_add_json(json, name, value ? "true" : "false");
+}
+
+/* Append a moment as JSON has it: a string, in the session's time zone. */
+void
+json_add_time(StringInfo json, const char *name, TimestampTz value)
+{
+	char		buf[MAXDATELEN + 1];
+
+	json_add_string(json, name,
+					JsonEncodeDateTime(buf, TimestampTzGetDatum(value), TIMESTAMPTZOID, NULL));
 }

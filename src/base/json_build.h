@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * json_build.h
- *	  JSON objects, written member by member.
+ *	  Building the text of a JSON object, member by member.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -12,14 +12,18 @@
 #ifndef IDEMPOTENCY_JSON_BUILD_H
 #define IDEMPOTENCY_JSON_BUILD_H
 
+#include "datatype/timestamp.h"
 #include "lib/stringinfo.h"
 #include "utils/jsonb.h"
 
-extern void json_build_begin(StringInfo json);
-extern void json_build_string(StringInfo json, const char *name, const char *value);
-extern void json_build_text(StringInfo json, const char *name, const char *text);
-extern void json_build_jsonb(StringInfo json, const char *name, Jsonb *value);
-extern void json_build_end(StringInfo json);
-extern Jsonb *json_build_end_jsonb(StringInfo json);
+extern void json_begin(StringInfo json);
+extern void json_end(StringInfo json);
+extern Jsonb *json_end_jsonb(StringInfo json);
+extern void json_add_name(StringInfo json, const char *name);
+extern void json_add_string(StringInfo json, const char *name, const char *value);
+extern void json_add_json(StringInfo json, const char *name, const char *value);
+extern void json_add_int(StringInfo json, const char *name, int value);
+extern void json_add_bool(StringInfo json, const char *name, bool value);
+extern void json_add_time(StringInfo json, const char *name, TimestampTz value);
 
 #endif							/* IDEMPOTENCY_JSON_BUILD_H */

@@ -3,9 +3,9 @@
  * json_member.c
  *	  Members of JSON objects.
  *
- * What comes from outside may have any shape: a member that isn't there, is of
- * another type, or belongs to something that isn't an object (NULL included)
- * is just not found.
+ * What comes from outside may have any shape.  A member that does not exist, is
+ * of another type, or belongs to something that is not an object (NULL
+ * included) is just not found.
  *
  * Copyright (c) 2026, idempotency developers
  *

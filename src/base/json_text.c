@@ -1,23 +1,23 @@
 /*-------------------------------------------------------------------------
  *
  * json_text.c
- *	  JSON of somebody else's, for jsonb.
+ *	  Turning JSON that others have written into jsonb.
  *
- * Stripe writes JSON, and jsonb can hold most of it.  What it can't hold is no
+ * Stripe writes JSON, and jsonb can hold most of it.  What it cannot hold is no
  * reason to refuse an event, which Stripe would deliver for three days and then
  * forget, nor to lose the answer to a charge.  So whatever is JSON (RFC 8259,
- * in UTF-8) is written anew in a form that jsonb_in() takes:
+ * in UTF-8) is written anew in a form that jsonb_in() accepts:
  *
  *	- an escaped zero byte and half a surrogate pair become U+FFFD;
- *	- a number that numeric can't hold becomes a string;
- *	- what is nested deeper than JSON_DEPTH_MAX becomes null, so that nothing
- *	  that reads it needs more of the stack than there is;
+ *	- a number that numeric cannot hold becomes a string;
+ *	- what is nested deeper than JSON_DEPTH_MAX becomes null, so that nobody
+ *	  who reads it runs out of stack;
  *	- a character that the database's encoding lacks becomes a question mark.
  *
- * Everything else means the same as before.  The parser is one of our own since
+ * Everything else keeps its meaning.  We have a parser of our own because
  * PostgreSQL's recurses, and decides about escapes by the database's encoding.
- * It allocates its result and nothing else, and raises nothing but "out of
- * memory"; test/fuzz feeds it anything.
+ * It allocates nothing but its result, and raises nothing but "out of memory";
+ * test/fuzz tries it with arbitrary bytes.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -37,8 +37,8 @@
 #include "base/json_text.h"
 
 /*
- * What numeric holds: so many digits before the point, and after it; and an
- * exponent below this, even of zero.
+ * Limits of numeric: digits before the decimal point, digits after it, and the
+ * exponent, even that of a zero.
  */
 #define DIGITS_BEFORE_MAX 131072
 #define DIGITS_AFTER_MAX 16383
@@ -46,7 +46,7 @@
 
 #define REPLACEMENT 0xFFFD
 
-/* jsonb has no room for more, whatever it is; see JENTRY_OFFLENMASK. */
+/* jsonb has no room for a longer text; see JENTRY_OFFLENMASK. */
 #define BODY_MAX ((size_t) 0x0FFFFFFF)
 
 /* How much is converted to the database's encoding at a time. */
@@ -151,7 +151,7 @@ take_unicode(Reader *r)
 			put_character(r, 0x10000 + ((c - 0xD800) << 10) + (low - 0xDC00));
 			return true;
 		}
-		r->p = second;			/* is looked at by itself */
+		r->p = second;			/* it is read by itself */
 	}
 	put_character(r, c == 0 || (c >= 0xD800 && c < 0xE000) ? REPLACEMENT : c);
 	return true;
@@ -322,8 +322,8 @@ take_name(Reader *r)
 }
 
 /*
- * Take a value and the white space around it.  Which containers are open
- * stands in a string of brackets, closing ones, so that nothing recurses.
+ * Take a value and the white space around it.  A string of closing brackets
+ * says which containers are open, so that nothing recurses.
  */
 static bool
 take_value(Reader *r, StringInfo open)
@@ -379,8 +379,8 @@ take_value(Reader *r, StringInfo open)
 }
 
 /*
- * JSON in UTF-8 as a string that jsonb_in() takes in a database in UTF8, or
- * NULL if it isn't JSON.
+ * Turn JSON in UTF-8 into a string that jsonb_in() accepts in a UTF-8 database.
+ * Returns NULL if it is not JSON.
  */
 char *
 json_text_for_jsonb(const char *body, size_t len)
@@ -390,7 +390,7 @@ json_text_for_jsonb(const char *body, size_t len)
 	Reader		r;
 	bool		good;
 
-	/* refuses zero bytes, too */
+	/* this refuses zero bytes, too */
 	if (len > BODY_MAX || pg_encoding_verifymbstr(PG_UTF8, body, (int) len) != (int) len)
 		return NULL;
 
@@ -408,8 +408,8 @@ json_text_for_jsonb(const char *body, size_t len)
 }
 
 /*
- * A string in UTF-8 in the database's encoding, with a question mark for each
- * character that this lacks.
+ * Convert a string from UTF-8 to the database's encoding, with a question mark
+ * for each character that this lacks.
  */
 static char *
 to_server(char *text)
@@ -435,7 +435,7 @@ to_server(char *text)
 		int			done = 0;
 
 		CHECK_FOR_INTERRUPTS();
-		/* not more at a time than there is room for, whatever it becomes */
+		/* no more at a time than there is room for in any encoding */
 		if (OidIsValid(proc))
 			done = pg_do_encoding_conversion_buf(proc, PG_UTF8, encoding, src,
 												 pg_encoding_mbcliplen(PG_UTF8, (char *) src, left, piece),
@@ -460,7 +460,7 @@ to_server(char *text)
 }
 
 /*
- * JSON in UTF-8 as jsonb, or NULL if it isn't JSON.
+ * Turn JSON in UTF-8 into a jsonb.  Returns NULL if it is not JSON.
  */
 Jsonb *
 json_read(const char *body, size_t len)

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * json_text.h
- *	  JSON of somebody else's, for jsonb.
+ *	  Turning JSON that others have written into jsonb.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -14,7 +14,7 @@
 
 #include "utils/jsonb.h"
 
-/* What is nested deeper than this is left out. */
+/* What is nested deeper than this becomes null. */
 #define JSON_DEPTH_MAX 500
 
 extern char *json_text_for_jsonb(const char *body, size_t len);

@@ -1,15 +1,15 @@
 /*-------------------------------------------------------------------------
  *
  * lock_limit.c
- *	  Waiting for locks no longer than we want to.
+ *	  Limiting how long we wait for locks.
  *
- * lock_timeout is an error, and an error can be caught only at the price of a
- * subtransaction.  In exchange the wait is one that PostgreSQL knows: the
- * deadlock detector sees it, and it can be cancelled.
+ * We use lock_timeout.  It ends in an error, which can be caught only in a
+ * subtransaction; but the wait is one that PostgreSQL knows: the deadlock
+ * detector sees it, and it can be cancelled.
  *
- * The lock may be on another node, where Citus keeps the rows, and who waits
- * there doesn't know of our limit.  Citus hands a SET LOCAL on to the nodes of
- * the transaction if it is asked to.
+ * The lock may be on another node if Citus keeps the rows there, and a process
+ * that waits there does not know our limit.  Citus passes a SET LOCAL on to the
+ * nodes of the transaction if it is told to.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -31,8 +31,7 @@
 #define PROPAGATE_SET_COMMANDS "citus.propagate_set_commands"
 
 /*
- * Give the other nodes of this transaction a lock_timeout.  Here it stays as
- * it is.
+ * Set lock_timeout on the other nodes of this transaction, and not here.
  */
 static void
 set_elsewhere(const char *value)
@@ -53,10 +52,10 @@ set_elsewhere(const char *value)
 }
 
 /*
- * Let other nodes of this transaction keep to the LockTimeout that was set here
- * instead of the user's, until end_limit_elsewhere() or the end of the
- * subtransaction by an error.  Returns what to give that, NULL where nobody
- * was told.
+ * Set the current LockTimeout on the other nodes of this transaction instead of
+ * the user's, until end_limit_elsewhere() or the abort of the subtransaction.
+ * Returns the argument for end_limit_elsewhere(), or NULL if there is nothing
+ * to undo.
  */
 const char *
 begin_limit_elsewhere(int users_timeout)
@@ -67,13 +66,14 @@ begin_limit_elsewhere(int users_timeout)
 	if (propagated == NULL || LockTimeout == 0)
 		return NULL;
 
-	/* they know the user's if settings are handed on anyway */
+	/* with "local" the nodes have the user's value */
 	if (strcmp(propagated, "local") == 0)
 		back = psprintf("%d", users_timeout);
 	set_elsewhere(psprintf("%d", LockTimeout));
 	return back;
 }
 
+/* Undo begin_limit_elsewhere(). */
 void
 end_limit_elsewhere(const char *back)
 {
@@ -82,12 +82,12 @@ end_limit_elsewhere(const char *back)
 }
 
 /*
- * Set lock_timeout, in milliseconds (0: none), until lock_limit_end() is given
- * what this returns, or the (sub)transaction aborts.
+ * Set lock_timeout, in milliseconds (0: none), until lock_limit_end() is called
+ * with what this returns, or the (sub)transaction aborts.
  *
- * The setting is changed as a function's SET clause changes it, not behind its
- * back: a user's trigger that sets it, too, and fails would have it put back to
- * our value for the rest of the session.
+ * It is set as a function's SET clause would set it, and not by assigning the
+ * variable: if a user's trigger set it, too, and failed, our value would be
+ * restored and stay for the rest of the session.
  */
 int
 lock_limit_begin(int timeout_ms)
@@ -101,6 +101,7 @@ lock_limit_begin(int timeout_ms)
 	return nestlevel;
 }
 
+/* Undo lock_limit_begin(). */
 void
 lock_limit_end(int nestlevel)
 {
@@ -108,11 +109,10 @@ lock_limit_end(int nestlevel)
 }
 
 /*
- * Do something in an internal subtransaction under a lock_timeout of
- * timeout_ms (0: none).  Returns false, with nothing done, if that limit
- * struck.  A stricter limit that the user has set raises its error as ever,
- * unless heed_users_limit is false.  "elsewhere" says that rows may be on other
- * nodes.
+ * Call work(arg) in an internal subtransaction with a lock_timeout of
+ * timeout_ms (0: none).  Returns false, with nothing done, if that was reached.
+ * If the user has set a stricter limit, that raises its error as usual, unless
+ * heed_users_limit is false.  "elsewhere" says that rows may be on other nodes.
  */
 bool
 within_lock_timeout(int timeout_ms, bool heed_users_limit, bool elsewhere,

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * lock_limit.h
- *	  Waiting for locks no longer than we want to.
+ *	  Limiting how long we wait for locks.
  *
  * Copyright (c) 2026, idempotency developers
  *

@@ -6,8 +6,8 @@
  * Whatever the extension derives or compares is a MAC keyed with the
  * database's namespace.  Its input is a label, which says what the MAC is for,
  * and a list of fields, each preceded by its length.  So no two uses and no
- * two lists of fields have one input in common: ("ab", "c") isn't ("a", "bc"),
- * and what one label yields tells nothing about another.
+ * two lists of fields have the same input: ("ab", "c") differs from ("a",
+ * "bc"), and the MACs of one label tell nothing about those of another.
  *
  * The result has to survive a dump and restore into a database of another
  * encoding, hence text goes in as UTF-8 (mac_text).
@@ -155,7 +155,7 @@ create_hmac(void)
 }
 
 /*
- * Raise an error if a pg_hmac function said so, while its context still is
+ * Raise an error if a pg_hmac function has failed, as long as its context is
  * there to tell the reason.
  */
 static void

@@ -16,7 +16,7 @@
 
 typedef struct MacField
 {
-	const char *data;			/* may be anything where len is 0 */
+	const char *data;			/* not looked at if len is 0 */
 	size_t		len;
 } MacField;
 

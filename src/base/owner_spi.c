@@ -3,27 +3,27 @@
  * owner_spi.c
  *	  Kept SPI statements that run with a table owner's rights.
  *
- * A caller has no privilege on the ledgers; what it may do is what our
- * functions do for it.  So statements run as the table's owner, the way
- * referential integrity triggers do: SECURITY_LOCAL_USERID_CHANGE keeps
- * anything below from changing the role further, SECURITY_NOFORCE_RLS lets
- * the owner see its own rows.  The owner is often a superuser, and search_path
- * is the caller's.  Hence the rule for statement texts: every function, type
- * and operator is qualified, and constructs that look an operator up by
- * search_path (IN, BETWEEN, IS DISTINCT FROM, NULLIF, simple CASE) don't
- * occur.
+ * A caller has no privilege on the ledgers, and may only do what our functions
+ * do for it.  So statements run as the table's owner, as those of referential
+ * integrity triggers do: SECURITY_LOCAL_USERID_CHANGE keeps anything that they
+ * call from changing the role further, SECURITY_NOFORCE_RLS lets the owner see
+ * its own rows.  The owner is often a superuser, and search_path is the
+ * caller's.  Hence the rule for statement texts: every function, type and
+ * operator is qualified, and constructs that look an operator up by search_path
+ * (IN, BETWEEN, IS DISTINCT FROM, NULLIF, simple CASE) do not occur.
  *
  * Plans are generic from the start: every statement names the whole primary
  * key, so a custom plan would be the same one, planned again.  Only
- * owner_select(), which searches, leaves that to the planner: one that routes
- * rows to other nodes may know no generic plan for a statement without a key.
+ * owner_select(), which searches, leaves that to the planner: a planner that
+ * routes rows to other nodes may have no generic plan for a statement without a
+ * key.
  *
- * An error of a constraint quotes the row that it was about: the answer, the
- * token, the payload of whoever failed, for the caller and for the server log.
- * The tables' own constraints can't fail, but an owner may add some.  So what
- * such an error quotes is left out.
+ * The error of a constraint quotes the row that failed, with an answer, a token
+ * or a payload in it, for the caller and for the server log.  The tables' own
+ * constraints cannot fail, but an owner may add some.  So the quotation is
+ * replaced.
  *
- * The user id is put back by hand on the normal way out and by the end of the
+ * The user id is restored by us on success, and by the end of the
  * (sub)transaction on error.
  *
  * Copyright (c) 2026, idempotency developers
@@ -43,6 +43,7 @@
 
 #include "base/owner_spi.h"
 
+/* Plan a statement, and keep the plan for the session. */
 static void
 prepare(OwnerStatement *statement, int options)
 {
@@ -58,7 +59,8 @@ prepare(OwnerStatement *statement, int options)
 }
 
 /*
- * Leave a row's values out of the error that is being raised.  "arg" isn't used.
+ * Error context callback: keep a row's values out of the error that is being
+ * raised.
  */
 static void
 hide_row(void *arg)
@@ -70,6 +72,7 @@ hide_row(void *arg)
 		errdetail("The row is not shown, because it may hold what only its owner may see.");
 }
 
+/* See owner_execute(); InvalidSnapshot leaves the choice to read_only. */
 static uint64
 execute(OwnerStatement *statement, Oid owner, Datum *values, const char *nulls,
 		bool read_only, Snapshot snapshot, Datum *out, bool *outnull, int nout)
@@ -122,13 +125,13 @@ execute(OwnerStatement *statement, Oid owner, Datum *values, const char *nulls,
 }
 
 /*
- * Run a statement as "owner", in a new snapshot unless read_only, where the
- * active one is used.
+ * Run a statement as "owner": in a new snapshot, or with read_only in the
+ * active one.
  *
- * values and nulls (' ' or 'n', or NULL) are its parameters.  Where out is
- * given and a row comes back, its first nout columns are copied there, into
- * the caller's memory context.  Returns the number of rows; raises whatever
- * the statement raises.
+ * values and nulls (' ' or 'n', or NULL) are its parameters.  If out is given
+ * and a row is returned, its first nout columns are copied there, in the
+ * caller's memory context.  Returns the number of rows, and raises whatever the
+ * statement raises.
  */
 uint64
 owner_execute(OwnerStatement *statement, Oid owner,
@@ -140,10 +143,9 @@ owner_execute(OwnerStatement *statement, Oid owner,
 }
 
 /*
- * The same in a snapshot taken now, also where the transaction has one that it
- * keeps (REPEATABLE READ, SERIALIZABLE): the way referential integrity triggers
- * see rows that were committed since.  What this transaction has done is seen,
- * too.
+ * The same in a snapshot taken now, even if the transaction keeps an older one
+ * (REPEATABLE READ, SERIALIZABLE), as referential integrity triggers do.  It
+ * shows what was committed since, and what this transaction has done.
  */
 uint64
 owner_execute_latest(OwnerStatement *statement, Oid owner,
@@ -161,9 +163,9 @@ owner_execute_latest(OwnerStatement *statement, Oid owner,
 }
 
 /*
- * Run a SELECT as "owner", in a new snapshot, and hand its rows to a callback,
- * one by one.  What the callback wants to keep it copies; it must not run
- * statements of its own.
+ * Run a SELECT as "owner", in a new snapshot, and call row() for each row.  The
+ * callback has to copy what it wants to keep, and must not run statements of
+ * its own.
  */
 void
 owner_select(OwnerStatement *statement, Oid owner, Datum *values,
@@ -194,10 +196,9 @@ owner_select(OwnerStatement *statement, Oid owner, Datum *values,
 }
 
 /*
- * Would the planner itself read the rows of a one-table SELECT straight from
- * the table "relid"?  It wouldn't where an extension plans something of its
- * own (a distributed table is empty on the coordinator) or where the table is
- * partitioned.
+ * Does the plan of a SELECT from one table read the table "relid" itself?  It
+ * does not if an extension has planned the statement (a distributed table is
+ * empty on the coordinator), or if the table is partitioned.
  */
 bool
 owner_plan_is_local_scan(OwnerStatement *statement, Oid owner, Oid relid)

@@ -18,8 +18,10 @@
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
 
+#include "base/arguments.h"
 #include "base/owner_spi.h"
 
+/* Parameters that were added so far. */
 typedef struct Parameters
 {
 	int			n;
@@ -41,7 +43,7 @@ parameter_datum(Parameters *parameters, Datum value)
 	parameter_nullable(parameters, value, false);
 }
 
-/* Begin with the key of a row, all of text. */
+/* Begin, with the key of a row: nkeys values that are not NULL. */
 static inline void
 parameters_begin(Parameters *parameters, const Datum *key, int nkeys)
 {
@@ -52,13 +54,14 @@ parameters_begin(Parameters *parameters, const Datum *key, int nkeys)
 		parameter_datum(parameters, key[i]);
 }
 
-/* Something of variable length: text, bytea, jsonb, an array. */
+/* A varlena, such as a text, bytea, jsonb or array; NULL for a null pointer. */
 static inline void
 parameter_pointer(Parameters *parameters, const void *varlena)
 {
 	parameter_nullable(parameters, PointerGetDatum(varlena), varlena == NULL);
 }
 
+/* A C string as text; NULL for a null pointer. */
 static inline void
 parameter_string(Parameters *parameters, const char *string)
 {
@@ -87,6 +90,16 @@ static inline void
 parameter_timestamp(Parameters *parameters, TimestampTz value)
 {
 	parameter_datum(parameters, TimestampTzGetDatum(value));
+}
+
+/* A length of time from argument_duration(); NULL if none was given. */
+static inline void
+parameter_duration(Parameters *parameters, Duration duration)
+{
+	if (duration.given)
+		parameter_datum(parameters, interval_datum(duration.usecs));
+	else
+		parameter_nullable(parameters, (Datum) 0, true);
 }
 
 #endif							/* IDEMPOTENCY_PARAMETERS_H */

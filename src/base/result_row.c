@@ -22,7 +22,10 @@
 
 #include "base/result_row.h"
 
-/* Values of our enums, remembered until pg_enum changes: labels differ in their first letter. */
+/*
+ * Values of our enums, remembered until pg_enum changes.  The first letter of a
+ * label selects the entry: the labels of an enum differ in it.
+ */
 typedef struct EnumValue
 {
 	Oid			enumtype;
@@ -33,10 +36,10 @@ typedef struct EnumValue
 static EnumValue enum_values[32];
 
 /*
- * Begin a row of the function's result type.
+ * Begin a row of the function's result type, with all columns NULL.
  *
- * The first ncolumns are known by number; a later version of the extension may
- * have added more, which stay NULL.
+ * The type must have at least ncolumns columns, which callers know by number.
+ * A later version of the extension may have added more, which stay NULL.
  */
 void
 result_begin(ResultRow *result, FunctionCallInfo fcinfo, int ncolumns)
@@ -63,13 +66,14 @@ result_begin(ResultRow *result, FunctionCallInfo fcinfo, int ncolumns)
 	memset(result->isnull, true, desc->natts * sizeof(bool));
 }
 
-/* All columns are NULL again. */
+/* Set all columns to NULL again. */
 void
 result_reset(ResultRow *result)
 {
 	memset(result->isnull, true, result->desc->natts * sizeof(bool));
 }
 
+/* Set a column to a value. */
 void
 result_set(ResultRow *result, int column, Datum value)
 {
@@ -77,6 +81,7 @@ result_set(ResultRow *result, int column, Datum value)
 	result->isnull[column] = false;
 }
 
+/* Set a column to a value or NULL. */
 void
 result_copy(ResultRow *result, int column, Datum value, bool isnull)
 {
@@ -84,7 +89,7 @@ result_copy(ResultRow *result, int column, Datum value, bool isnull)
 	result->isnull[column] = isnull;
 }
 
-/* A text column, NULL for a null pointer. */
+/* Set a column to a text; a null pointer leaves it as it is. */
 void
 result_set_text(ResultRow *result, int column, const char *value)
 {
@@ -92,6 +97,7 @@ result_set_text(ResultRow *result, int column, const char *value)
 		result_set(result, column, CStringGetTextDatum(value));
 }
 
+/* Set a column of an enum type to the value with this label. */
 void
 result_set_enum(ResultRow *result, int column, const char *label)
 {
@@ -99,7 +105,7 @@ result_set_enum(ResultRow *result, int column, const char *label)
 			   enum_datum(TupleDescAttr(result->desc, column)->atttypid, label));
 }
 
-/* The row as a datum, large values fetched from TOAST. */
+/* Form the row and return it as a datum, with large values detoasted. */
 Datum
 result_end(ResultRow *result)
 {
@@ -109,13 +115,14 @@ result_end(ResultRow *result)
 	return HeapTupleGetDatum(tuple);
 }
 
+/* Callback for changes of pg_enum. */
 static void
 forget_enum_values(Datum arg, int cacheid, uint32 hashvalue)
 {
 	memset(enum_values, 0, sizeof(enum_values));
 }
 
-/* An enum's value by its label. */
+/* The value of an enum with this label.  Raises an error if there is none. */
 Datum
 enum_datum(Oid enumtype, const char *label)
 {
@@ -144,7 +151,7 @@ enum_datum(Oid enumtype, const char *label)
 	return ObjectIdGetDatum(kept->value);
 }
 
-/* An enum value's label, palloc'd. */
+/* The label of an enum's value, palloc'd. */
 char *
 enum_label(Datum value)
 {

@@ -3,18 +3,18 @@
  * secret_file.c
  *	  Files and environment variables that hold secrets.
  *
- * The value of a secret never is a setting: ALTER ROLE ... SET can be read by
- * every role, and the server logs what a reload changes.  So a setting names a
- * file, one secret a line, or the postmaster's environment holds the value.
+ * A secret is never the value of a setting: every role can read what ALTER
+ * ROLE ... SET has set, and the server logs what a reload changes.  So a
+ * setting names a file with one secret a line, or the postmaster's environment
+ * holds the value.
  *
- * A file is read each time it is needed: it is small, and so a new secret counts
- * from the next call on, with no cache that could be out of date.  What makes
- * it fit to hold a secret is the rule that PostgreSQL has for the private key
- * of a server: a regular file of the server's user that nobody else can
- * access, or one of root's that the server's group may read.
+ * A file is read each time it is needed.  It is small, and so a new secret
+ * counts from the next call on, with no cache that could be out of date.  It
+ * must be what PostgreSQL demands of a server's private key: a regular file of
+ * the server's user that nobody else can access, or one of root's that the
+ * server's group may read.
  *
- * Errors name the file, where its name is for everybody to see, never what
- * stands in it.
+ * Errors name the file if everybody may see its name, and never quote it.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -36,8 +36,8 @@
 #define SECRET_FILE_MAX_BYTES (16 * 1024)
 
 /*
- * What is wrong with a secret, as a fragment for an error's DETAIL that never
- * quotes it, or NULL.
+ * What is wrong with a secret: a sentence for an error's DETAIL, untranslated,
+ * which never quotes it.  NULL if nothing is.
  */
 const char *
 secret_problem(const char *secret, size_t len)
@@ -49,14 +49,14 @@ secret_problem(const char *secret, size_t len)
 	for (i = 0; i < len; i++)
 	{
 		if (secret[i] <= ' ' || secret[i] > '~')
-			return gettext_noop("It has a character that isn't printable ASCII, or white space.");
+			return gettext_noop("It has a character that is not printable ASCII, or white space.");
 	}
 	return NULL;
 }
 
 /*
- * The secrets in a text, one a line; white space at a line's ends and empty lines
- * don't count.  A list of C strings, palloc'd.
+ * The secrets in a text, one a line, as a list of palloc'd C strings.  Empty
+ * lines and white space at the ends of a line are skipped.
  */
 static List *
 split_lines(const char *text, const char *what)
@@ -84,7 +84,7 @@ split_lines(const char *text, const char *what)
 		if (secret_problem(start, end - start) != NULL)
 			ereport(ERROR,
 					(errcode(ERRCODE_CONFIG_FILE_ERROR),
-					 errmsg("%s has a line that can't be a secret", what),
+					 errmsg("%s has a line that cannot be a secret", what),
 					 errdetail_internal("%s", _(secret_problem(start, end - start)))));
 		secrets = lappend(secrets, pnstrdup(start, end - start));
 	}
@@ -93,7 +93,7 @@ split_lines(const char *text, const char *what)
 }
 
 /*
- * Refuse a file that others than the server and root can read.
+ * Raise an error if anybody but the server and root can read a file.
  */
 static void
 check_file(int fd, const char *what)
@@ -121,16 +121,16 @@ check_file(int fd, const char *what)
 				(errcode(ERRCODE_CONFIG_FILE_ERROR),
 				 errmsg("%s can be accessed by others", what),
 				 errdetail("It must have permissions 0600 or less if it belongs to the server's user, 0640 or less if to root."),
-				 errhint("chmod 600, and consider the secret in it known.")));
+				 errhint("Set its permissions to 0600, and consider the secret in it known.")));
 #endif
 }
 
 /*
  * Read a file that holds a secret into a buffer of this size, as a string.
  *
- * "what" is what messages call it.  Raises ERRCODE_CONFIG_FILE_ERROR, or what
- * belongs to the errno, for a file that can't be read, mustn't be used or is
- * too large; the buffer is wiped then.
+ * "what" is what messages call it.  Raises ERRCODE_CONFIG_FILE_ERROR, or the
+ * error for the errno, if the file cannot be read, is not safe or is too large;
+ * the buffer is wiped then.
  */
 void
 secret_file_load(const char *path, const char *what, char *buffer, size_t size)
@@ -140,7 +140,7 @@ secret_file_load(const char *path, const char *what, char *buffer, size_t size)
 	int			fd;
 
 #ifdef O_NONBLOCK
-	flags |= O_NONBLOCK;		/* a FIFO doesn't hold us up */
+	flags |= O_NONBLOCK;		/* do not wait for a FIFO */
 #endif
 #ifdef O_NOCTTY
 	flags |= O_NOCTTY;
@@ -196,7 +196,7 @@ secret_file_load(const char *path, const char *what, char *buffer, size_t size)
 /*
  * Read a file of secrets, one a line.
  *
- * Returns a list of C strings, which isn't empty.  Raises errors as above.
+ * Returns a list of C strings that is not empty.  Raises the same errors.
  */
 List *
 secret_file_read(const char *path)
@@ -224,8 +224,8 @@ secret_file_read(const char *path)
 }
 
 /*
- * Secrets of an environment variable, as the postmaster was started with it:
- * one a line.  NIL where it isn't set or empty.
+ * The secrets in an environment variable of the postmaster, one a line.
+ * Returns NIL if it is not set or empty.
  */
 List *
 secret_environment_read(const char *variable)
@@ -236,7 +236,7 @@ secret_environment_read(const char *variable)
 		split_lines(value, psprintf("environment variable %s", variable));
 }
 
-/* check_hook of a setting that names such a file: an absolute path, or nothing */
+/* check_hook of a setting that names such a file: an absolute path, or "" */
 bool
 secret_file_check_setting(char **newval, void **extra, GucSource source)
 {

@@ -125,10 +125,10 @@ check_stripe_compare_ignore(char **newval, void **extra, GucSource source)
 /*
  * Where calls to Stripe go, and which are allowed.
  *
- * A session may set anything before the library is loaded.  If a bad value were
- * refused at that point, the default would take its place, and that allows all
- * of Stripe.  So the bad value is kept, and refused when it is used.  A parallel
- * worker is given its leader's value, whatever that is.
+ * A session may set anything before the library is loaded.  If an invalid value
+ * were refused at that point, the default would take its place, and that allows
+ * all of Stripe.  So the invalid value is kept, and refused when it is used.  A
+ * parallel worker is given its leader's value, whatever that is.
  */
 static bool
 check_stripe_setting(const char *problem)
@@ -158,8 +158,7 @@ check_stripe_allowed_paths(char **newval, void **extra, GucSource source)
 }
 
 /*
- * Stripe itself keeps a key for a day.  Nobody can want to remove a row before
- * that.
+ * Stripe itself keeps a key for a day, and no row must be removed before that.
  */
 static bool
 check_stripe_retention(int *newval, void **extra, GucSource source)
@@ -172,7 +171,7 @@ check_stripe_retention(int *newval, void **extra, GucSource source)
 	return true;
 }
 
-/* With no attempt at all nothing would ever leave the queue. */
+/* Without any attempt nothing would ever leave the queue. */
 static bool
 check_webhook_max_attempts(int *newval, void **extra, GucSource source)
 {
@@ -466,8 +465,8 @@ define_webhook_settings(void)
 }
 
 /*
- * Define all settings.  "rules" says what is wrong with values of those that
- * only a layer above this one understands.
+ * Define all settings.  "rules" checks the values of those that only a layer
+ * above this one understands.
  */
 void
 settings_define(const StripeSettingRules *rules)

@@ -134,7 +134,7 @@ is_set(const struct config_generic *setting)
 	return false;
 }
 
-/* To be called before the settings are defined: notes what stands in their place. */
+/* Note the placeholders of our settings, before these are defined. */
 void
 settings_guard_begin(void)
 {

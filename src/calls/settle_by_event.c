@@ -125,11 +125,11 @@ evidence_of_event(const WebhookEvent *event, FoundBy found_by)
 {
 	StringInfoData json;
 
-	json_build_begin(&json);
-	json_build_string(&json, "stripe_event_id", event->id);
-	json_build_string(&json, "event_type", event->type);
-	json_build_string(&json, "found_by", found_by_names[found_by]);
-	return json_build_end_jsonb(&json);
+	json_begin(&json);
+	json_add_string(&json, "stripe_event_id", event->id);
+	json_add_string(&json, "event_type", event->type);
+	json_add_string(&json, "found_by", found_by_names[found_by]);
+	return json_end_jsonb(&json);
 }
 
 static bool

@@ -226,7 +226,7 @@ settle_with_response(Operation *op, Settlement *settlement, Jsonb *response)
 				(errcode(ERRCODE_BAD_ARGUMENT),
 				 errmsg("response contradicts outcome \"%s\"", outcome),
 				 settlement->outcome == STRIPE_FAILED ?
-				 errhint("Of a refusal it is {\"error\": ...}, as Stripe sent it; leave it out if you don't have it.") :
+				 errhint("Of a refusal it is {\"error\": ...}, as Stripe sent it; leave it out if you do not have it.") :
 				 errhint("It is the object that was made, as Stripe shows it.")));
 	if (settlement->resource_id != NULL && result.resource_id != NULL &&
 		strcmp(settlement->resource_id, result.resource_id) != 0)
@@ -356,7 +356,7 @@ idempotency_stripe_acknowledge(PG_FUNCTION_ARGS)
 			if (stripe_row_is_held(&row, GetCurrentTimestamp()))
 				problem = gettext_noop("It is in progress.");
 			else if (strcmp(outcome, "failed") == 0 || strcmp(outcome, "not_executed") == 0)
-				problem = gettext_noop("Stripe didn't execute it.");
+				problem = gettext_noop("Stripe did not execute it.");
 			else if (strcmp(outcome, "mismatch") == 0)
 				problem = gettext_noop("Stripe knows its key from another request.");
 			break;

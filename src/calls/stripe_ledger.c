@@ -273,7 +273,7 @@ operation_init(Operation *op, const char *type, const char *id, const char *acco
 	if (problem != NULL)
 		ereport(ERROR,
 				(errcode(ERRCODE_BAD_ARGUMENT),
-				 errmsg("operation can't have a Stripe idempotency key"),
+				 errmsg("operation cannot have a Stripe idempotency key"),
 				 errdetail_internal("%s.", _(problem)),
 				 errhint("Type and id become part of an HTTP header of at most 255 characters.")));
 
@@ -602,7 +602,7 @@ decide(LedgerClaim *base, LedgerRow *row, TimestampTz now)
 				(errcode(ERRCODE_CONTRADICTS_RECORD),
 				 errmsg("Stripe operation %s was begun in %s mode", describe_operation(claim->op),
 						claim->livemode > 0 ? "test" : "live"),
-				 errdetail("It can't be continued with an API key of the other mode.")));
+				 errdetail("It cannot be continued with an API key of the other mode.")));
 
 	return LEDGER_TAKE;
 }
@@ -753,7 +753,7 @@ refuse_own_row(Operation *op, LedgerRow *row)
 	if (row->found == FOUND_ROW && row->own)
 		ereport(ERROR,
 				(errcode(ERRCODE_NOT_IN_TRANSACTION),
-				 errmsg("this transaction has changed Stripe operation %s and isn't committed",
+				 errmsg("this transaction has changed Stripe operation %s and is not committed",
 						describe_operation(op)),
 				 errdetail("What is to be noted of it must be committed at once, by another transaction."),
 				 errhint("Commit first.")));

@@ -60,7 +60,7 @@ secrets_of_argument(ArrayType *array, WebhookSecret **secrets)
 		if (problem != NULL)
 			ereport(ERROR,
 					(errcode(ERRCODE_BAD_ARGUMENT),
-					 errmsg("secret %d can't be one of Stripe's", i + 1),
+					 errmsg("secret %d cannot be one of Stripe's", i + 1),
 					 errdetail_internal("%s", _(problem))));
 	}
 	return n;

@@ -36,6 +36,8 @@
 #include "utils/jsonb.h"
 
 #include "base/arguments.h"
+#include "base/clock.h"
+#include "base/compat.h"
 #include "base/errors.h"
 #include "base/notify.h"
 #include "base/result_row.h"
@@ -112,8 +114,7 @@ verify(FunctionCallInfo fcinfo, const bytea *payload)
 						  header == NULL ? NULL : VARDATA_ANY(header),
 						  header == NULL ? 0 : VARSIZE_ANY_EXHDR(header),
 						  secrets, nsecrets,
-						  now / USECS_PER_SEC +
-						  ((int64) POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * SECS_PER_DAY,
+						  unix_seconds(now),
 						  tolerance.given ? tolerance.usecs :
 						  (int64) setting_webhook_tolerance * USECS_PER_SEC);
 }

@@ -9,11 +9,11 @@
  * derived: the same operation in the same namespace gets the same key, after
  * a rollback, a crash or a restore.  The UUID is the beginning of a MAC, so
  * nobody without the namespace can guess it, and two databases that name their
- * operations alike don't meet at Stripe.
+ * operations alike do not share keys at Stripe.
  *
- * The UUID alone tells operations apart.  Type and id stand before it for the
- * eyes of whoever reads Stripe's log; ("a:b", "c") and ("a", "b:c") look alike
- * there and have different UUIDs.
+ * The UUID alone tells operations apart.  Type and id precede it for the
+ * benefit of whoever reads Stripe's log; ("a:b", "c") and ("a", "b:c") look
+ * alike there and have different UUIDs.
  *
  * doc/formats.md describes the derivation, with test vectors.
  *
@@ -74,10 +74,10 @@ derive_operation_uuid(const uint8 *ns, size_t nslen,
 /*
  * Derive the idempotency key of an operation's generation (1, 2, ...).
  *
- * Type and id are what stripe_operation_problem() finds nothing wrong with.
- * That was asked by the caller, who has a better message; here it is asked
- * again, because the key becomes an HTTP header.  Any account goes.  Returns
- * "type:id:UUID" in CurrentMemoryContext, printable ASCII of at most
+ * Type and id must be free of problems that stripe_operation_problem() finds.
+ * The caller has checked that, with a better message; it is checked again
+ * here, because the key becomes an HTTP header.  The account may be anything.
+ * Returns "type:id:UUID" in CurrentMemoryContext, printable ASCII of at most
  * STRIPE_KEY_MAX characters.  Raises what mac_text and mac_fields raise.
  */
 char *
@@ -124,11 +124,11 @@ stripe_operation_problem(const char *type, const char *id)
 	if (id[0] == '\0')
 		return gettext_noop("operation id is empty");
 	if (!is_printable_ascii(type))
-		return gettext_noop("operation type has a character that isn't printable ASCII");
+		return gettext_noop("operation type has a character that is not printable ASCII");
 	if (!is_printable_ascii(id))
-		return gettext_noop("operation id has a character that isn't printable ASCII");
+		return gettext_noop("operation id has a character that is not printable ASCII");
 
-	/* the id may: there it is inside the header's value */
+	/* the id may begin with one, being inside the header's value */
 	if (type[0] == ' ')
 		return gettext_noop("operation type starts with a space, which an HTTP header loses");
 

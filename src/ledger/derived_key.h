@@ -22,7 +22,7 @@
 #define STRIPE_KEY_UUID_LEN		36
 #define STRIPE_OPERATION_MAX	217 /* type and id together */
 
-/* Where a call's key goes with idempotency.stripe_key_in_metadata */
+/* The name of a call's key in metadata: idempotency.stripe_key_in_metadata */
 #define METADATA_NAME "idempotency_key"
 
 extern void derive_uuid(const uint8 *ns, size_t nslen, const char *label,

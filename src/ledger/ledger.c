@@ -38,19 +38,19 @@
  * idempotency.wait_timeout, so that the deadlock detector, cancel and the
  * user's own lock_timeout all work and running out of time is an answer, not
  * an error.  A claim that may not wait writes in such a subtransaction with a
- * lock_timeout of 1 ms, for the case of a twin that slips in after the look.
- * A waiting claim's INSERT needs no subtransaction, which would cost every
- * fresh claim: it can block only on such a late twin, and then for
- * idempotency.wait_timeout at most (an error, 55P03).  Where a trigger of the user's runs
- * in it, which may do anything, it has one all the same.  A takeover can also
- * meet a row lock, which the look doesn't see, and has one.  The recorder claims for
- * others in subtransactions of its own, under a lock_timeout of its own: it waits
- * for nobody and just writes ("bounded").
+ * lock_timeout of 1 ms, for the case of a twin that slips in after the look.  A
+ * waiting claim's INSERT needs no subtransaction, which would cost every fresh
+ * claim: it can block only on such a late twin, and then for
+ * idempotency.wait_timeout at most (an error, 55P03).  If a user's trigger,
+ * which may do anything, runs in it, it has one nevertheless.  A takeover can
+ * also meet a row lock, which the look does not see, and has one.  The
+ * recorder claims for others in subtransactions and under a lock_timeout of
+ * its own: it waits for nobody and just writes ("bounded").
  *
  * Locks: ROW EXCLUSIVE on the table and ACCESS SHARE on its primary key, kept
  * to the end of the transaction, as every statement does.  A look at what is
- * committed now gives the key's lock back at once: it is taken by callers of the
- * recorder, whom the recorder should not have to wait for.
+ * committed now releases the lock on the primary key at once: callers of the
+ * recorder take it, and the recorder should not have to wait for them.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -59,8 +59,6 @@
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
-
-#include <math.h>
 
 #include "access/htup_details.h"
 #include "access/relscan.h"
@@ -207,8 +205,8 @@ index_keeps_key(Ledger *ledger, Relation index)
 }
 
 /*
- * Does an index see to it that a key has one row?  The insert of a claim does not
- * name one.
+ * Does an index ensure that a key has one row?  The insert of a claim does not
+ * name an index.
  */
 static bool
 has_unique_key(Ledger *ledger, Relation rel)
@@ -229,8 +227,9 @@ has_unique_key(Ledger *ledger, Relation rel)
 }
 
 /*
- * Look at an opened and locked table: has it the columns that we know by
- * number, is its key unique, and may its rows be read without the planner?
+ * Check that an opened and locked table has the columns whose numbers are
+ * compiled in.  Find out whether its key is unique, and whether its rows may be
+ * read without the planner.
  */
 static void
 ledger_check(Ledger *ledger, Relation rel)
@@ -246,7 +245,7 @@ ledger_check(Ledger *ledger, Relation rel)
 					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 					 errmsg("table \"idempotency.%s\" has no column \"%s\" in place %d",
 							ledger->table, ledger->columns[i], i + 1),
-					 errhint("The library and the extension's installed version don't belong together: try ALTER EXTENSION idempotency UPDATE.")));
+					 errhint("The library and the extension's installed version do not belong together: try ALTER EXTENSION idempotency UPDATE.")));
 	}
 
 	ledger->unique = has_unique_key(ledger, rel);
@@ -278,8 +277,9 @@ ledger_note_use(void (*callback) (void))
  * Open a ledger's table.  The caller closes it with ledger_close(); the lock
  * stays until the end of the transaction.
  *
- * With nowait a lock that isn't to be had at once is an error (55P03).  To write
- * is refused while a setting that may guard it has lost its value (IK011).
+ * With nowait, a lock that is not available at once is an error (55P03).
+ * Opening it to write is refused while a setting that may guard it has lost
+ * its value (IK011).
  */
 Relation
 ledger_open(Ledger *ledger, LOCKMODE lockmode, bool nowait)
@@ -325,6 +325,7 @@ ledger_open(Ledger *ledger, LOCKMODE lockmode, bool nowait)
 	}
 }
 
+/* Close a ledger's table and keep its lock. */
 void
 ledger_close(Relation rel)
 {
@@ -344,7 +345,8 @@ ledger_execute(Relation rel, OwnerStatement *statement, Datum *values,
 }
 
 /*
- * The same for what must not depend on the age of the transaction's snapshot.
+ * The same in a snapshot taken now, whatever the transaction's.  See
+ * owner_execute_latest().
  */
 uint64
 ledger_execute_latest(Relation rel, OwnerStatement *statement, Datum *values,
@@ -355,7 +357,7 @@ ledger_execute_latest(Relation rel, OwnerStatement *statement, Datum *values,
 }
 
 /*
- * The look where the planner has to be asked: committed rows and our own.
+ * The look by a SELECT, which sees committed rows and our own.
  */
 static void
 look_by_select(Ledger *ledger, Relation rel, const Datum *key, LedgerRow *row, bool latest)
@@ -521,12 +523,14 @@ ledger_lookup(Ledger *ledger, const Datum *key, LedgerRow *row)
 	return n > 0;
 }
 
+/* Arguments of do_wait(). */
 typedef struct WaitWork
 {
 	Relation	rel;
 	LedgerRow  *row;
 } WaitWork;
 
+/* Wait until the transaction that is changing a row has ended. */
 static void
 do_wait(void *arg)
 {
@@ -538,6 +542,7 @@ do_wait(void *arg)
 		XactLockTableWait(work->row->busy, work->rel, NULL, XLTW_None);
 }
 
+/* Arguments of do_write(). */
 typedef struct WriteWork
 {
 	LedgerClaim *claim;
@@ -547,6 +552,7 @@ typedef struct WriteWork
 	bool		written;
 } WriteWork;
 
+/* Insert or take over the row of a claim. */
 static void
 do_write(void *arg)
 {
@@ -591,8 +597,8 @@ write_bounded(WriteWork *work)
 }
 
 /*
- * Milliseconds left of idempotency.wait_timeout for a claim that began to wait at
- * "since"; 0 stands for no limit and -1 for none left.
+ * Milliseconds left of idempotency.wait_timeout for a claim that began to wait
+ * at "since".  Returns 0 for no limit, and -1 if there are none left.
  */
 static int
 wait_left(TimestampTz since)
@@ -675,7 +681,7 @@ ledger_claim(Ledger *ledger, Relation rel, LedgerClaim *claim)
 					waiting_since = now;
 				left = wait_left(waiting_since);
 
-				/* nobody has been seen here: it is tried, though there is no time to wait */
+				/* nobody was seen, so try it even if no time is left to wait */
 				if (left < 0)
 					left = NOWAIT_TIMEOUT_MS;
 			}
@@ -695,8 +701,8 @@ ledger_claim(Ledger *ledger, Relation rel, LedgerClaim *claim)
 }
 
 /*
- * Has a statement that was given this clock waited for somebody?  Then *clock
- * is read anew, for what it wrote to be renewed with.
+ * Has a statement that was given this clock waited for somebody?  If so, sets
+ * *clock to the present, with which the caller renews what it wrote.
  */
 bool
 ledger_has_waited(TimestampTz *clock)
@@ -711,8 +717,8 @@ ledger_has_waited(TimestampTz *clock)
 
 /*
  * A fenced statement changed nothing although its row is as it should be, so
- * it was passed by another transaction and is tried again; *races counts.
- * Raises an error where that can't be the reason any more.
+ * another transaction was faster, and the caller tries again.  Counts that in
+ * *races, and raises an error after too many: something else is the reason.
  */
 void
 ledger_lost_race(Ledger *ledger, int *races)

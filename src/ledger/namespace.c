@@ -14,31 +14,32 @@
  * dumped row and silently change every key.  Each row says where it was made:
  * system identifier, database OID, time.
  *
- * Which row is in force is decided once, when it comes, and written down: the
- * column in_force is true in that row alone, and a dump carries it along.
- * CREATE EXTENSION's row is in force, until a row comes that is in force where
- * it comes from: then that one is, for good (a trigger sees to it, also for
- * replicated rows, namespace_comes()).  It isn't computed anew from where and
- * when rows were made: after the next restore, or pg_upgrade, that says
- * something else.
+ * Which row is in force is decided once, when a row is inserted, and written
+ * down: the column in_force is true in that row alone, and a dump contains it.
+ * CREATE EXTENSION's row is in force until a row is inserted that was in force
+ * where it comes from.  That one is in force from then on (the trigger
+ * function namespace_comes() sees to it, also for replicated rows).  This is
+ * not computed anew from where and when rows were made: after the next
+ * restore, or pg_upgrade, the result would be another.
  *
- * Where triggers were disabled while rows came, more than one row may be
- * marked, or none.  Then readers decide, among those, or among all that aren't
- * retired: one made elsewhere before one made here, then the oldest.  Whoever
- * claims an operation next, or a worker, writes that down
- * (namespace_write_down()).
+ * If triggers were disabled while rows were inserted, more than one row may be
+ * marked, or none.  Then readers decide among those, or among all that are not
+ * retired: one made elsewhere takes precedence over one made here; among
+ * equals, the oldest.  Whoever claims an operation next, or a worker, writes
+ * that down (namespace_write_down()).
  *
- * Where are we?  A row was made here if it names this database and this
- * system, and didn't come from elsewhere (the trigger writes that down, too, in
- * the column carried).  pg_upgrade keeps database OIDs but gives the cluster a
- * new system identifier and runs no script; so where no such row at all is of
- * this system, the newest that names this database's OID counts as made here.
+ * A row was made here if it names this database and this system, and did not
+ * come from elsewhere (the trigger writes that down, too, in the column
+ * carried).  pg_upgrade keeps database OIDs but gives the cluster a new system
+ * identifier and runs no script; so if no such row names this system, the
+ * newest that names this database's OID counts as made here.
  *
  * A database that was copied with CREATE DATABASE ... TEMPLATE (or that lost
- * its rows) has no row that was made here.  Until stripe_namespace() has said
- * whether it goes on with the namespace of its original or has one of its own,
- * nothing may be sent to Stripe from it: namespace_for_stripe() raises IK009.
- * Requests may be claimed: fingerprints name the namespace they were made with.
+ * its rows) has no row that was made here.  Until stripe_namespace() has
+ * decided whether it goes on with the namespace of its original or has one of
+ * its own, nothing may be sent to Stripe from it: namespace_for_stripe()
+ * raises IK009. Requests may be claimed: fingerprints name the namespace they
+ * were made with.
  *
  * Rows are only ever added, or retired by stripe_namespace('new'); retired
  * ones are kept because fingerprints made with them are still compared.  Their
@@ -100,7 +101,7 @@ typedef struct NamespaceRow
 
 typedef enum NamespaceState
 {
-	NAMESPACE_NONE,				/* no row that isn't retired */
+	NAMESPACE_NONE,				/* all rows are retired, or there are none */
 	NAMESPACE_COPIED,			/* none of the rows was made here */
 	NAMESPACE_DECIDED
 } NamespaceState;
@@ -126,7 +127,7 @@ static OwnerStatement mark_namespace = {
 	1, {TIDOID}
 };
 
-/* Has this process met a decision that isn't written down? */
+/* Has this process had to make a decision that is not written down? */
 static bool met_undecided = false;
 
 static Relation
@@ -219,7 +220,7 @@ find_rows_made_here(NamespaceRow *rows, int nrows)
 			newest = &rows[i];
 	}
 
-	/* pg_upgrade: what was made here is of the system that was */
+	/* after pg_upgrade, what was made here names the old system */
 	if (upgraded && newest != NULL)
 	{
 		for (i = 0; i < nrows; i++)
@@ -229,8 +230,8 @@ find_rows_made_here(NamespaceRow *rows, int nrows)
 }
 
 /*
- * Which row is in force?  *chosen is set unless there is none.  *written tells
- * whether that is what the rows say, or has to be computed.
+ * Find the row that is in force.  Sets *chosen, unless there is none, and
+ * *written if the rows say so themselves and it did not have to be computed.
  */
 static NamespaceState
 choose_namespace(NamespaceRow *rows, int nrows, NamespaceRow **chosen, bool *written)
@@ -301,8 +302,8 @@ namespace_in_force(Namespace *ns)
 }
 
 /*
- * The namespace in force, for what goes to Stripe: raises IK009 in a copied
- * database that hasn't decided.
+ * The namespace in force, for what is sent to Stripe.  Raises IK009 in a copied
+ * database whose namespace is not decided.
  */
 void
 namespace_for_stripe(Namespace *ns)
@@ -316,7 +317,8 @@ namespace_for_stripe(Namespace *ns)
 }
 
 /*
- * The namespace with this id, retired or not.  Returns false if there is none.
+ * Get the namespace with this id, retired or not.  Returns false if there is
+ * none.
  */
 bool
 namespace_by_id(const uint8 *id, Namespace *ns)
@@ -348,8 +350,8 @@ namespace_by_id(const uint8 *id, Namespace *ns)
 /* ---------- writing ---------- */
 
 /*
- * The same as read_namespaces(), as it is now whatever this transaction's
- * snapshot.  The caller has locked out other writers.
+ * The same as read_namespaces(), but in the latest snapshot.  The caller has
+ * locked out other writers.
  */
 static NamespaceRow *
 read_latest_namespaces(Relation rel, int *nrows)
@@ -363,7 +365,7 @@ read_latest_namespaces(Relation rel, int *nrows)
 	return rows;
 }
 
-/* Mark this row, or none, and no other. */
+/* Mark one row, or none, as the only one in force. */
 static void
 mark(Relation rel, NamespaceRow *row)
 {
@@ -389,9 +391,9 @@ write_down(void *arg)
 }
 
 /*
- * Write down which row is in force, if somebody in this process has had to
- * compute it.  Waits for nobody: who has the table locked decides, too.  That
- * it can't be written is no reason not to go on.
+ * Write down which row is in force, if this process has had to compute it.
+ * Does not wait: whoever has locked the table decides, too.  If it cannot be
+ * written, that is logged and the caller goes on.
  */
 void
 namespace_write_down(void)
@@ -417,7 +419,8 @@ namespace_write_down(void)
 }
 
 /*
- * Was a row that comes made where one of these was that was made here?
+ * Was a row that is inserted made in the same place as one of these rows that
+ * was made here?
  */
 static bool
 comes_from_here(NamespaceRow *rows, int nrows, uint64 system, Oid database)
@@ -455,11 +458,12 @@ is_retired(const NamespaceRow *rows, int nrows, bytea *value)
 }
 
 /*
- * A row comes that was in force where it comes from: is it here, too?  It is
- * where nothing else is, and it takes the place of a row that was made here.
- * Of two that were made elsewhere the one that was here first stays, as it does
- * where the same comes twice, or an older one of our own.  Nor does one come
- * back that was retired here: that was somebody's decision.
+ * Is a row that is inserted, and was in force where it comes from, in force
+ * here, too?  It is if no other row is, and it takes the place of a row that
+ * was made here.  Of two that were made elsewhere the first to be inserted
+ * stays in force; so does a row that is inserted a second time, and the
+ * present one if an older one of our own is inserted.  A row that was retired
+ * here does not return to force: somebody has decided that.
  */
 static bool
 takes_effect(Relation rel, NamespaceRow *rows, int nrows, bytea *value, bool carried)
@@ -480,8 +484,9 @@ takes_effect(Relation rel, NamespaceRow *rows, int nrows, bytea *value, bool car
 }
 
 /*
- * namespace_comes(): before a row is inserted, by us, a restore or replication.
- * Writes down in it whether it was made elsewhere, and whether it is in force.
+ * namespace_comes(): trigger function, called before a row is inserted by us,
+ * a restore or replication.  Writes down in the row whether it was made
+ * elsewhere, and whether it is in force.
  */
 Datum
 idempotency_namespace_comes(PG_FUNCTION_ARGS)
@@ -512,13 +517,13 @@ idempotency_namespace_comes(PG_FUNCTION_ARGS)
 	for (i = 0; i < NS_NCOLUMNS; i++)
 		values[i] = heap_getattr(trigger->tg_trigtuple, i + 1, RelationGetDescr(rel), &isnull[i]);
 
-	/* the table refuses it */
+	/* the table's constraints refuse such a row */
 	if (isnull[NS_VALUE] || isnull[NS_SYSTEM] || isnull[NS_DATABASE] || isnull[NS_IN_FORCE])
 		return PointerGetDatum(trigger->tg_trigtuple);
 
 	/*
-	 * One decision at a time.  Not by the table's own lock: whoever inserts has a
-	 * weaker one already, and two that do couldn't both have a stronger one.
+	 * One decision at a time.  The table's own lock will not do: whoever inserts
+	 * holds a weaker one already, and two that do could not both upgrade it.
 	 */
 	LockDatabaseObject(RelationRelationId, RelationGetRelid(rel), 0, ShareRowExclusiveLock);
 	rows = read_latest_namespaces(rel, &nrows);

@@ -4,18 +4,18 @@
  *	  Claims that belong to the current transaction.
  *
  * A claim made without a lease must be recorded or released before its
- * transaction commits; COMMIT and PREPARE TRANSACTION refuse (IK005) while one
- * is open, so that a forgotten record isn't found out in production by its
- * second execution.
+ * transaction commits.  COMMIT and PREPARE TRANSACTION fail (IK005) while one
+ * is open; otherwise a forgotten call of record() would be noticed only in
+ * production, by a second execution.
  *
- * What a rolled-back savepoint claimed is closed again, and what it recorded
- * is open again.  So every change of the set is an entry in a journal with the
- * subtransaction it was made in; the abort of a subtransaction undoes its
- * entries from the end, its commit hands them to the parent.  Subtransaction
- * ids only grow, hence the entries of a subtransaction and of all that it
- * contained are those at the end with an id not below its own, and each entry
- * is looked at once per level: a transaction of 100,000 claims pays for each
- * once.
+ * When a savepoint is rolled back, what was claimed in it is closed again, and
+ * what was recorded in it is open again.  So every change of the set is an
+ * entry in a journal, with the subtransaction it was made in.  The abort of a
+ * subtransaction undoes its entries from the end, its commit passes them to
+ * the parent.  Subtransaction ids only grow, hence the entries of a
+ * subtransaction and of all that it contained are those at the end with an id
+ * not below its own.  Each entry is looked at once per level, so the cost of a
+ * transaction grows linearly with its claims.
  *
  * All memory is in TopTransactionContext; nothing outlives the transaction.
  *
@@ -59,9 +59,9 @@ static int	maxjournal = 0;
 static void at_xact_event(XactEvent event, void *arg);
 
 /*
- * Be the first to be called when the transaction ends: callbacks are called in
- * the reverse order of their registration, and what another has committed on a
- * foreign server before we refuse, nobody takes back.
+ * Be the first callback when the transaction ends.  Callbacks are called in the
+ * reverse order of their registration, and what another one has committed on a
+ * foreign server before we refuse cannot be undone.
  */
 static void
 register_as_first(void)
@@ -70,7 +70,7 @@ register_as_first(void)
 	RegisterXactCallback(at_xact_event, NULL);
 }
 
-/* Make room for one more entry; after this add_to_journal() can't fail. */
+/* Make room for one more entry; after this add_to_journal() cannot fail. */
 static void
 reserve_journal(void)
 {
@@ -91,8 +91,8 @@ add_to_journal(int64 token, bool opened)
 }
 
 /*
- * The current (sub)transaction has claimed something without a lease.  "what"
- * must be a constant; "name" is copied.
+ * Note that the current (sub)transaction has claimed something without a lease.
+ * "what" must be a constant; "name" is copied.
  */
 void
 open_claims_add(int64 token, const char *what, const char *name)
@@ -126,8 +126,8 @@ open_claims_add(int64 token, const char *what, const char *name)
 }
 
 /*
- * The claim with this token was recorded, released or given a lease by the
- * current (sub)transaction.
+ * Note that the current (sub)transaction has recorded or released the claim
+ * with this token, or given it a lease.
  */
 void
 open_claims_remove(int64 token)
@@ -285,7 +285,7 @@ at_subxact_event(SubXactEvent event, SubTransactionId subid,
 	}
 }
 
-/* Called once, when the library is loaded. */
+/* Register the callbacks; called once, when the library is loaded. */
 void
 open_claims_init(void)
 {

@@ -4,8 +4,8 @@
  *	  Comparing a request with the recorded fingerprint of an earlier one.
  *
  * A recorded fingerprint names the namespace it was made with.  After a
- * restore or stripe_namespace('new') another one may be in force; then the
- * request is fingerprinted once more with the old one.
+ * restore or stripe_namespace('new') another one may be in force; then a second
+ * fingerprint of the request is made with the old one.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -33,8 +33,8 @@ compute(RequestPrint *rp, const Namespace *ns)
 }
 
 /*
- * The fingerprint to keep, or NULL where there is no request.  Needs an active
- * snapshot.
+ * The fingerprint to store, made when it is first asked for, or NULL if there
+ * is no request.  Needs an active snapshot.
  */
 bytea *
 request_print(RequestPrint *rp)
@@ -50,7 +50,8 @@ request_print(RequestPrint *rp)
 }
 
 /*
- * Is this the request that was recorded?  Yes where either side has none.
+ * Is this the request that was recorded?  It is if either side has none.
+ * Raises an error if the recorded fingerprint cannot be compared.
  */
 bool
 request_matches(RequestPrint *rp, bytea *recorded)
@@ -65,7 +66,7 @@ request_matches(RequestPrint *rp, bytea *recorded)
 	if (VARSIZE_ANY_EXHDR(recorded) != FINGERPRINT_LEN || bytes[0] != FINGERPRINT_VERSION)
 		ereport(ERROR,
 				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-				 errmsg("recorded fingerprint has a format that this version doesn't know"),
+				 errmsg("recorded fingerprint has a format that this version does not know"),
 				 errdetail("It may have been written by a later version of the extension.")));
 
 	ours = (const uint8 *) VARDATA_ANY(request_print(rp));
@@ -76,7 +77,7 @@ request_matches(RequestPrint *rp, bytea *recorded)
 		if (!namespace_by_id(bytes + 1, &ns))
 			ereport(ERROR,
 					(errcode(ERRCODE_FOREIGN_NAMESPACE),
-					 errmsg("recorded fingerprint was made with a namespace that this database doesn't have"),
+					 errmsg("recorded fingerprint was made with a namespace that this database does not have"),
 					 errhint("Restore the rows of \"idempotency.namespace\" that belong to the ledgers.")));
 		ours = (const uint8 *) VARDATA_ANY(compute(rp, &ns));
 	}

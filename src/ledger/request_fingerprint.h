@@ -17,9 +17,10 @@
 typedef struct RequestPrint
 {
 	Jsonb	   *request;		/* NULL: not compared, nothing kept */
-	const char *const *ignore;	/* member names that don't count */
+	const char *const *ignore;	/* names of members that are ignored */
 	int			nignore;
-	bytea	   *print;			/* with the namespace in force, once needed */
+	bytea	   *print;			/* made with the namespace in force, when
+								 * it is first needed */
 } RequestPrint;
 
 extern bytea *request_print(RequestPrint *rp);

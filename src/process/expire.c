@@ -23,7 +23,7 @@
 #include "base/settings.h"
 #include "calls/stripe_expiry.h"
 #include "events/webhook_ledger.h"
-#include "ledger/requests.h"
+#include "ledger/request_ledger.h"
 #include "process/expire.h"
 
 PG_FUNCTION_INFO_V1(idempotency_expire);

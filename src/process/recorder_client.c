@@ -558,7 +558,7 @@ submit_before_send(OrderVerb verb)
 		case WAIT_ANSWERED:
 			break;
 		case WAIT_TIMED_OUT:
-			no_recorder(gettext_noop("It didn't answer within idempotency.stripe_record_timeout."),
+			no_recorder(gettext_noop("It did not answer within idempotency.stripe_record_timeout."),
 						restart_hint);
 			break;
 		case WAIT_NO_WORKER:

@@ -4,16 +4,16 @@
  *	  The secret API key of the Stripe account.
  *
  * It is read anew for every call, so that a new key in the file counts at
- * once, and it lives in the caller's ApiKey only, which wipes it when the call
- * is over.  It comes from
+ * once.  It lives in the caller's ApiKey only, and the caller wipes it when the
+ * call is over.  It comes from
  *
  *	- the file that idempotency.stripe_api_key_file names, or
- *	- where that is empty, IDEMPOTENCY_STRIPE_API_KEY in the environment that
+ *	- if that is empty, IDEMPOTENCY_STRIPE_API_KEY in the environment that
  *	  the postmaster was started with.
  *
  * It is never a setting's value, which every role could read in the catalogs.
- * The file is one of secret_file.c's.  No message names it, as the setting is
- * for superusers to see, or quotes what is in it.
+ * secret_file.c says what the file must be like.  No message names it, since
+ * only superusers may see the setting, and none quotes its contents.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -30,7 +30,7 @@
 
 #define ENVIRONMENT_VARIABLE "IDEMPOTENCY_STRIPE_API_KEY"
 
-/* What is the source called in a message? */
+/* What messages call the source of the key. */
 static const char *
 source_name(void)
 {
@@ -62,7 +62,8 @@ has_prefix(const char **p, const char *prefix)
 }
 
 /*
- * Find out what kind of key it is, and drop white space around it.
+ * Drop white space around a key, and find out what kind of key it is.  Raises
+ * an error if it is none.
  */
 static void
 check_key(ApiKey *key)
@@ -82,16 +83,16 @@ check_key(ApiKey *key)
 
 	p = secret;
 	if (has_prefix(&p, "pk_"))
-		refuse_key(key, "It is a publishable key, which can't do anything.");
+		refuse_key(key, "It is a publishable key, which cannot do anything.");
 	if (!has_prefix(&p, "sk_") && !has_prefix(&p, "rk_"))
-		refuse_key(key, "It doesn't begin as a secret or restricted key does.");
+		refuse_key(key, "It does not begin as a secret or restricted key does.");
 	key->organization = has_prefix(&p, "org_");
 	if (has_prefix(&p, "live_"))
 		key->live = true;
 	else if (has_prefix(&p, "test_"))
 		key->live = false;
 	else
-		refuse_key(key, "It doesn't say whether it is for test mode or live mode.");
+		refuse_key(key, "It does not say whether it is for test mode or live mode.");
 
 	if (*p == '\0')
 		refuse_key(key, "It is cut.");
@@ -104,8 +105,8 @@ check_key(ApiKey *key)
 }
 
 /*
- * Get the key that counts for this session.  Raises an error where there is
- * none; otherwise the caller has to wipe it.
+ * Read the key that is in force for this session.  The caller has to wipe it.
+ * Raises an error if there is none.
  */
 void
 api_key_read(ApiKey *key)
@@ -130,6 +131,7 @@ api_key_read(ApiKey *key)
 	check_key(key);
 }
 
+/* Overwrite a key. */
 void
 api_key_wipe(ApiKey *key)
 {

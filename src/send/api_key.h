@@ -18,7 +18,7 @@ typedef struct ApiKey
 {
 	char		secret[API_KEY_MAX + 1];
 	bool		live;			/* real money */
-	bool		organization;	/* of several accounts: needs Stripe-Context */
+	bool		organization;	/* of an organization: needs Stripe-Context */
 } ApiKey;
 
 extern void api_key_read(ApiKey *key);

@@ -20,18 +20,18 @@
  * of the moment, so all signals are blocked while libcurl runs: handlers of
  * PostgreSQL's run in the main thread only.
  *
- * Arrivals.  libcurl sends a request again, silently and up to five times,
- * where a connection kept from an earlier request ends before the first byte
- * of an answer (Curl_retry_request).  Not here: a request that may have left
- * gets no second connection (open_socket) and isn't begun on one
+ * Arrivals.  libcurl sends a request again, silently and up to five times, if
+ * a connection kept from an earlier request ends before the first byte of an
+ * answer (Curl_retry_request).  We prevent that: a request that may have left
+ * gets no second connection (open_socket) and is not begun on one
  * (before_request).  One perform() is one arrival at the server at most.  And
  * a kept connection on which anything waits to be read is not used again: it
- * is an end of file, or else an answer to a question that we didn't ask.
+ * is an end of file, or else an answer to a question that we did not ask.
  *
  * State.  One multi handle a backend, which keeps the connection of the last
- * request, and one easy handle, which keeps TLS sessions; made by the first
- * request and never in the postmaster.  curl_global_cleanup() is not called,
- * other libraries in this process may use libcurl, too.
+ * request, and one easy handle, which keeps TLS sessions.  They are made by the
+ * first request, and never in the postmaster.  curl_global_cleanup() is not
+ * called, because other libraries in this process may use libcurl, too.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -81,17 +81,19 @@ PGDLLEXPORT const HttpClient *idempotency_http_client(void);
 /* Sockets that libcurl waits for at one time. */
 #define MAX_SOCKETS 8
 
-/* A kept connection isn't used after so many idle seconds. */
+/* A kept connection is not used after so many idle seconds. */
 #define MAX_IDLE 45
 
-/* All of the headers of an answer, in bytes. */
+/* The headers of an answer together, in bytes. */
 #define MAX_HEADERS (64 * 1024)
 
+/* What is allocated for a body at first, in bytes. */
 #define FIRST_BODY_SIZE (16 * 1024)
 
-/* The longest wait without a look around, in milliseconds. */
+/* The longest wait at a time, in milliseconds. */
 #define MAX_WAIT 1000
 
+/* A request under way. */
 typedef struct Transfer
 {
 	const HttpRequest *request;
@@ -125,6 +127,7 @@ static uint32 wait_event = 0;
 
 /* ---------- called by libcurl: nothing here raises an error ---------- */
 
+/* CURLMOPT_SOCKETFUNCTION: wait for a socket, or no longer. */
 static int
 watch_socket(CURL *handle, curl_socket_t fd, int what, void *arg, void *socket_arg)
 {
@@ -152,6 +155,7 @@ watch_socket(CURL *handle, curl_socket_t fd, int what, void *arg, void *socket_a
 	return 0;
 }
 
+/* CURLMOPT_TIMERFUNCTION: call libcurl after so many milliseconds. */
 static int
 set_timer(CURLM *handle, long ms, void *arg)
 {
@@ -171,6 +175,7 @@ is_loopback(const struct sockaddr *address)
 	return false;
 }
 
+/* CURLOPT_OPENSOCKETFUNCTION */
 static curl_socket_t
 open_socket(void *arg, curlsocktype purpose, struct curl_sockaddr *address)
 {
@@ -184,7 +189,7 @@ open_socket(void *arg, curlsocktype purpose, struct curl_sockaddr *address)
 		return CURL_SOCKET_BAD;
 	}
 
-	/* the name was checked before, but names resolve to what others say */
+	/* the name was checked before, but others decide what it resolves to */
 	if (transfer->plain && !is_loopback(&address->addr))
 	{
 		transfer->refusal = "http is for loopback addresses only";
@@ -198,8 +203,8 @@ open_socket(void *arg, curlsocktype purpose, struct curl_sockaddr *address)
 }
 
 /*
- * A connection stands, and the request is written next.  From here on it may
- * have left.
+ * CURLOPT_PREREQFUNCTION: a connection is established, and the request is
+ * written next.  From here on it may have left.
  */
 static int
 before_request(void *arg, char *remote_address, char *local_address,
@@ -218,7 +223,7 @@ before_request(void *arg, char *remote_address, char *local_address,
 	return CURL_PREREQFUNC_OK;
 }
 
-/* The value of a header line, if it has this name. */
+/* The value of a header line, or NULL if it has another name. */
 static const char *
 header_value(const char *line, size_t len, const char *name, size_t *value_len)
 {
@@ -238,12 +243,14 @@ header_value(const char *line, size_t len, const char *name, size_t *value_len)
 	return value;
 }
 
+/* Is a value this word, in upper or lower case? */
 static bool
 equals(const char *value, size_t len, const char *word)
 {
 	return len == strlen(word) && pg_strncasecmp(value, word, len) == 0;
 }
 
+/* CURLOPT_HEADERFUNCTION */
 static size_t
 take_header(char *line, size_t size, size_t nmemb, void *arg)
 {
@@ -260,7 +267,7 @@ take_header(char *line, size_t size, size_t nmemb, void *arg)
 		return 0;
 	}
 
-	/* a status line: what an interim answer (1xx) said is void */
+	/* a status line: forget what an interim answer (1xx) has said */
 	if (len >= 5 && memcmp(line, "HTTP/", 5) == 0)
 	{
 		response->request_id[0] = '\0';
@@ -295,6 +302,7 @@ take_header(char *line, size_t size, size_t nmemb, void *arg)
 	return len;
 }
 
+/* CURLOPT_WRITEFUNCTION */
 static size_t
 take_body(char *data, size_t size, size_t nmemb, void *arg)
 {
@@ -373,10 +381,10 @@ refuse_memory(void)
 	ereport(ERROR,
 			(errcode(ERRCODE_OUT_OF_MEMORY),
 			 errmsg("out of memory"),
-			 errdetail("libcurl couldn't be prepared for a request.")));
+			 errdetail("libcurl could not be prepared for a request.")));
 }
 
-/* Once a backend: libcurl, and the handles that stay. */
+/* Initialize libcurl once per backend, and make the handles that stay. */
 static void
 initialize(void)
 {
@@ -414,7 +422,7 @@ initialize(void)
 			refuse_memory();
 		}
 #if LIBCURL_VERSION_NUM >= 0x081400
-		/* its resolver's threads aren't waited for; see QUICK_EXIT below */
+		/* do not wait for its resolver's threads; see QUICK_EXIT below */
 		(void) curl_multi_setopt(new_multi, CURLMOPT_QUICK_EXIT, 1L);
 #endif
 		multi = new_multi;
@@ -422,8 +430,8 @@ initialize(void)
 }
 
 /*
- * Close every connection.  What libcurl keeps and we can't look at isn't used
- * again.
+ * Close every connection.  One that libcurl keeps and we cannot look at is not
+ * used again.
  */
 static void
 discard_connections(void)
@@ -475,15 +483,12 @@ set_options(Transfer *transfer, struct curl_slist *headers, char *errors)
 	/* signals and longjmp are PostgreSQL's */
 	SET_OPTION(CURLOPT_NOSIGNAL, 1L);
 #if LIBCURL_VERSION_NUM >= 0x075700
-	/* a name that is being resolved doesn't hold up who gives up */
+	/* giving up does not wait for a name that is being resolved */
 	SET_OPTION(CURLOPT_QUICK_EXIT, 1L);
 #endif
 	SET_OPTION(CURLOPT_ERRORBUFFER, errors);
 
-	/*
-	 * where to: nothing but the URL decides, not redirects, not the
-	 * environment
-	 */
+	/* where to: the URL decides, and neither redirects nor the environment */
 	SET_OPTION(CURLOPT_URL, request->url);
 	SET_OPTION(CURLOPT_PATH_AS_IS, 1L);
 #if LIBCURL_VERSION_NUM >= 0x075500
@@ -540,14 +545,33 @@ set_options(Transfer *transfer, struct curl_slist *headers, char *errors)
 	SET_OPTION(CURLOPT_WRITEDATA, transfer);
 }
 
+/* Append a header; the list stays the caller's to free. */
 static void
-append_header(struct curl_slist **list, const char *header)
+append_header(struct curl_slist *volatile *list, const char *header)
 {
 	struct curl_slist *longer = curl_slist_append(*list, header);
 
 	if (longer == NULL)
 		refuse_memory();
 	*list = longer;
+}
+
+/* Append all headers of a request. */
+static void
+append_headers(struct curl_slist *volatile *list, const HttpRequest *request)
+{
+	const char *const *header;
+	char	   *authorization;
+
+	/* libcurl would add an Expect header to a large POST, and wait */
+	append_header(list, "Expect:");
+	for (header = request->headers; *header != NULL; header++)
+		append_header(list, *header);
+
+	authorization = psprintf("Authorization: Bearer %s", request->bearer);
+	append_header(list, authorization);
+	explicit_bzero(authorization, strlen(authorization));
+	pfree(authorization);
 }
 
 /* Free a list of headers, one of which is a secret. */
@@ -574,6 +598,7 @@ time_to_wait(void)
 	return Max(0, Min(MAX_WAIT, timer_ms - (long) INSTR_TIME_GET_MILLISEC(now)));
 }
 
+/* Does libcurl wait for this socket? */
 static bool
 is_watched(curl_socket_t fd)
 {
@@ -588,9 +613,9 @@ is_watched(curl_socket_t fd)
 }
 
 /*
- * Make a set of all that ends a wait.  A set can't be told to forget a socket,
- * so a new one is made whenever libcurl changes its mind.  It is the caller's
- * as soon as it exists: what follows may fail.
+ * Make a set of all that ends a wait.  A socket cannot be removed from a set,
+ * so a new one is made whenever libcurl waits for others.  It is the caller's
+ * to free as soon as it exists: what follows may fail.
  */
 static void
 build_wait_set(WaitEventSet *volatile *set)
@@ -675,7 +700,7 @@ run(WaitEventSet *volatile *set)
 			if (events[i].events & WL_SOCKET_WRITEABLE)
 				what |= CURL_CSELECT_OUT;
 
-			/* an event before may have closed it */
+			/* the event before it may have closed the socket */
 			if (what != 0 && is_watched(events[i].fd))
 				mcode = act(events[i].fd, what);
 		}
@@ -685,7 +710,7 @@ run(WaitEventSet *volatile *set)
 	}
 }
 
-/* Keep what the transfer came to. */
+/* Put the outcome of a transfer into its response. */
 static void
 take_result(Transfer *transfer, CURLcode code, const char *errors)
 {
@@ -696,7 +721,7 @@ take_result(Transfer *transfer, CURLcode code, const char *errors)
 	curl_easy_getinfo(easy, CURLINFO_RESPONSE_CODE, &status);
 	curl_easy_getinfo(easy, CURLINFO_NUM_CONNECTS, &connects);
 
-	/* an interim answer is none */
+	/* an interim answer does not count */
 	response->status = status >= 200 ? (int) status : 0;
 	response->body[response->body_len] = '\0';
 	response->whole = (code == CURLE_OK && response->status != 0);
@@ -709,9 +734,7 @@ take_result(Transfer *transfer, CURLcode code, const char *errors)
 				sizeof(response->problem));
 }
 
-/*
- * Account for file descriptors; false where the server has none left.
- */
+/* Account for file descriptors.  Returns false if the server has none left. */
 static bool
 acquire_fds(int n)
 {
@@ -736,12 +759,55 @@ release_fds(int n)
 		ReleaseExternalFD();
 }
 
+/* Hand the transfer to libcurl. */
+static void
+start_transfer(void)
+{
+	sigset_t	before;
+	CURLMcode	mcode;
+
+	sockets_overflow = false;
+	timer_set = false;
+	block_signals(&before);
+	mcode = curl_multi_add_handle(multi, easy);
+	unblock_signals(&before);
+	if (mcode != CURLM_OK)
+		ereport(ERROR,
+				(errcode(ERRCODE_EXTERNAL_ROUTINE_EXCEPTION),
+				 errmsg("libcurl failed: %s", curl_multi_strerror(mcode))));
+}
+
+/*
+ * Take the transfer out of libcurl, if it was started.  A connection is kept
+ * only if the transfer was finished.  Raises nothing.
+ */
+static void
+stop_transfer(bool started, bool finished)
+{
+	sigset_t	before;
+
+	block_signals(&before);
+	idle_socket = CURL_SOCKET_BAD;
+	if (started)
+	{
+		if (finished)
+			curl_easy_getinfo(easy, CURLINFO_ACTIVESOCKET, &idle_socket);
+		(void) curl_multi_remove_handle(multi, easy);
+	}
+	if (idle_socket == CURL_SOCKET_BAD)
+		discard_connections();
+	if (easy != NULL)
+		curl_easy_reset(easy);
+	nsockets = 0;
+	unblock_signals(&before);
+}
+
 /*
  * Send a request and wait for its answer.
  *
- * Whatever the network or the server does is told in *response.  Raises errors
- * for what PostgreSQL wants (a cancel) and for want of resources; response->sent
- * is right then, too.
+ * Whatever the network or the server does is told in *response, whose body is
+ * in the current memory context.  Raises an error for an interrupt (a cancel)
+ * or a lack of resources; response->sent is right then, too.
  */
 static void
 perform(const HttpRequest *request, HttpResponse *response)
@@ -749,7 +815,7 @@ perform(const HttpRequest *request, HttpResponse *response)
 	Transfer	transfer;
 	struct curl_slist *volatile headers = NULL;
 	WaitEventSet *volatile set = NULL;
-	volatile bool added = false;
+	volatile bool started = false;
 	volatile bool finished = false;
 	char		errors[CURL_ERROR_SIZE] = "";
 
@@ -773,66 +839,22 @@ perform(const HttpRequest *request, HttpResponse *response)
 
 	PG_TRY();
 	{
-		struct curl_slist *list = NULL;
-		const char *const *header;
-		char	   *authorization;
-		sigset_t	before;
-		CURLMcode	mcode;
 		CURLcode	code;
 
 		if (idle_connection_is_spoilt())
 			discard_connections();
 		initialize();
-
-		/* libcurl would add an Expect header to a large POST, and wait */
-		append_header(&list, "Expect:");
-		headers = list;
-		for (header = request->headers; *header != NULL; header++)
-		{
-			append_header(&list, *header);
-			headers = list;
-		}
-		authorization = psprintf("Authorization: Bearer %s", request->bearer);
-		append_header(&list, authorization);
-		explicit_bzero(authorization, strlen(authorization));
-		pfree(authorization);
-
-		set_options(&transfer, list, errors);
-
-		sockets_overflow = false;
-		timer_set = false;
-		block_signals(&before);
-		mcode = curl_multi_add_handle(multi, easy);
-		unblock_signals(&before);
-		if (mcode != CURLM_OK)
-			ereport(ERROR,
-					(errcode(ERRCODE_EXTERNAL_ROUTINE_EXCEPTION),
-					 errmsg("libcurl failed: %s", curl_multi_strerror(mcode))));
-		added = true;
-
+		append_headers(&headers, request);
+		set_options(&transfer, headers, errors);
+		start_transfer();
+		started = true;
 		code = run(&set);
 		take_result(&transfer, code, errors);
 		finished = true;
 	}
 	PG_FINALLY();
 	{
-		sigset_t	before;
-
-		block_signals(&before);
-		idle_socket = CURL_SOCKET_BAD;
-		if (added)
-		{
-			if (finished)
-				curl_easy_getinfo(easy, CURLINFO_ACTIVESOCKET, &idle_socket);
-			(void) curl_multi_remove_handle(multi, easy);
-		}
-		if (idle_socket == CURL_SOCKET_BAD)
-			discard_connections();
-		if (easy != NULL)
-			curl_easy_reset(easy);
-		nsockets = 0;
-		unblock_signals(&before);
-
+		stop_transfer(started, finished);
 		wipe_headers(headers);
 		if (set != NULL)
 			FreeWaitEventSet(set);
@@ -841,6 +863,7 @@ perform(const HttpRequest *request, HttpResponse *response)
 	PG_END_TRY();
 }
 
+/* What idempotency.so looks up in this library. */
 const HttpClient *
 idempotency_http_client(void)
 {

@@ -17,6 +17,7 @@
 
 #include "stripe/stripe_outcome.h"
 
+/* A request; its strings must live until it is answered. */
 typedef struct HttpRequest
 {
 	const char *method;			/* GET, POST or DELETE */
@@ -26,7 +27,8 @@ typedef struct HttpRequest
 	const char *body;			/* of a POST */
 	size_t		body_len;
 	long		timeout;		/* of everything, in milliseconds */
-	long		connect_timeout;	/* of that, until the connection stands */
+	long		connect_timeout;	/* of that, until the connection is
+								 * established */
 	size_t		max_body;		/* largest answer, in bytes */
 	const char *ca_file;		/* certificates to trust, or NULL for the
 								 * system's */
@@ -38,8 +40,8 @@ typedef struct HttpRequest
 #define HTTP_TEXT_MAX 256
 
 /*
- * What became of it.  "sent" and "status" are right at any moment, so also
- * where the request was left by an error.
+ * What became of a request.  "sent" and "status" are right at any moment, so
+ * also after an error has ended it.
  */
 typedef struct HttpResponse
 {
@@ -58,7 +60,7 @@ typedef struct HttpResponse
 	char		problem[HTTP_TEXT_MAX]; /* why there is no whole answer */
 } HttpResponse;
 
-/* What the library hands out; grows at its end, with another version. */
+/* What the library hands out.  It grows at its end, with another version. */
 #define HTTP_CLIENT_VERSION 1
 
 typedef struct HttpClient

@@ -31,13 +31,14 @@ refuse_library(const char *problem)
 {
 	ereport(ERROR,
 			(errcode(ERRCODE_STRIPE_NOT_INSTALLED),
-			 errmsg("library \"%s\", which calls Stripe, can't be loaded", HTTP_CLIENT_LIBRARY),
+			 errmsg("could not load library \"%s\", which calls Stripe", HTTP_CLIENT_LIBRARY),
 			 errdetail_internal("%s", problem),
 			 errhint("It is built and installed along with the extension where libcurl's development files are (on Debian libcurl4-openssl-dev), and needs libcurl on the server.")));
 }
 
 /*
- * The HTTP client.  Raises IK010 where it isn't installed.
+ * The HTTP client, loaded when it is first asked for.  Raises IK010 if it is
+ * not installed.
  */
 const HttpClient *
 http_client(void)

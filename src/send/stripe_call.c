@@ -506,7 +506,7 @@ send_call(Call *call)
 	if (claim->method == NULL || claim->path == NULL)
 		ereport(ERROR,
 				(errcode(ERRCODE_BAD_ARGUMENT),
-				 errmsg("it isn't known what was sent for Stripe operation \"%s:%s\"",
+				 errmsg("it is not known what was sent for Stripe operation \"%s:%s\"",
 						call->call.operation_type, call->call.operation_id),
 				 errdetail("An application sends it by itself, with idempotency.stripe_claim().")));
 	check_allowed(claim->method, claim->path);
@@ -589,7 +589,7 @@ static void
 say_that_resend_is_useless(const StripeCall *call)
 {
 	ereport(NOTICE,
-			(errmsg("outcome of Stripe operation \"%s:%s\" is not known, and can't be found out by calling again",
+			(errmsg("outcome of Stripe operation \"%s:%s\" is not known, and cannot be found out by calling again",
 					call->operation_type, call->operation_id),
 			 errhint("The view \"idempotency.stripe_unknown\" says what to do.")));
 }

@@ -89,7 +89,7 @@ commits_by_recorder(const char *function)
 		if (IsTransactionBlock() || IsSubTransaction())
 			ereport(ERROR,
 					(errcode(ERRCODE_NOT_IN_TRANSACTION),
-					 errmsg("%s can't run inside a transaction block", function),
+					 errmsg("%s cannot run inside a transaction block", function),
 					 errdetail("What it notes must be committed before anything is sent to Stripe, and this transaction may still roll back."),
 					 errhint("Add \"idempotency\" to shared_preload_libraries and restart the server, so that a process of its own can commit it; or run it as a statement of its own.")));
 	}

@@ -47,7 +47,7 @@ is_alnum(char c)
 }
 
 /*
- * What is wrong with a path, or NULL.
+ * What is wrong with a path: a sentence, untranslated, or NULL if nothing is.
  */
 const char *
 path_problem(const char *path)
@@ -74,7 +74,7 @@ path_problem(const char *path)
 			if (low < 0)
 				return gettext_noop("A percent sign must be followed by two hexadecimal digits.");
 			if (c < 0x20 || c == 0x7f || strchr("./\\", c) != NULL)
-				return gettext_noop("Dots, slashes, backslashes and control characters can't be percent-encoded.");
+				return gettext_noop("Dots, slashes, backslashes and control characters cannot be percent-encoded.");
 			p += 2;
 			continue;
 		}
@@ -95,14 +95,14 @@ path_problem(const char *path)
 	return NULL;
 }
 
-/* Is it of API v2?  Only for a path without problem. */
+/* Is a path one of API v2?  It must be a path without a problem. */
 bool
 path_is_v2(const char *path)
 {
 	return strncmp(path, "/v2/", 4) == 0;
 }
 
-/* What a POST creates with metadata; any other might refuse the parameter. */
+/* Paths at which a POST accepts metadata; others might refuse it. */
 static const char *const with_metadata[] = {
 	"/v1/accounts", "/v1/application_fees/*/refunds", "/v1/charges",
 	"/v1/checkout/sessions", "/v1/coupons", "/v1/credit_notes", "/v1/customers",
@@ -134,7 +134,7 @@ next_entry(const char **list, size_t *len)
 	return entry;
 }
 
-/* Split the method off an entry; returns its length, 0 where there is none. */
+/* Split the method off an entry.  Returns its length, or 0 if there is none. */
 static size_t
 split_method(const char *entry, size_t len, const char **pattern, size_t *pattern_len)
 {
@@ -159,7 +159,8 @@ split_method(const char *entry, size_t len, const char **pattern, size_t *patter
 }
 
 /*
- * What is wrong with a list, or NULL.
+ * What is wrong with a list of allowed paths: a sentence, untranslated, or
+ * NULL.
  */
 const char *
 path_list_problem(const char *list)
@@ -197,8 +198,8 @@ path_list_problem(const char *list)
 }
 
 /*
- * Does the pattern fit the path?  A pattern is what a superuser wrote, and
- * short; the path is bounded.
+ * Does the pattern match the path?  This takes exponential time at worst, but a
+ * superuser has written the pattern, which is short, and the path is bounded.
  */
 static bool
 matches(const char *pattern, size_t len, const char *path)
@@ -271,8 +272,8 @@ path_is_allowed(const char *list, const char *method, const char *path)
 }
 
 /*
- * What is wrong with an API base, or NULL.  http is for a stand-in on this
- * machine.
+ * What is wrong with an API base: a sentence, untranslated, or NULL.  http is
+ * for a stand-in for Stripe on this machine.
  */
 const char *
 api_base_problem(const char *base)
@@ -327,8 +328,9 @@ api_base_problem(const char *base)
 }
 
 /*
- * What is wrong with a version of the API, or NULL.  It becomes a header, so
- * it begins with a date and has nothing odd in it.
+ * What is wrong with a version of the API: a sentence, untranslated, or NULL.
+ * The version becomes a header, so it must begin with a date and consist of
+ * harmless characters.
  */
 const char *
 api_version_problem(const char *version)

@@ -9,19 +9,19 @@
  *	[]											name=		(set to empty)
  *	{}											nothing
  *
- * As Stripe's libraries do it, so that the server sees what it is used to:
- * arrays are always indexed, a space is %20, and brackets are left as they
- * are, in values too.  The libraries disagree on null and on the empty array;
- * here both are sent, because who writes them down means something by them.
+ * Stripe's libraries do the same, so the server gets what it is used to: arrays
+ * are always indexed, a space is %20, and brackets are left as they are, in
+ * values too.  The libraries disagree on null and on the empty array; here both
+ * are sent, because a caller who writes them has a reason to.
  *
  * Numbers are written in full, without exponent, and a whole one without a
- * fraction, however it is spelled: 1990.00 and 1.99e3 are 1990 when requests are
- * compared, and Stripe, which refuses an amount with a point in it, is to see what
- * was compared.  One with a fraction keeps its zeros, as jsonb shows it: where
- * Stripe takes decimals (percent_off, unit_amount_decimal) 19.90 and 19.9 are the
- * same to it, and metadata shows what was written.
+ * fraction, however it is spelled: 1990.00 and 1.99e3 are 1990 when requests
+ * are compared, and Stripe, which refuses an amount with a decimal point, gets
+ * what was compared.  A number with a fraction keeps its zeros, as jsonb shows
+ * them: where Stripe accepts decimals (percent_off, unit_amount_decimal) 19.90
+ * and 19.9 are the same to it, and metadata shows what was written.
  *
- * A name with brackets in it would be read as another name, so there is none.
+ * A name with brackets in it would be read as another name, so it is refused.
  *
  * jsonb sorts the names of an object and keeps no name twice: the order of the
  * result is that of jsonb, and the same for equal values.
@@ -44,12 +44,12 @@
 #include "base/errors.h"
 #include "stripe/form.h"
 
-/* Objects and arrays in each other; Stripe's own go to about six. */
+/* Depth of nested objects and arrays; Stripe's own reach about six. */
 #define FORM_MAX_DEPTH 20
 
 /*
- * Digits of a number, before the point and after it: what metadata takes.  jsonb
- * has room for 1e131071, which would be written out.
+ * Digits of a number before the decimal point, and after it: as many as
+ * metadata accepts.  jsonb can hold 1e131071, which would be written out.
  */
 #define FORM_MAX_DIGITS 500
 
@@ -118,7 +118,8 @@ check_size(Size size, Size max_size)
 }
 
 /*
- * Append a number, which is bounded before it is written out.
+ * Append a number.  Raises an error if it has too many digits, before it is
+ * written out.
  */
 static void
 append_number(StringInfo out, Numeric number)
@@ -141,7 +142,7 @@ append_number(StringInfo out, Numeric number)
 																	scale == 0 ? trimmed : NumericGetDatum(number))));
 }
 
-/* The name is complete: append name=value. */
+/* Append name=value; the name is complete. */
 static void
 encode_scalar(Form *form, JsonbValue *value)
 {
@@ -240,8 +241,8 @@ encode_container(Form *form, JsonbContainer *container, int depth)
 }
 
 /*
- * Append an object's members.  Raises IK003 for what has no encoding, IK007
- * for what is larger than max_size.
+ * Append an object's members as a form.  Raises IK003 for what cannot be
+ * encoded, and IK007 if the result is larger than max_size bytes.
  */
 void
 form_encode(StringInfo out, Jsonb *params, Size max_size)
@@ -258,7 +259,7 @@ form_encode(StringInfo out, Jsonb *params, Size max_size)
 	pfree(form.name.data);
 }
 
-/* A name or value of JSON. */
+/* Append a name or a scalar as JSON. */
 static void
 append_json_scalar(StringInfo out, JsonbValue *value)
 {
@@ -282,7 +283,8 @@ append_json_scalar(StringInfo out, JsonbValue *value)
 }
 
 /*
- * Append them as JSON, as jsonb shows it but for the numbers.  Raises the same.
+ * Append an object as JSON: as jsonb shows it, except for the numbers.  Raises
+ * the same errors.
  */
 void
 json_encode(StringInfo out, Jsonb *params, Size max_size)
@@ -331,7 +333,7 @@ json_encode(StringInfo out, Jsonb *params, Size max_size)
 }
 
 /*
- * Append one more member, whose name needs no encoding.
+ * Append one more member to a form.  Its name needs no encoding.
  */
 void
 form_append(StringInfo out, bool first, const char *name, const char *value)

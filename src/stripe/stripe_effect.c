@@ -3,12 +3,12 @@
  * stripe_effect.c
  *	  What an event or an object of Stripe's says about a call.
  *
- * A call tells by its path which object it was to make or to change, and it is
- * judged by that very object only: a payment also touches charges, invoices and
- * balances, with the same key, and the retry has to be given the right id.
- * And what is seen must follow from the call: that a payment intent exists
- * doesn't tell whether the confirmation in the same call was declined.  Where
- * it doesn't follow, nothing is said.
+ * The path of a call says which object it was to make or to change, and the
+ * call is judged by that very object only: a payment also touches charges,
+ * invoices and balances, with the same key, and the retry has to be given the
+ * right id.  And the outcome must follow from what is seen: that a payment
+ * intent exists does not tell whether the confirmation in the same call was
+ * declined.  If it does not follow, nothing is said.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -64,11 +64,11 @@ collection_of_type(const char *type)
 }
 
 /*
- * Is the object the one that this path makes or changes?  *verb is what is done
- * to one that is changed, "" for an update, and belongs to the path.
+ * Is the object the one that this path makes or changes?  Sets *verb to what is
+ * done to one that is changed, "" for an update; it points into the path.
  *
- * Three forms: /v1/COLLECTION; /v1/COLLECTION/ID, and a verb after it; and
- * /v1/COLLECTION/ID/COLLECTION, where the inner one is the type's own
+ * There are three forms: /v1/COLLECTION; /v1/COLLECTION/ID, and a verb after
+ * it; and /v1/COLLECTION/ID/COLLECTION, where the inner one is the type's own
  * (charges/ID/refunds) or named after both (transfers/ID/reversals:
  * transfer_reversal).
  */
@@ -136,9 +136,9 @@ call_kind(const char *path, const char *type, const char *id, const char **verb)
 }
 
 /*
- * Is a parameter of a request set, and not to false?  Under either name that
- * params go by; "otherwise" where there are none that could be read, such as a
- * body that is already encoded.
+ * Is a parameter of a request set, and not to false?  The parameters may have
+ * either of two names.  Returns "otherwise" if there are none that can be read,
+ * such as those of a body that is already encoded.
  */
 static bool
 param_is_set(JsonbContainer *request, const char *name, bool otherwise)
@@ -168,12 +168,12 @@ param_is_set(JsonbContainer *request, const char *name, bool otherwise)
 typedef struct Judged
 {
 	CallKind	kind;
-	bool		tries;			/* to move money, or to get leave to, at once */
+	bool		tries;			/* to move money at once, or to be allowed to */
 } Judged;
 
 /*
- * What a request was to do with this object.  Returns false where that can't be
- * said.
+ * Find out what a request was to do with this object.  Returns false if that
+ * cannot be said.
  */
 static bool
 judge_request(Jsonb *request_jsonb, const char *type, const char *id, Judged *judged)
@@ -210,9 +210,10 @@ request_makes_object(Jsonb *request, const WebhookEvent *event)
 }
 
 /*
- * Does an event of this type say that a payment, or the leave for one, is under
- * way or made?  Of others, such as one that an invoice was finalized, canceled
- * or waits for its customer, that doesn't follow: the answer may have been 402.
+ * Does an event of this type say that a payment, or the permission for one, is
+ * under way or made?  From others, such as that an invoice was finalized,
+ * canceled or waits for its customer, this does not follow: the answer may have
+ * been 402.
  */
 static bool
 event_went_on(const char *type)
@@ -235,9 +236,9 @@ event_went_on(const char *type)
 /*
  * What an event says about a call: its outcome, or NULL where it says nothing.
  *
- * A call that tries to move money at once can be answered 402 although its
- * object exists, so for such a call the object's existence, or an update of
- * it, tells nothing.  Elsewhere it is all there is to know.
+ * A call that tries to move money at once can be answered with 402 although its
+ * object exists, so for such a call the object's existence, or an update of it,
+ * tells nothing.  For other calls it is all there is to know.
  *
  * Metadata can be copied, by applications and by Stripe (a revision of an
  * invoice).  An object that a request with another key has made is such a copy.

@@ -9,9 +9,9 @@
  *	/v1/COLLECTION/ID, and a verb		changes one
  *	/v1/COLLECTION/ID/COLLECTION		makes an object that belongs to another
  *
- * Most that is made can be listed; the lists below can be narrowed down to a
- * time of creation, and some can be searched, of which Stripe refuses the
- * parameters elsewhere.  See the "list" page of each resource at
+ * Most objects can be listed.  The lists below can be restricted to a time of
+ * creation, and some can be searched; for other lists Stripe refuses these
+ * parameters.  See the "list" page of each resource at
  * https://docs.stripe.com/api, and https://docs.stripe.com/search.
  *
  * Copyright (c) 2026, idempotency developers
@@ -42,13 +42,13 @@ static const struct
 	{"refunds", false, "refund", ""},
 	{"setup_intents", false, "setup_intent", ""},
 
-	/* those that are over aren't listed otherwise */
+	/* otherwise canceled ones are not listed */
 	{"subscriptions", true, "customer.subscription", "status=all"},
 	{"topups", false, "topup", ""},
 	{"transfers", false, "transfer", ""}
 };
 
-/* What can be listed, but not by time. */
+/* Lists that cannot be restricted to a time. */
 static const char *const inner_lists[][2] = {
 	{"application_fees", "refunds"}, {"charges", "refunds"},
 	{"customers", "balance_transactions"}, {"transfers", "reversals"}
@@ -99,8 +99,8 @@ is_collection(const char *segment)
 }
 
 /*
- * Where to look for what a POST or DELETE of this path, without query string,
- * has done.  Nowhere, for a path of another form.
+ * Find out where to look for what a POST or DELETE of this path, which has no
+ * query string, has done.  Everything is NULL for a path of another form.
  */
 void
 place_of_call(const char *path, CallPlace *place)

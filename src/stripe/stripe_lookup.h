@@ -12,14 +12,14 @@
 #ifndef IDEMPOTENCY_STRIPE_LOOKUP_H
 #define IDEMPOTENCY_STRIPE_LOOKUP_H
 
-/* Paths are palloc'd; what there isn't is NULL. */
+/* Where to look.  Paths are palloc'd, or NULL if there are none. */
 typedef struct CallPlace
 {
 	bool		creates;		/* does it make an object? */
 	char	   *object;			/* of the object that it changes otherwise */
-	char	   *list;			/* of the objects among which is what it makes */
-	const char *list_query;		/* without which some aren't shown, or "" */
-	bool		list_created;	/* can be listed by time of creation */
+	char	   *list;			/* of the objects like the one that it makes */
+	const char *list_query;		/* without it some are not listed, or "" */
+	bool		list_created;	/* can the list be restricted to a time? */
 	char	   *search;
 	char	   *events;			/* types of events about it; NULL: any */
 } CallPlace;

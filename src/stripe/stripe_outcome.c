@@ -94,7 +94,7 @@ static const OutcomeRule outcome_rules[] = {
 	/* no documented answer, and never followed: it would lead the secret away */
 	{
 		300, 399, ANY, ANY, ANY, NULL, NULL,
-		{STRIPE_UNKNOWN, true, false, gettext_noop("a redirect isn't an answer of Stripe")}
+		{STRIPE_UNKNOWN, true, false, gettext_noop("a redirect is not an answer of Stripe")}
 	},
 
 	/*
@@ -152,7 +152,7 @@ static const OutcomeRule outcome_rules[] = {
 	/* api/errors: the API key has no permission for this request */
 	{
 		403, 403, ANY, ANY, ANY, NULL, NULL,
-		{STRIPE_NOT_EXECUTED, true, false, gettext_noop("the API key isn't allowed to make this request")}
+		{STRIPE_NOT_EXECUTED, true, false, gettext_noop("the API key is not allowed to make this request")}
 	},
 
 	/*
@@ -251,7 +251,7 @@ static const OutcomeRule outcome_rules[] = {
 	/* no final HTTP status at all */
 	{
 		PG_INT32_MIN, PG_INT32_MAX, ANY, ANY, ANY, NULL, NULL,
-		{STRIPE_UNKNOWN, true, false, gettext_noop("this isn't an answer of Stripe")}
+		{STRIPE_UNKNOWN, true, false, gettext_noop("this is not an answer of Stripe")}
 	}
 };
 

@@ -3,15 +3,15 @@
  * webhook_event.c
  *	  What an event of Stripe's says.
  *
- * A body is parsed after its signature was found to be good.  Stripe delivers
- * for three days what is refused, so nothing is that Stripe may have meant: what
- * jsonb can't hold becomes something else there (json_text.c), and of a key
- * that stands twice jsonb has the last value.  The bytes as they were signed
- * are kept beside it.
+ * A body is parsed after its signature has been verified.  Stripe delivers
+ * again, for three days, what is refused, so nothing is refused that Stripe
+ * may have meant: what jsonb cannot hold is replaced (json_text.c), and of a
+ * member that occurs twice jsonb has the last value.  The bytes that were
+ * signed are kept beside it.
  *
- * There are events of API v1 and thin ones of API v2, their types grow with
- * each release of Stripe's, and all that is asked of either is an id and a
- * type.  Whatever else has an unexpected shape counts as not said.
+ * There are events of API v1 and thin ones of API v2, and every release of
+ * Stripe's adds types.  Each must have an id and a type; anything else that has
+ * an unexpected shape counts as absent.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -26,6 +26,7 @@
 #include "utils/fmgrprotos.h"
 
 #include "base/arguments.h"
+#include "base/clock.h"
 #include "base/compat.h"
 #include "base/json_member.h"
 #include "base/json_text.h"
@@ -35,7 +36,7 @@
 /* ---------- the body ---------- */
 
 /*
- * Make out a body: an event, or what else it is.
+ * Parse a body, and say whether it is an event or what else it is.
  */
 WebhookBody
 webhook_body_parse(const char *body, size_t len, WebhookEvent *event)
@@ -49,7 +50,7 @@ webhook_body_parse(const char *body, size_t len, WebhookEvent *event)
 
 /* ---------- values ---------- */
 
-/* May this string be an id by which a row is found?  If it is one at all. */
+/* Can this string, which may be NULL, be the id of a row? */
 static bool
 is_id(const char *value, bool may_be_empty)
 {
@@ -85,8 +86,8 @@ is_uuid(const char *value)
 }
 
 /*
- * Has a string the form of the keys that this extension derives,
- * "type:id:UUID" with a UUID of version 8?  Those of other databases have it, too.
+ * Does a string have the form of the keys that this extension derives:
+ * "type:id:UUID", with a UUID of version 8?  So do the keys of other databases.
  */
 bool
 is_stripe_key(const char *key)
@@ -115,10 +116,10 @@ uuid_member(JsonbContainer *object, const char *name)
 }
 
 /*
- * One of our keys among the values of an object's metadata, whatever its name,
- * or NULL.  Where there are several, metadata was copied from elsewhere, or
- * names another call, too: then it is the one in the place where stripe_call()
- * puts it, or none.
+ * The key of ours that is a value in an object's metadata, whatever its name,
+ * or NULL.  If there are several, the metadata was copied, or it names another
+ * call, too; then only the key under the name that stripe_call() gives it
+ * counts.
  */
 char *
 key_in_metadata(JsonbContainer *metadata)
@@ -152,7 +153,7 @@ key_in_metadata(JsonbContainer *metadata)
 	return key;
 }
 
-/* Take n digits.  Returns false if they aren't there. */
+/* Take n digits.  Returns false if there are fewer. */
 static bool
 take_digits(const char **p, int n, int *value)
 {
@@ -207,11 +208,13 @@ parse_rfc3339(const char *p, TimestampTz *moment)
 	return tm2timestamp(&tm, fsec, &utc, moment) == 0;
 }
 
-/* When Stripe made the event: seconds since 1970, in a thin one a string. */
+/*
+ * Read when Stripe made the event: seconds since 1970, or in a thin event a
+ * string.
+ */
 static bool
 read_created(JsonbContainer *root, TimestampTz *moment)
 {
-	static const int64 epoch = ((int64) UNIX_EPOCH_JDATE - POSTGRES_EPOCH_JDATE) * SECS_PER_DAY;
 	JsonbValue	value;
 	char	   *digits;
 	char	   *end;
@@ -229,14 +232,15 @@ read_created(JsonbContainer *root, TimestampTz *moment)
 	seconds = strtoi64(digits, &end, 10);
 	if (errno != 0 || *end != '\0' || seconds < 0 || seconds > INT64CONST(99999999999))
 		return false;
-	*moment = (seconds + epoch) * USECS_PER_SEC;
+	*moment = timestamp_of_unix(seconds);
 	return true;
 }
 
 /* ---------- the event ---------- */
 
 /*
- * Read an event.  Returns false if it isn't one.
+ * Read an event.  Returns false if the JSON is none.  What *event points to is
+ * palloc'd, or part of the JSON.
  */
 bool
 webhook_event_read(Jsonb *json, WebhookEvent *event)
@@ -261,9 +265,9 @@ webhook_event_read(Jsonb *json, WebhookEvent *event)
 		return false;
 
 	/*
-	 * A thin event never has a member "account": who listens to connected
-	 * accounts is told them as its context.  The context of an event of API v1
-	 * without "account" is one's own account.
+	 * A thin event never has a member "account": its context names the
+	 * connected account, if the endpoint listens to those.  The context of an
+	 * event of API v1 without "account" is one's own account.
 	 */
 	account = json_string_member(root, "account");
 	context = json_string_member(root, "context");

@@ -16,14 +16,14 @@
 #include "utils/timestamp.h"
 #include "utils/uuid.h"
 
-/* An event; a pointer is NULL where it doesn't say. */
+/* An event; a pointer is NULL if the event does not say. */
 typedef struct WebhookEvent
 {
 	Jsonb	   *json;
 	char	   *id;
 	char	   *type;
 	char	   *account;		/* connected account, "" for one's own */
-	bool		connected;		/* may it be another account's? */
+	bool		connected;		/* may it be about another account? */
 	char	   *api_version;
 	char	   *object_type;	/* what it is about */
 	char	   *object_id;

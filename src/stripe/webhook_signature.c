@@ -8,25 +8,26 @@
  *
  *		t=1795300000,v1=82e1...fb05,v0=6ffb...9a39
  *
- * The MAC is HMAC-SHA256, keyed with the whole secret of the endpoint, over the
- * digits of t, a dot and the body's bytes.  There is one v1 for each secret that
- * is active, so any of them may match; other schemes are not signatures (v0
- * is a fake one that comes with test events).
+ * The MAC is HMAC-SHA256, keyed with the whole secret of the endpoint, over
+ * the digits of t, a dot and the body's bytes.  There is one v1 for each
+ * secret that is active, so any of them may match; other schemes are not
+ * signatures (v0 is a fake one that comes with test events).
  *
  * Client libraries disagree about what is well-formed.  Here:
  *
- *	- white space has no place in it;
+ *	- white space is not allowed;
  *	- an element is empty, which is ignored, or scheme=value;
  *	- t is there once: 1 to 18 decimal digits, no sign, no leading zero, so
  *	  that the number that is compared is the text that was signed;
- *	- a v1 that isn't 64 lower-case hexadecimal digits matches nothing, but
- *	  spoils nothing either;
- *	- header and number of v1s are bounded.
+ *	- a v1 that is not 64 lower-case hexadecimal digits matches nothing, and is
+ *	  no error;
+ *	- the length of the header and the number of v1s are limited.
  *
- * Whoever sends can choose the header, so it is parsed without allocating
- * anything, and MACs are compared in a time that doesn't depend on where they
- * differ.  The age is looked at last: a header that is too old is known to be
- * Stripe's.  Nothing in this file knows about SQL; test/fuzz feeds it anything.
+ * An attacker can choose the header, so it is parsed without allocating
+ * anything, and the time to compare MACs does not depend on where they differ.
+ * The age is checked last: a header that is reported as too old is known to be
+ * Stripe's.  Nothing in this file knows about SQL; test/fuzz tries it with
+ * arbitrary bytes.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -53,7 +54,7 @@ is_scheme_char(char c)
 	return is_digit(c) || c == '_' || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
 }
 
-/* Take the value of a "t".  Returns false if it isn't one. */
+/* Take the value of a "t".  Returns false if it is malformed. */
 static bool
 parse_time(const char *value, size_t len, WebhookHeader *parsed)
 {
@@ -90,8 +91,8 @@ is_signature(const char *value, size_t len)
 }
 
 /*
- * Take a header apart: WEBHOOK_VALID, WEBHOOK_NO_SIGNATURE or
- * WEBHOOK_MALFORMED_HEADER.  "parsed" is complete if it is valid.
+ * Parse a header.  Returns WEBHOOK_VALID, WEBHOOK_NO_SIGNATURE or
+ * WEBHOOK_MALFORMED_HEADER; *parsed is complete only if it is valid.
  */
 WebhookVerdict
 webhook_parse_header(const char *header, size_t len, WebhookHeader *parsed)
@@ -166,7 +167,7 @@ mac_hex(const uint8 mac[MAC_LEN], char hex[WEBHOOK_SIGNATURE_LEN])
 	}
 }
 
-/* Compare in a time that tells nothing. */
+/* Compare in constant time. */
 static bool
 same_signature(const char *a, const char *b)
 {
@@ -181,9 +182,9 @@ same_signature(const char *a, const char *b)
 /*
  * Is this body signed with one of the secrets, and not too long ago?
  *
- * "now" is in seconds since 1970.  An age of exactly the tolerance is valid, and
- * so is a time in the future, however far: Stripe's clock and ours needn't
- * agree, and a signature from the future is a signature all the same.
+ * "now" is in seconds since 1970.  An age of exactly the tolerance is valid,
+ * and so is a time in the future, however far: Stripe's clock and ours need
+ * not agree, and a signature from the future is still a signature.
  *
  * Raises what mac_concatenated() raises.
  */

@@ -12,7 +12,7 @@
 #ifndef IDEMPOTENCY_WEBHOOK_SIGNATURE_H
 #define IDEMPOTENCY_WEBHOOK_SIGNATURE_H
 
-/* Bounds of what is looked at; Stripe sends about 200 bytes. */
+/* Limits of a header; Stripe sends about 200 bytes. */
 #define WEBHOOK_HEADER_MAX		4096
 #define WEBHOOK_SIGNATURES_MAX	32
 
@@ -38,7 +38,7 @@ typedef struct WebhookHeader
 	int64		time;			/* seconds since 1970 */
 	const char *time_text;		/* its digits, which are what is signed */
 	int			time_len;
-	int			nsignatures;	/* of a v1's form; others can't match */
+	int			nsignatures;	/* well-formed v1s; others cannot match */
 	const char *signatures[WEBHOOK_SIGNATURES_MAX]; /* WEBHOOK_SIGNATURE_LEN
 													 * bytes each */
 } WebhookHeader;

@@ -5,9 +5,9 @@
  *
  *	  curl_loop URL CALLS
  *
- * Sends the same request that the calls measured send, on one connection that
+ * Sends the same request as the calls that are measured, on one connection that
  * is kept, and prints how many microseconds each took.  The first twenty, which
- * connect and warm up, aren't counted.
+ * connect and warm up, are not counted.
  *
  * Copyright (c) 2026, idempotency developers
  *

@@ -94,7 +94,7 @@ drop(int fd)
 	close(fd);
 }
 
-/* It fits into the socket's buffer, or the client is gone. */
+/* Send the answer: it fits into the socket's buffer, or the client is gone. */
 static void
 send_answer(int fd)
 {
@@ -102,7 +102,10 @@ send_answer(int fd)
 		drop(fd);
 }
 
-/* Has a whole request arrived?  The client sends no second one before the answer. */
+/*
+ * Has a whole request arrived?  The client sends no second one before it is
+ * answered.
+ */
 static bool
 is_complete(Connection *connection)
 {
@@ -118,7 +121,7 @@ is_complete(Connection *connection)
 		(length != NULL && length < end ? strtoul(length + strlen("\r\nContent-Length:"), NULL, 10) : 0);
 }
 
-/* Read what there is; true when that completes a request. */
+/* Read what there is.  Returns true if that completes a request. */
 static bool
 take_request(int fd)
 {

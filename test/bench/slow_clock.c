@@ -4,9 +4,9 @@
  *	  A wall clock that goes a thousand times slower, from when it is loaded.
  *
  * To be loaded by LD_PRELOAD into a server whose instructions are counted.
- * That runs some fifty times slower than it would, and a statement that takes
- * longer than 10 ms is held to have waited for somebody: what it wrote is
- * renewed by a second statement, which isn't part of what is counted.
+ * Such a server runs some fifty times slower, and a statement that takes
+ * longer than 10 ms is taken to have waited for somebody: what it wrote is
+ * renewed by a second statement, which must not be counted.
  *
  * Copyright (c) 2026, idempotency developers
  *

@@ -70,8 +70,8 @@ describe(const StripeCallClaim *claim, const char *outcome)
 /*
  * test_stripe_call(type, id, body, status, resource_id, room, resend, answer)
  *
- * status 200 and 402 are recorded as such, 0 as no answer, -1 as nothing sent;
- * the answer's body has a text of that length.
+ * A status of 200 or 402 is recorded as such, 0 as no answer, and -1 as nothing
+ * sent; "answer" is the length of a text in the answer's body.
  */
 Datum
 test_stripe_call(PG_FUNCTION_ARGS)
@@ -140,8 +140,8 @@ test_stripe_call(PG_FUNCTION_ARGS)
 }
 
 /*
- * test_note_fates(max_rows): how many rows settle_calls() tries to do something
- * about until it is through, so many in one go.
+ * test_note_fates(max_rows): call settle_calls() for so many rows at a time
+ * until it is through, and return how many it tried.
  */
 Datum
 test_note_fates(PG_FUNCTION_ARGS)
@@ -163,7 +163,7 @@ test_note_fates(PG_FUNCTION_ARGS)
 }
 
 /*
- * A background process that does nothing as long as that file is there.
+ * A background process that does nothing as long as a file exists.
  */
 void
 test_occupier_main(Datum arg)
@@ -180,8 +180,8 @@ test_occupier_main(Datum arg)
 }
 
 /*
- * test_occupy_workers(): take all slots for background processes that are free.
- * How many there were.
+ * test_occupy_workers(): take all free slots for background processes, and
+ * return how many there were.
  */
 Datum
 test_occupy_workers(PG_FUNCTION_ARGS)

@@ -4,9 +4,9 @@
  *	  A wall clock that a test can set.
  *
  * To be loaded into a server by LD_PRELOAD.  All its processes see the time
- * moved by the seconds that stand in the file $CLOCK_FILE, as eight bytes
- * that are mapped: a change is seen at once, by processes that run already,
- * too.  Monotonic clocks, and so all waits, go on as ever.
+ * moved by the number of seconds in the file $CLOCK_FILE, eight bytes that are
+ * mapped: a change takes effect at once, also in running processes.  Monotonic
+ * clocks, and so all waits, are not changed.
  *
  * Copyright (c) 2026, idempotency developers
  *

@@ -5,15 +5,14 @@
  *	  (src/send/http.c, stripe_request.c, src/stripe/stripe_answer.c, stripe_outcome.c,
  *	  json_member.c).
  *
- * The network is left out: where libcurl would, this calls http.c's functions
- * for headers and body, and exchange() makes of it what it makes of any
- * answer.  Two of the first four bytes of an input are the status, the others
- * what happened on the way; then come lines of headers, an empty one, and the
- * body.
+ * The network is left out: this calls http.c's functions for headers and body
+ * as libcurl would, and exchange() handles the result like any other answer.
+ * The first two bytes of an input are the status, the next two say what happened
+ * on the way; then come lines of headers, an empty line, and the body.
  *
- * No answer whatsoever raises an error, none that isn't whole and 2xx says
- * "completed", none that says what didn't happen comes without a status that
- * Stripe gives for it, and the headers are read as by a second parser.
+ * No answer may raise an error.  Only one that is whole and 2xx is "completed",
+ * and "not_executed" needs a status that Stripe gives for it.  A second parser
+ * must read the same from the headers.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -24,7 +23,7 @@
 #define _GNU_SOURCE				/* memmem() */
 #include "backend.h"
 
-/* its functions are static */
+/* included because its functions are static */
 #include "send/http.c"
 
 #include "base/json_member.h"
@@ -42,7 +41,7 @@ int			setting_max_response_size = BODY_MAX / 1024;
 char	   *setting_stripe_api_base = "http://localhost";
 char	   *setting_stripe_ca_file = "";
 
-/* of the input at hand */
+/* The present input. */
 static struct
 {
 	int			status;
@@ -58,7 +57,7 @@ static struct
 
 static HttpResponse seen;
 
-/* perform() of http.c, with an input for a network */
+/* Stands in for perform() of http.c, with an input instead of a network. */
 static void
 replay(const HttpRequest *request, HttpResponse *response)
 {
@@ -114,6 +113,7 @@ replay(const HttpRequest *request, HttpResponse *response)
 	seen = *response;
 }
 
+/* Stands in for http_client.c. */
 const HttpClient *
 http_client(void)
 {
@@ -122,7 +122,7 @@ http_client(void)
 	return &client;
 }
 
-/* The second parser of headers */
+/* The second parser of headers. */
 static void
 check_headers(void)
 {
@@ -186,6 +186,69 @@ equals_member(Jsonb *json, const char *name, const char *word)
 	return value != NULL && strcmp(value, word) == 0;
 }
 
+/* Take an input apart.  Returns false for one that perform() could not have. */
+static bool
+take_input(const uint8 *data, size_t size)
+{
+	const char *empty;
+
+	if (size < 4)
+		return false;
+	input.status = (data[0] * 256 + data[1]) % 1000;
+	input.sent = input.status != 0 || (data[2] & 1) != 0;
+	input.whole = (data[2] & 2) != 0;
+	input.stale = (data[2] & 4) != 0;
+	input.chunk = 1 + data[3];
+
+	input.headers = (const char *) data + 4;
+	empty = memmem(data + 4, size - 4, "\r\n\r\n", 4);
+	input.headers_len = empty != NULL ? (size_t) (empty + 2 - input.headers) : 0;
+	input.body = empty != NULL ? empty + 4 : input.headers;
+	input.body_len = size - (input.body - (const char *) data);
+	return input.headers_len <= MAX_HEADERS;
+}
+
+/* Does the outcome agree with what came back? */
+static void
+check_outcome(const StripeReply *reply, bool object, bool stripes, bool v2)
+{
+	switch (reply->outcome)
+	{
+		case STRIPE_COMPLETED:
+			CHECK(input.status >= 200 && input.status <= 299 && seen.whole);
+			CHECK(object && json_object_member(&reply->body.json->root, "error") == NULL);
+			break;
+		case STRIPE_FAILED:
+			CHECK(input.status >= 400 && input.status <= 499 && seen.whole);
+			CHECK(input.status != 401 && input.status != 403 && input.status != 408 &&
+				  input.status != 424 && input.status != 429);
+			CHECK(stripes);
+			CHECK(!equals_member(reply->body.json, "code", "idempotency_key_in_use"));
+			break;
+		case STRIPE_MISMATCH:
+			CHECK(input.status >= 400 && input.status <= 499);
+			CHECK(equals_member(reply->body.json, "type", "idempotency_error"));
+			break;
+		case STRIPE_NOT_EXECUTED:
+			CHECK(!input.sent || (stripes && seen.whole));
+			CHECK(!input.sent || input.status == 401 || input.status == 403 || input.status == 409 ||
+				  input.status == 429);
+			if (input.status == 409)
+				CHECK(!equals_member(reply->body.json, "code", "idempotency_key_in_use"));
+			CHECK(reply->resend);
+			break;
+		case STRIPE_UNKNOWN:
+			CHECK(input.sent);
+			CHECK(reply->resend || (input.status == 500 && stripes && !v2));
+			break;
+	}
+	if (!input.sent)
+		CHECK(reply->outcome == STRIPE_NOT_EXECUTED);
+	if (reply->outcome != STRIPE_COMPLETED && !object)
+		CHECK(reply->body.error != NULL);
+}
+
+/* The target, called by backend.c. */
 int
 fuzz_answer(const uint8 *data, size_t size)
 {
@@ -194,7 +257,6 @@ fuzz_answer(const uint8 *data, size_t size)
 	Duration	timeout;
 	StripeDeadline deadline;
 	StripeReply reply;
-	const char *empty;
 	Jsonb	   *json;
 	bool		object;
 	bool		stripes;		/* an error in Stripe's words */
@@ -202,7 +264,7 @@ fuzz_answer(const uint8 *data, size_t size)
 	StripeAnswer answer;
 	StripeClass class;
 
-	if (size < 4)
+	if (!take_input(data, size))
 		return 0;
 	memset(&request, 0, sizeof(request));
 	request.method = "POST";
@@ -214,23 +276,10 @@ fuzz_answer(const uint8 *data, size_t size)
 	request.body = "amount=1";
 	request.body_len = 8;
 	v2 = (data[2] & 8) != 0;
-	input.status = (data[0] * 256 + data[1]) % 1000;
-	input.sent = input.status != 0 || (data[2] & 1) != 0;
-	input.whole = (data[2] & 2) != 0;
-	input.stale = (data[2] & 4) != 0;
-	input.chunk = 1 + data[3];
 	if (v2)
 		request.target = "/v2/core/accounts";
 	if ((data[2] & 16) != 0)
 		request.idempotency_key = NULL;
-
-	input.headers = (const char *) data + 4;
-	empty = memmem(data + 4, size - 4, "\r\n\r\n", 4);
-	input.headers_len = empty != NULL ? (size_t) (empty + 2 - input.headers) : 0;
-	input.body = empty != NULL ? empty + 4 : input.headers;
-	input.body_len = size - (input.body - (const char *) data);
-	if (input.headers_len > MAX_HEADERS)
-		return 0;
 
 	memset(&key, 0, sizeof(key));
 	strcpy(key.secret, "sk_test_fuzz");
@@ -240,7 +289,7 @@ fuzz_answer(const uint8 *data, size_t size)
 
 	check_headers();
 
-	/* the body, a second time, where it is JSON that jsonb takes as it is */
+	/* parse the body a second time, if it is JSON that jsonb takes as it is */
 	json = jsonb_from_text(input.body, input.body_len);
 	object = json != NULL && JB_ROOT_IS_OBJECT(json) && seen.whole;
 	if (object)
@@ -261,44 +310,11 @@ fuzz_answer(const uint8 *data, size_t size)
 	CHECK((reply.request_id == NULL) == (seen.request_id[0] == '\0'));
 	CHECK(reply.reason != NULL && reply.reason[0] != '\0');
 
-	switch (reply.outcome)
-	{
-		case STRIPE_COMPLETED:
-			CHECK(input.status >= 200 && input.status <= 299 && seen.whole);
-			CHECK(object && json_object_member(&reply.body.json->root, "error") == NULL);
-			break;
-		case STRIPE_FAILED:
-			CHECK(input.status >= 400 && input.status <= 499 && seen.whole);
-			CHECK(input.status != 401 && input.status != 403 && input.status != 408 &&
-				  input.status != 424 && input.status != 429);
-			CHECK(stripes);
-			CHECK(!equals_member(reply.body.json, "code", "idempotency_key_in_use"));
-			break;
-		case STRIPE_MISMATCH:
-			CHECK(input.status >= 400 && input.status <= 499);
-			CHECK(equals_member(reply.body.json, "type", "idempotency_error"));
-			break;
-		case STRIPE_NOT_EXECUTED:
-			CHECK(!input.sent || (stripes && seen.whole));
-			CHECK(!input.sent || input.status == 401 || input.status == 403 || input.status == 409 ||
-				  input.status == 429);
-			if (input.status == 409)
-				CHECK(!equals_member(reply.body.json, "code", "idempotency_key_in_use"));
-			CHECK(reply.resend);
-			break;
-		case STRIPE_UNKNOWN:
-			CHECK(input.sent);
-			CHECK(reply.resend || (input.status == 500 && stripes && !v2));
-			break;
-	}
-	if (!input.sent)
-		CHECK(reply.outcome == STRIPE_NOT_EXECUTED);
-	if (reply.outcome != STRIPE_COMPLETED && !object)
-		CHECK(reply.body.error != NULL);
+	check_outcome(&reply, object, stripes, v2);
 
 	/*
-	 * nothing is sent again at once that is settled, or that Stripe has
-	 * answered before
+	 * What is settled, or what Stripe has answered before, is not sent again
+	 * at once.
 	 */
 	answer.http_status = input.status;
 	answer.sent = input.sent;

@@ -3,10 +3,10 @@
  * backend.c
  *	  Fuzz targets that need a server around them: jsonb, palloc, ereport.
  *
- * jsonb's code can't be had outside of the server, so the fuzzer goes inside:
- * this is a library with the targets, the extension's files that they are
- * about, and libFuzzer; test/fuzz/run has a single-user server load it and call
- * its one SQL function.
+ * jsonb's code cannot be linked outside of the server, so the fuzzer runs
+ * inside one.  This is a library with the targets, the extension's files that
+ * they test, and libFuzzer; test/fuzz/run makes a single-user server load it
+ * and call its one SQL function.
  *
  *	fuzz(target text, arguments text[])
  *
@@ -77,6 +77,7 @@ run_one(const uint8 *data, size_t size)
 	return 0;
 }
 
+/* fuzz(target, arguments) */
 Datum
 fuzz(PG_FUNCTION_ARGS)
 {

@@ -3,9 +3,9 @@
  * fingerprint.c
  *	  Fuzz target: fingerprints of requests (src/base/fingerprint.c).
  *
- * Two values have one fingerprint exactly if jsonb says that they are equal;
- * so has one value written in two ways; and ignoring members comes to the same
- * as leaving them out.
+ * Two values have the same fingerprint exactly if jsonb says that they are
+ * equal.  One value written in two ways has one fingerprint, and ignoring
+ * members gives the same as leaving them out.
  *
  * An input is any bytes (json_tree.c), or JSON if it begins with a brace.
  *
@@ -42,6 +42,7 @@ same(Fingerprint a, Fingerprint b)
 	return memcmp(&a, &b, sizeof(a)) == 0;
 }
 
+/* The target, called by backend.c. */
 int
 fuzz_fingerprint(const uint8 *data, size_t size)
 {

@@ -3,11 +3,10 @@
  * form.c
  *	  Fuzz target: parameters as Stripe takes them (src/stripe/form.c).
  *
- * The encoding is decoded as a server does it, split at & and =, then names at
- * their brackets, then %, and has to come to the values that were put in: the
- * same leaves in the same order, with the same names, each number equal to the
- * one that went in, a whole one without a fraction.  What has no encoding is an
- * error, and nothing else is.
+ * The encoding is decoded as a server does it: split at & and =, then names at
+ * their brackets, then %.  The result has to be what was encoded: the same
+ * leaves in the same order, with the same names and equal numbers, whole ones
+ * without a fraction.  Only what has no encoding is an error.
  *
  * An input is any bytes (json_tree.c), or JSON if it begins with a brace.
  *
@@ -45,7 +44,7 @@ hex(char c)
 	return p - digits;
 }
 
-/* In place. */
+/* Decode percent escapes in place. */
 static void
 decode(char *p)
 {
@@ -66,7 +65,7 @@ decode(char *p)
 	*out = '\0';
 }
 
-/* The next name and value, and that they are these. */
+/* Check that the next name and value are these. */
 static void
 expect(Form *form, char *const *path, int depth, const Tree *leaf)
 {
@@ -146,7 +145,7 @@ expect_tree(Form *form, char **path, int depth, const Tree *tree)
 		expect(form, path, depth, tree);
 }
 
-/* Has a number more digits than are sent, before the point or after it? */
+/* Does a number have more digits than allowed, before or after the point? */
 static bool
 is_long(const Tree *tree)
 {
@@ -174,7 +173,7 @@ has_long(const Tree *tree)
 	return false;
 }
 
-/* Has it no encoding? */
+/* Is this a value that has no encoding? */
 static bool
 is_bad(const Tree *tree, int depth)
 {
@@ -193,7 +192,7 @@ is_bad(const Tree *tree, int depth)
 	return false;
 }
 
-/* Returns the error, or 0. */
+/* Encode.  Returns the SQLSTATE of an error, or 0. */
 static int
 encode(StringInfo out, Jsonb *json, Size max_size)
 {
@@ -214,6 +213,7 @@ encode(StringInfo out, Jsonb *json, Size max_size)
 	return error;
 }
 
+/* The target, called by backend.c. */
 int
 fuzz_form(const uint8 *data, size_t size)
 {

@@ -1,12 +1,12 @@
 /*-------------------------------------------------------------------------
  *
  * json_text.c
- *	  Fuzz target: JSON of somebody else's, for jsonb (src/base/json_text.c).
+ *	  Fuzz target: turning JSON into jsonb (src/base/json_text.c).
  *
- * What PostgreSQL's parser calls JSON is taken, and nothing else; jsonb_in()
- * takes what comes out, as does this code a second time; and where jsonb takes
- * the text as it is, both are the same.  PostgreSQL's parser recurses, so what
- * is deeper than it should have to go is looked at without it.
+ * The code accepts exactly what PostgreSQL's parser calls JSON.  jsonb_in()
+ * accepts the result, and so does the code itself, a second time.  If
+ * jsonb_in() accepts the text as it is, both results are equal.  PostgreSQL's
+ * parser recurses, so it is not given what is nested too deeply.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -30,7 +30,7 @@
 #define make_json_lexer(json, len) makeJsonLexContextCstringLen(json, len, PG_UTF8, false)
 #endif
 
-/* At most so deep; brackets in strings count, too. */
+/* An upper bound of the depth: brackets in strings count, too. */
 static int
 depth_at_most(const char *data, size_t size)
 {
@@ -41,6 +41,7 @@ depth_at_most(const char *data, size_t size)
 	return depth;
 }
 
+/* The target, called by backend.c. */
 int
 fuzz_json_text(const uint8 *data, size_t size)
 {

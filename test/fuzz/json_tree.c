@@ -3,9 +3,9 @@
  * json_tree.c
  *	  JSON values made from any bytes.
  *
- * A fuzzer that has to find out JSON's syntax first gets nowhere: here every
- * input is a value.  It is kept as a tree of our own, so that a target knows
- * what it should come to without asking jsonb, and can be written down in two
+ * A fuzzer that has to discover JSON's syntax first gets nowhere, so here
+ * every input is a value.  It is kept as a tree of our own, so that a target
+ * knows the right result without asking jsonb, and can write the value in two
  * ways that mean the same.
  *
  * Copyright (c) 2026, idempotency developers
@@ -24,7 +24,7 @@
 
 #define MAX_DEPTH 24
 
-/* Characters that mean something to somebody on the way */
+/* Characters that have a meaning to some parser on the way. */
 static const char *const characters[] = {
 	"a", "b", "[", "]", "&", "=", "%", "+", " ", "\"", "\\", "/", "\n", "\x01", "\x7f", "0", "~", ".", "#",
 	"\xc3\xa9", "\xe2\x82\xac", "\xf0\x9f\x98\x80", "_", ";"
@@ -56,7 +56,7 @@ compare_names(const StringInfoData *a, const StringInfoData *b)
 	return a->len != b->len ? a->len - b->len : memcmp(a->data, b->data, a->len);
 }
 
-/* A member goes to its place; a name that is there already is not taken. */
+/* Insert a member in its place, unless its name exists already. */
 static void
 add_member(Tree *tree, const StringInfoData *name, Tree *value)
 {
@@ -130,14 +130,14 @@ make_tree(Bytes *bytes, bool object, int depth)
 	return tree;
 }
 
-/* Take a value from the bytes, an object if one is wanted. */
+/* Take a value from the bytes: any, or an object. */
 Tree *
 tree_from_bytes(Bytes *bytes, bool object)
 {
 	return make_tree(bytes, object, 1);
 }
 
-/* The same without the members of this name. */
+/* A copy without the members of this name. */
 Tree *
 tree_without(const Tree *tree, const char *name)
 {
@@ -158,8 +158,8 @@ tree_without(const Tree *tree, const char *name)
 }
 
 /*
- * Change a leaf a little, the one of this number; *leaf counts down.  Returns
- * false if there are fewer.
+ * Change the leaf of this number a little; *leaf counts down.  Returns false if
+ * there are fewer.
  */
 bool
 tree_change(Tree *tree, int *leaf)
@@ -204,7 +204,7 @@ tree_change(Tree *tree, int *leaf)
 }
 
 /*
- * Put what follows an array within an array into the inner one.  Returns false
+ * Move what follows an array within an array into the inner one.  Returns false
  * if there is no such place.
  */
 bool

@@ -4,11 +4,11 @@
  *	  Fuzz target: paths of Stripe's API, lists of allowed ones, API bases and
  *	  versions (src/stripe/api_path.c).
  *
- * An input is a list, a zero byte, and a path; each of them is also taken for
- * everything else.  What is accepted is looked at a second time, by other
- * means: a path that is decoded as a server might do it stays below /v1 or
- * /v2 and has no query, no header and no other host in it; a base is a host
- * and a port; and a list is matched by a second matcher.
+ * An input is a list, a zero byte, and a path; each is also tried as
+ * everything else.  What is accepted is checked by other means: a path,
+ * decoded as a server might do it, stays below /v1 or /v2 and contains no
+ * query, no header and no other host; a base is a host and a port; and a list
+ * is matched by a second matcher.
  *
  * Built by test/fuzz/run, with libFuzzer, or with mutator.c.
  *
@@ -30,7 +30,7 @@ const char *const fuzz_tokens[] = {
 	":80", ":65536", "2026-10-28.endive", "\r\n", "api.stripe.com", NULL
 };
 
-/* api_path.c's only wish of the server */
+/* The only function of the server that api_path.c needs. */
 int
 pg_strncasecmp(const char *a, const char *b, size_t n)
 {
@@ -77,8 +77,8 @@ check_path(const char *path)
 }
 
 /*
- * The second matcher: a table of which prefix of the path is reached by which
- * prefix of the pattern.
+ * The second matcher: a table of which prefix of the pattern matches which
+ * prefix of the path.
  */
 static bool
 fits(const char *pattern, size_t len, const char *path)

@@ -4,10 +4,11 @@
  *	  Fuzz target: the header of a webhook's signature.
  *
  * An input is a header, and after a zero byte, if there is one, a body.  The
- * header is parsed by src/stripe/webhook_signature.c and by a second, plain parser
- * here, and both must agree; then the body is verified against the header, and
- * against headers in which the input is only a part.  The MAC is a stand-in,
- * cheap and linear, so that the fuzzer can't spend its time on SHA-256.
+ * header is parsed by src/stripe/webhook_signature.c and by a second, plain
+ * parser here, and both must agree; then the body is verified against the
+ * header, and against headers in which the input is only a part.  The MAC is a
+ * stand-in, cheap and linear, so that the fuzzer can't spend its time on
+ * SHA-256.
  *
  * Built by test/fuzz/run, with libFuzzer, or with mutator.c.
  *

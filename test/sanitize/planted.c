@@ -18,9 +18,10 @@ PG_MODULE_MAGIC;
 
 PG_FUNCTION_INFO_V1(planted);
 
-/* The compiler mustn't see what is going on. */
+/* Keeps the compiler from seeing the mistakes. */
 static volatile int one = 1;
 
+/* planted(number): make one mistake. */
 Datum
 planted(PG_FUNCTION_ARGS)
 {

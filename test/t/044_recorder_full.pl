@@ -130,7 +130,7 @@ arm($node, 'recorder-taken', 'wait');
 begin(q{SELECT test_stripe_call('call', 'interrupted')});
 wait_for_point($node, 'recorder-taken');
 my (undef, undef, $stderr) = $node->psql('postgres', q{SET idempotency.stripe_record_timeout = '100ms'; SELECT test_stripe_call('call', 'slow')});
-like($stderr, qr/ERROR:  the recorder .* nothing was sent\nDETAIL:  It didn't answer within idempotency.stripe_record_timeout\.\nHINT:  Try again/, 'no answer in time: an error');
+like($stderr, qr/ERROR:  the recorder .* nothing was sent\nDETAIL:  It did not answer within idempotency.stripe_record_timeout\.\nHINT:  Try again/, 'no answer in time: an error');
 (undef, undef, $stderr) = $node->psql('postgres', q{SET idempotency.stripe_record_timeout = '100ms'; SELECT test_stripe_call('call', 'taken back')});
 like($stderr, qr/WARNING:  .*"call:taken back"/, 'a result is given all the same, with a warning that it can\'t be noted to whom');
 sql($node, q{SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE backend_type = 'idempotency recorder'});

@@ -447,7 +447,7 @@ sub said
 
 	return $stderr;
 }
-my $useless = qr/NOTICE:  outcome of Stripe operation "payment:[^"]*" is not known, and can't be found out by calling again\nHINT:  The view "idempotency.stripe_unknown"/;
+my $useless = qr/NOTICE:  outcome of Stripe operation "payment:[^"]*" is not known, and cannot be found out by calling again\nHINT:  The view "idempotency.stripe_unknown"/;
 my $call = q{'POST', '/v1/payment_intents', '{"amount": 2000, "currency": "usd"}'};
 like(said('stripe_retry', q{'payment', 'a day'}), $useless, 'too late');
 $stripe->fault('500');

@@ -384,7 +384,7 @@ lapse_stripe_lease($node, 'payment', 'held');
 sql($node, q{UPDATE idempotency.stripe_idempotency_keys SET request = NULL WHERE operation_id = 'held'});
 $row = reconcile_one('payment', 'held');
 has($row, { outcome => 'unknown' }, 'lapsed');
-has($row->{evidence}, { skipped => 'it isn\'t known which path was called' }, 'nothing to ask by');
+has($row->{evidence}, { skipped => 'it is not known which path was called' }, 'nothing to ask by');
 like(next_step('held'), qr/stripe_settle/, 'that takes a person');
 sql($node, q{SELECT idempotency.stripe_settle('payment', 'held', 'not_executed')});
 

@@ -118,7 +118,7 @@ refused(qr/is empty/, 'an empty file');
 write_secrets(" \n\n");
 refused(qr/is empty/, 'a file of empty lines');
 write_secrets("whsec_test_a\nwhsec test b\n");
-refused(qr/has a line that can't be a secret/, 'white space in a secret');
+refused(qr/has a line that cannot be a secret/, 'white space in a secret');
 write_secrets("whsec_test_a\0\n");
 refused(qr/zero byte/, 'a zero byte');
 write_secrets("whsec_test_a\n" x 2000);

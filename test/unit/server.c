@@ -1,11 +1,11 @@
 /*-------------------------------------------------------------------------
  *
  * server.c
- *	  What of a server a program lacks that is linked without one: the ends of
- *	  elog() and of an assertion, which are for what can't happen.
+ *	  Stand-ins for functions of the server, for a program linked without one:
+ *	  what elog() and a failed assertion call, which must not happen.
  *
- * Their parameters differ between majors, and nobody looks at them, so this file
- * doesn't include postgres.h.
+ * Their parameters differ between majors, and are not used, so this file does
+ * not include postgres.h.
  *
  * Copyright (c) 2026, idempotency developers
  *

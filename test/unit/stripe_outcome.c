@@ -1,8 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * stripe_outcome.c
- *	  Every row of what Stripe's answers mean, one by one, and that no answer
- *	  whatsoever is left without a meaning.  Prints TAP.
+ *	  Tests every row of what Stripe's answers mean, and that every possible
+ *	  answer has a meaning.  Prints TAP.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -107,7 +107,7 @@ static const Row rows[] = {
 	{"-1", -1, true, true, NULL, NULL, UNKNOWN, true, false}
 };
 
-/* What Stripe's headers make of another attempt at once */
+/* Stripe's headers, and whether another attempt is made at once. */
 static const struct
 {
 	const char *name;
