@@ -48,6 +48,7 @@ OBJS = \
 	src/process/recorder_client.o \
 	src/process/recorder_process.o \
 	src/process/recorder_queue.o \
+	src/process/recorder_start.o \
 	src/process/worker.o \
 	src/process/worker_table.o \
 	src/send/api_key.o \

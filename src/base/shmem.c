@@ -35,7 +35,7 @@ static void life_attach(void *area, LWLockPadded *locks);
 
 static const ShmemPart parts[] = {
 	{"idempotency server life", 0, life_size, life_init, life_attach},
-	{"idempotency recorder queue", 1, queue_size, queue_init, queue_attach},
+	{"idempotency recorder queue", 1, recorder_queue_size, recorder_queue_init, recorder_queue_attach},
 	{"idempotency databases", 1, worker_table_size, worker_table_init, worker_table_attach},
 };
 

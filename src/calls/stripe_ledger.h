@@ -19,7 +19,6 @@
 #include "ledger/ledger.h"
 #include "ledger/namespace.h"
 #include "ledger/request_fingerprint.h"
-#include "process/recorder_client.h"
 #include "stripe/stripe_outcome.h"
 
 /*

@@ -61,9 +61,9 @@
 #include "calls/call_transactions.h"
 #include "calls/settle_by_event.h"
 #include "calls/stripe_ledger.h"
-#include "process/background_process.h"
 #include "process/recorder_client.h"
 #include "process/recorder_queue.h"
+#include "process/recorder_start.h"
 #include "process/worker_table.h"
 
 /* A commit is usually done within this time; then wait for its lock. */
@@ -72,9 +72,6 @@
 
 /* There was no place for a recorder: how soon to ask again. */
 #define PLACE_WAIT_MS		25
-
-/* A recorder that was asked for and doesn't run after this is asked for again. */
-#define START_PATIENCE_MS	1000
 
 /* What a record needs besides the bodies: ids of limited length. */
 #define ANSWER_OVERHEAD		(8 * 1024)
@@ -148,8 +145,8 @@ stop_waiting(void)
 			if (claimed)
 			{
 				left = my_order->detached = true;
-				queue_post(my_order, ORDER_RELEASE);
-				queue_wake_recorder(MyDatabaseId);
+				recorder_queue_post(my_order, ORDER_RELEASE);
+				recorder_queue_wake(MyDatabaseId);
 			}
 			else if (my_order->state == ORDER_POSTED && my_order->verb == ORDER_RECORD)
 				left = my_order->detached = true;
@@ -215,7 +212,7 @@ at_exit(int code, Datum arg)
 
 	segment = my_order->segment;
 	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-	queue_free_order(my_order);
+	recorder_queue_free_order(my_order);
 	LWLockRelease(recorder_queue_lock);
 	leave_order_behind();
 	if (segment != DSM_HANDLE_INVALID)
@@ -291,7 +288,7 @@ get_order(Operation *op)
 	if (my_order == NULL)
 	{
 		LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-		my_order = queue_new_order();
+		my_order = recorder_queue_new_order();
 		LWLockRelease(recorder_queue_lock);
 		if (my_order == NULL)
 			no_recorder(gettext_noop("Too many answers of Stripe wait to be recorded."),
@@ -347,59 +344,6 @@ reserve(Size size)
 		dsm_unpin_segment(old);
 	}
 	my_segment = segment;
-}
-
-/* ---------- starting a recorder ---------- */
-
-/*
- * Ask for a recorder of a database unless there is one or somebody else has
- * just asked.  Where we ask, sets *since and, unless it is NULL, *handle.
- */
-RecorderAsked
-ask_for_recorder(Oid database, TimestampTz *since, BackgroundWorkerHandle **handle)
-{
-	RecorderSlot *slot;
-	TimestampTz now = GetCurrentTimestamp();
-	RecorderAsked result = RECORDER_COMES;
-	bool		ask = false;
-	bool		started;
-
-	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-	slot = queue_slot(database, false);
-	if (slot != NULL && slot->procno >= 0)
-		result = RECORDER_RUNS;
-	else if (slot != NULL && slot->blocked)
-		result = RECORDER_IS_BLOCKED;
-	else if (slot == NULL || is_over(slot->started, START_PATIENCE_MS * 1000, now))
-	{
-		slot = queue_is_next(database) ? queue_slot(database, true) : NULL;
-		ask = slot != NULL;
-		if (ask)
-			*since = slot->started = now;
-		else
-		{
-			result = RECORDER_HAS_NO_PLACE;
-			queue_ask_for_room(database);
-		}
-	}
-	LWLockRelease(recorder_queue_lock);
-	if (!ask)
-		return result;
-
-	started = background_start("recorder", database, handle);
-	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-	if (started)
-		queue_stop_wanting(database, true);
-	else
-	{
-		result = RECORDER_HAS_NO_PLACE;
-		slot = queue_slot(database, false);
-		if (slot != NULL && slot->procno < 0 && !slot->blocked)
-			slot->database = InvalidOid;
-		queue_ask_for_room(database);
-	}
-	LWLockRelease(recorder_queue_lock);
-	return result;
 }
 
 /*
@@ -458,7 +402,7 @@ wait_for_answer(bool before_send)
 
 		LWLockAcquire(recorder_queue_lock, LW_SHARED);
 		state = my_order->state;
-		slot = queue_slot(MyDatabaseId, false);
+		slot = recorder_queue_slot(MyDatabaseId, false);
 		if (slot != NULL)
 		{
 			running = slot->procno >= 0;
@@ -476,7 +420,7 @@ wait_for_answer(bool before_send)
 			if (!no_place)
 				return WAIT_TIMED_OUT;
 			LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-			queue_stop_wanting(MyDatabaseId, false);
+			recorder_queue_stop_wanting(MyDatabaseId, false);
 			LWLockRelease(recorder_queue_lock);
 			return WAIT_NO_WORKER;
 		}
@@ -489,7 +433,7 @@ wait_for_answer(bool before_send)
 			if (failed && before_send && GetBackgroundWorkerPid(handle, &pid) == BGWH_STOPPED)
 			{
 				LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-				slot = queue_slot(MyDatabaseId, false);
+				slot = recorder_queue_slot(MyDatabaseId, false);
 				failed = slot != NULL && slot->procno < 0 && slot->started == since;
 				if (failed)
 					slot->started = 0;
@@ -524,8 +468,8 @@ submit(OrderVerb verb, bool before_send)
 
 	order_subid = GetCurrentSubTransactionId();
 	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-	queue_post(my_order, verb);
-	queue_wake_recorder(MyDatabaseId);
+	recorder_queue_post(my_order, verb);
+	recorder_queue_wake(MyDatabaseId);
 	LWLockRelease(recorder_queue_lock);
 
 	result = wait_for_answer(before_send);
@@ -594,7 +538,7 @@ submit_before_send(OrderVerb verb)
 bool
 recorder_can_run(void)
 {
-	return queue_is_there();
+	return recorder_queue_is_there();
 }
 
 /*
@@ -985,8 +929,8 @@ recorder_gave_up(void)
 	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 	my_order->token = flight.token;
 	my_order->detached = true;
-	queue_post(my_order, flight.sending ? ORDER_GAVE_UP : ORDER_RELEASE);
-	queue_wake_recorder(MyDatabaseId);
+	recorder_queue_post(my_order, flight.sending ? ORDER_GAVE_UP : ORDER_RELEASE);
+	recorder_queue_wake(MyDatabaseId);
 	LWLockRelease(recorder_queue_lock);
 	leave_order_behind();
 	see_to_order();
@@ -1112,26 +1056,4 @@ recorder_look(StripeCallClaim *known)
 	claim.known = true;
 	fill_call_claim(&claim, known);
 	return true;
-}
-
-/* A verdict's label in the SQL type idempotency.verdict */
-const char *
-stripe_verdict_name(StripeVerdict verdict)
-{
-	switch (verdict)
-	{
-		case STRIPE_CLAIMED:
-			return "claimed";
-		case STRIPE_REPLAY:
-			return "replay";
-		case STRIPE_BUSY:
-			return "in_progress";
-		case STRIPE_OTHER_REQUEST:
-			return "mismatch";
-		case STRIPE_CANT_TELL:
-			return "unknown";
-	}
-
-	elog(ERROR, "unrecognized verdict: %d", (int) verdict);
-	return NULL;				/* keep compiler quiet */
 }

@@ -29,17 +29,8 @@
 #include "utils/jsonb.h"
 #include "utils/timestamp.h"
 
+#include "calls/stripe_ledger.h"
 #include "stripe/stripe_outcome.h"
-
-/* Labels of the SQL type idempotency.verdict */
-typedef enum StripeVerdict
-{
-	STRIPE_CLAIMED,
-	STRIPE_REPLAY,
-	STRIPE_BUSY,				/* in_progress */
-	STRIPE_OTHER_REQUEST,		/* mismatch */
-	STRIPE_CANT_TELL			/* unknown */
-} StripeVerdict;
 
 /*
  * A call that somebody wants to send.  Strings end with a NUL; those that
@@ -168,17 +159,11 @@ extern PGDLLEXPORT void recorder_gave_up(void);
 
 /* ---------- for the core's own functions ---------- */
 
-struct Operation;
-struct StripeClaim;
-
 /* Is there shared memory, so that a recorder can run at all? */
 extern PGDLLEXPORT bool recorder_can_run(void);
 
-extern void recorder_run_claim(struct StripeClaim *claim);
-extern char *recorder_run_reopen(struct Operation *op, bool force, int from_generation,
+extern void recorder_run_claim(StripeClaim *claim);
+extern char *recorder_run_reopen(Operation *op, bool force, int from_generation,
 								 const char *user);
-
-/* A verdict's label in the SQL type idempotency.verdict */
-extern PGDLLEXPORT const char *stripe_verdict_name(StripeVerdict verdict);
 
 #endif							/* IDEMPOTENCY_RECORDER_CLIENT_H */

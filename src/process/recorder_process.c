@@ -168,7 +168,7 @@ unmap_segment(int i)
 static char *
 map_segment(Order *order)
 {
-	int			i = order - queue_order(0);
+	int			i = order - recorder_queue_order(0);
 
 	if (mappings[i] == NULL || mapped[i] != order->segment)
 	{
@@ -188,7 +188,7 @@ map_segment(Order *order)
 static void
 unmap_large_segment(Order *order)
 {
-	int			i = order - queue_order(0);
+	int			i = order - recorder_queue_order(0);
 
 	if (mappings[i] != NULL && dsm_segment_map_length(mappings[i]) > ORDER_SEGMENT_MIN)
 		unmap_segment(i);
@@ -200,9 +200,9 @@ unmap_stale_segments(void)
 {
 	int			i;
 
-	for (i = 0; i < queue_norders(); i++)
+	for (i = 0; i < recorder_queue_norders(); i++)
 	{
-		Order	   *order = queue_order(i);
+		Order	   *order = recorder_queue_order(i);
 
 		if (mappings[i] != NULL &&
 			(order->state == ORDER_FREE || order->segment != mapped[i]))
@@ -660,9 +660,9 @@ look_for_orders(bool *due, int *pause)
 
 	*due = false;
 	*pause = RETRY_LAST_MS;
-	for (i = 0; i < queue_norders(); i++)
+	for (i = 0; i < recorder_queue_norders(); i++)
 	{
-		Order	   *order = queue_order(i);
+		Order	   *order = recorder_queue_order(i);
 
 		if (order->state != ORDER_POSTED || order->database != MyDatabaseId)
 			continue;
@@ -681,18 +681,18 @@ look_for_orders(bool *due, int *pause)
 static void
 take_batch(TransactionId xid)
 {
-	Order	  **candidates = palloc(queue_norders() * sizeof(Order *));
+	Order	  **candidates = palloc(recorder_queue_norders() * sizeof(Order *));
 	TimestampTz now = GetCurrentTimestamp();
 	RecorderSlot *slot;
 	int			n = 0;
 	int			i;
 
 	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-	slot = queue_slot(MyDatabaseId, false);
+	slot = recorder_queue_slot(MyDatabaseId, false);
 	slot->xid = xid;
-	for (i = 0; i < queue_norders(); i++)
+	for (i = 0; i < recorder_queue_norders(); i++)
 	{
-		Order	   *order = queue_order(i);
+		Order	   *order = recorder_queue_order(i);
 
 		if (order->state == ORDER_POSTED && order->database == MyDatabaseId &&
 			is_ripe(order, now))
@@ -729,9 +729,9 @@ free_order(Order *order)
 {
 	dsm_handle	segment = order->segment;
 
-	unmap_segment(order - queue_order(0));
+	unmap_segment(order - recorder_queue_order(0));
 	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-	queue_free_order(order);
+	recorder_queue_free_order(order);
 	LWLockRelease(recorder_queue_lock);
 	if (segment != DSM_HANDLE_INVALID)
 		dsm_unpin_segment(segment);
@@ -782,7 +782,7 @@ end_batch(bool committed, bool durable, ErrorData *edata)
 		LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 		if (order->detached && order->verb == ORDER_CLAIM && order->answer == ORDER_OK &&
 			(order->committed || !entry->retry))
-			queue_post(order, ORDER_RELEASE);	/* claimed in vain */
+			recorder_queue_post(order, ORDER_RELEASE);	/* claimed in vain */
 		else if (order->detached && is_before_send(order->verb))
 			free_it = true;		/* nobody wants it any more */
 		else if (committed && !entry->retry && (!durable || lease_runs_out(order, now)))
@@ -822,7 +822,7 @@ end_batch(bool committed, bool durable, ErrorData *edata)
 	}
 
 	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-	queue_slot(MyDatabaseId, false)->xid = InvalidTransactionId;
+	recorder_queue_slot(MyDatabaseId, false)->xid = InvalidTransactionId;
 	LWLockRelease(recorder_queue_lock);
 	RESUME_INTERRUPTS();
 }
@@ -878,9 +878,9 @@ rest_after(ErrorData *edata)
 	rest_since = GetCurrentTimestamp();
 	rest_ms = Min(Max(2 * rest_ms, REST_FIRST_MS), REST_LAST_MS);
 
-	for (i = 0; i < queue_norders(); i++)
+	for (i = 0; i < recorder_queue_norders(); i++)
 	{
-		Order	   *order = queue_order(i);
+		Order	   *order = recorder_queue_order(i);
 
 		LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 		if (order->state == ORDER_POSTED && order->database == MyDatabaseId &&
@@ -1061,19 +1061,19 @@ at_exit(int code, Datum arg)
 
 	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 	have_slot = false;
-	slot = queue_slot(MyDatabaseId, false);
+	slot = recorder_queue_slot(MyDatabaseId, false);
 	slot->procno = -1;
 	slot->xid = InvalidTransactionId;
 	slot->started = 0;
 	if (!slot->blocked)
 		slot->database = InvalidOid;
-	for (i = 0; i < queue_norders(); i++)
+	for (i = 0; i < recorder_queue_norders(); i++)
 	{
-		Order	   *order = queue_order(i);
+		Order	   *order = recorder_queue_order(i);
 
 		if (order->state != ORDER_POSTED || order->database != MyDatabaseId)
 			continue;
-		if (queue_is_left(order))
+		if (recorder_queue_is_left(order))
 			left = true;
 		else
 			SetLatch(&GetPGProcByNumber(order->procno)->procLatch);
@@ -1096,7 +1096,7 @@ take_slot(void)
 	before_shmem_exit(at_exit, (Datum) 0);
 
 	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-	slot = queue_slot(MyDatabaseId, true);
+	slot = recorder_queue_slot(MyDatabaseId, true);
 	if (slot != NULL && slot->procno < 0 && !slot->blocked)
 	{
 		slot->procno = MY_PROC_NUMBER;
@@ -1123,7 +1123,7 @@ leave_if_idle(void)
 	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 	if (look_for_orders(&due, &pause) == 0)
 	{
-		slot = queue_slot(MyDatabaseId, false);
+		slot = recorder_queue_slot(MyDatabaseId, false);
 		slot->procno = -1;
 		slot->started = 0;
 		slot->database = InvalidOid;
@@ -1140,7 +1140,7 @@ decline_to_leave(void)
 	RecorderSlot *slot;
 
 	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-	slot = queue_slot(MyDatabaseId, false);
+	slot = recorder_queue_slot(MyDatabaseId, false);
 	slot->make_room = false;
 	slot->used = GetCurrentTimestamp();
 	LWLockRelease(recorder_queue_lock);
@@ -1173,8 +1173,8 @@ idempotency_recorder_main(Datum arg)
 	settings_guard_disarm();
 	pgstat_report_appname(MyBgworkerEntry->bgw_type);
 	wait_event = WAIT_EVENT_NEW("IdempotencyRecorderMain");
-	mappings = MemoryContextAllocZero(TopMemoryContext, queue_norders() * sizeof(dsm_segment *));
-	mapped = MemoryContextAllocZero(TopMemoryContext, queue_norders() * sizeof(dsm_handle));
+	mappings = MemoryContextAllocZero(TopMemoryContext, recorder_queue_norders() * sizeof(dsm_segment *));
+	mapped = MemoryContextAllocZero(TopMemoryContext, recorder_queue_norders() * sizeof(dsm_handle));
 	MemoryContextSwitchTo(AllocSetContextCreate(TopMemoryContext, "idempotency recorder",
 												ALLOCSET_DEFAULT_SIZES));
 
@@ -1207,7 +1207,7 @@ idempotency_recorder_main(Datum arg)
 
 		LWLockAcquire(recorder_queue_lock, LW_SHARED);
 		posted = look_for_orders(&due, &pause);
-		slot = queue_slot(MyDatabaseId, false);
+		slot = recorder_queue_slot(MyDatabaseId, false);
 		blocked = slot->blocked;
 		make_room = slot->make_room;
 		LWLockRelease(recorder_queue_lock);

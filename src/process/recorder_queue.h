@@ -13,7 +13,6 @@
 #define IDEMPOTENCY_RECORDER_QUEUE_H
 
 #include "access/transam.h"
-#include "postmaster/bgworker.h"
 #include "storage/dsm.h"
 #include "storage/lwlock.h"
 #include "utils/timestamp.h"
@@ -163,35 +162,23 @@ extern char *arguments_get_string(char **from);
 
 extern LWLock *recorder_queue_lock;
 
-extern Size queue_size(void);
-extern void queue_init(void *area);
-extern void queue_attach(void *area, LWLockPadded *locks);
-extern bool queue_is_there(void);
+extern Size recorder_queue_size(void);
+extern void recorder_queue_init(void *area);
+extern void recorder_queue_attach(void *area, LWLockPadded *locks);
+extern bool recorder_queue_is_there(void);
 
-/* What came of asking for a recorder. */
-typedef enum RecorderAsked
-{
-	RECORDER_RUNS,
-	RECORDER_COMES,				/* we, or somebody else, have asked for it */
-	RECORDER_IS_BLOCKED,		/* the database is being dropped */
-	RECORDER_HAS_NO_PLACE
-} RecorderAsked;
-
-extern RecorderAsked ask_for_recorder(Oid database, TimestampTz *since,
-									  BackgroundWorkerHandle **handle);
-
-extern int	queue_norders(void);
-extern Order *queue_order(int i);
-extern Order *queue_new_order(void);
-extern void queue_free_order(Order *order);
-extern void queue_post(Order *order, OrderVerb verb);
-extern RecorderSlot *queue_slot(Oid database, bool create);
-extern void queue_wake_recorder(Oid database);
-extern bool queue_is_next(Oid database);
-extern void queue_ask_for_room(Oid database);
-extern void queue_stop_wanting(Oid database, bool found);
-extern bool queue_is_left(const Order *order);
-extern bool queue_block(Oid database);
-extern void queue_unblock(Oid database);
+extern int	recorder_queue_norders(void);
+extern Order *recorder_queue_order(int i);
+extern Order *recorder_queue_new_order(void);
+extern void recorder_queue_free_order(Order *order);
+extern void recorder_queue_post(Order *order, OrderVerb verb);
+extern RecorderSlot *recorder_queue_slot(Oid database, bool create);
+extern void recorder_queue_wake(Oid database);
+extern bool recorder_queue_is_next(Oid database);
+extern void recorder_queue_ask_for_room(Oid database);
+extern void recorder_queue_stop_wanting(Oid database, bool found);
+extern bool recorder_queue_is_left(const Order *order);
+extern bool recorder_queue_block(Oid database);
+extern void recorder_queue_unblock(Oid database);
 
 #endif							/* IDEMPOTENCY_RECORDER_QUEUE_H */

@@ -341,6 +341,30 @@ stripe_outcome_name(StripeOutcome outcome)
 	return NULL;				/* keep compiler quiet */
 }
 
+/*
+ * Give a verdict's label in the SQL type idempotency.verdict.
+ */
+const char *
+stripe_verdict_name(StripeVerdict verdict)
+{
+	switch (verdict)
+	{
+		case STRIPE_CLAIMED:
+			return "claimed";
+		case STRIPE_REPLAY:
+			return "replay";
+		case STRIPE_BUSY:
+			return "in_progress";
+		case STRIPE_OTHER_REQUEST:
+			return "mismatch";
+		case STRIPE_CANT_TELL:
+			return "unknown";
+	}
+
+	elog(ERROR, "unrecognized verdict: %d", (int) verdict);
+	return NULL;				/* keep compiler quiet */
+}
+
 static bool
 holds(Condition condition, bool value)
 {

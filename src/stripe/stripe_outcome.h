@@ -22,6 +22,16 @@ typedef enum StripeOutcome
 	STRIPE_MISMATCH
 } StripeOutcome;
 
+/* May a call be sent: labels of the SQL type idempotency.verdict */
+typedef enum StripeVerdict
+{
+	STRIPE_CLAIMED,
+	STRIPE_REPLAY,
+	STRIPE_BUSY,				/* in_progress */
+	STRIPE_OTHER_REQUEST,		/* mismatch */
+	STRIPE_CANT_TELL			/* unknown */
+} StripeVerdict;
+
 /* What came back, if anything */
 typedef struct StripeAnswer
 {
@@ -55,6 +65,7 @@ typedef enum StripeShouldRetry
 extern StripeClass stripe_classify(const StripeAnswer *answer);
 extern bool stripe_retry_at_once(const StripeAnswer *answer, const StripeClass *class,
 								 StripeShouldRetry should_retry, bool replayed);
-extern const char *stripe_outcome_name(StripeOutcome outcome);
+extern PGDLLEXPORT const char *stripe_outcome_name(StripeOutcome outcome);
+extern PGDLLEXPORT const char *stripe_verdict_name(StripeVerdict verdict);
 
 #endif							/* IDEMPOTENCY_STRIPE_OUTCOME_H */
