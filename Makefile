@@ -46,6 +46,7 @@ OBJS = \
 	src/process/drop_database.o \
 	src/process/launcher.o \
 	src/process/recorder_client.o \
+	src/process/recorder_message.o \
 	src/process/recorder_process.o \
 	src/process/recorder_queue.o \
 	src/process/recorder_start.o \

@@ -250,9 +250,9 @@ set_jsonb(Datum *values, char *nulls, int i, Jsonb *json)
 }
 
 static bool
-outcome_is(const Call *call, const char *outcome)
+outcome_is(const Call *call, StripeOutcome outcome)
 {
-	return strcmp(TextDatumGetCString(call->values[CALL_OUTCOME]), outcome) == 0;
+	return stripe_outcome_by_name(TextDatumGetCString(call->values[CALL_OUTCOME])) == outcome;
 }
 
 static NullableDatum
@@ -272,18 +272,18 @@ call_column(const Call *call, int column)
 static bool
 call_is_denied(const Call *call)
 {
-	return outcome_is(call, "not_executed") && DatumGetBool(call->values[CALL_SENT]);
+	return outcome_is(call, STRIPE_NOT_EXECUTED) && DatumGetBool(call->values[CALL_SENT]);
 }
 
 /* Is nobody at a call whose outcome isn't known? */
 static bool
 call_is_open(const Call *call, bool key_found, int64 claimed_token, TimestampTz now)
 {
-	if (outcome_is(call, "unknown"))
+	if (outcome_is(call, STRIPE_UNKNOWN))
 		return true;
 	if (call_is_denied(call))
 		return key_found;
-	if (!outcome_is(call, "in_progress"))
+	if (!outcome_is(call, STRIPE_IN_PROGRESS))
 		return false;
 	if (DatumGetInt64(call->values[CALL_TOKEN]) == claimed_token)
 		return true;
@@ -321,30 +321,31 @@ lock_open_call(Relation rel, Call *call, bool key_found, int64 claimed_token, Ti
 static bool
 write_finding(Relation rel, Call *call, const Finding *finding, TimestampTz now, Execute execute)
 {
+	const CallResult *result = &finding->result;
 	Operation	op;
 	Datum		values[15];
 	char		nulls[] = "               ";
 
 	memcpy(values, call->values, 4 * sizeof(Datum));
-	set_text(values, nulls, 4, finding->outcome);
+	set_text(values, nulls, 4, stripe_outcome_name(result->outcome));
 	values[5] = TimestampTzGetDatum(now);
-	set_text(values, nulls, 6, finding->object_id);
-	set_text(values, nulls, 7, finding->object_type);
-	values[8] = BoolGetDatum(finding->livemode > 0);
-	nulls[8] = finding->livemode < 0 ? 'n' : ' ';
-	set_text(values, nulls, 9, finding->request_id);
-	set_jsonb(values, nulls, 10, finding->response);
-	set_jsonb(values, nulls, 11, finding->error);
+	set_text(values, nulls, 6, result->resource_id);
+	set_text(values, nulls, 7, result->resource_type);
+	values[8] = BoolGetDatum(result->livemode == LIVEMODE_LIVE);
+	nulls[8] = result->livemode == LIVEMODE_UNKNOWN ? 'n' : ' ';
+	set_text(values, nulls, 9, result->request_id);
+	set_jsonb(values, nulls, 10, result->response);
+	set_jsonb(values, nulls, 11, result->error);
 	set_jsonb(values, nulls, 12, finding->evidence);
 	set_text(values, nulls, 13, finding->by);
-	set_text(values, nulls, 14, finding->object_status);
+	set_text(values, nulls, 14, result->resource_status);
 	if (execute(rel, &settle_call, values, nulls, NULL, NULL, 0) == 0)
 		return false;
 
 	op.account = TextDatumGetCString(values[0]);
 	op.type = TextDatumGetCString(values[1]);
 	op.id = TextDatumGetCString(values[2]);
-	stripe_notify_settled(&op, finding->outcome, finding->object_id);
+	stripe_notify_settled(&op, result->outcome, result->resource_id);
 	return true;
 }
 
@@ -355,25 +356,27 @@ write_finding(Relation rel, Call *call, const Finding *finding, TimestampTz now,
 bool
 finding_of_event(const WebhookEvent *event, FoundBy found_by, Jsonb *request, Finding *finding)
 {
+	CallResult *result = &finding->result;
+
 	memset(finding, 0, sizeof(Finding));
-	finding->outcome = outcome_of_event(event, found_by, request);
-	if (finding->outcome == NULL)
+	result->outcome = outcome_of_event(event, found_by, request);
+	if (!stripe_is_definitive(result->outcome))
 		return false;
 
-	finding->object_id = event->object_id;
-	finding->object_type = event->object_type;
-	finding->object_status = stripe_object_status(event->object);
-	finding->livemode = event->livemode_known ? event->livemode : -1;
+	result->resource_id = event->object_id;
+	result->resource_type = event->object_type;
+	result->resource_status = stripe_object_status(event->object);
+	result->livemode = event->livemode_known ? livemode_of(event->livemode) : LIVEMODE_UNKNOWN;
 	if (found_by == BY_KEY)
-		finding->request_id = event->request_id;
-	if (strcmp(finding->outcome, "failed") == 0)
+		result->request_id = event->request_id;
+	if (result->outcome == STRIPE_FAILED)
 	{
-		finding->error = json_member_copy(event->object, "last_payment_error");
-		if (finding->error == NULL)
-			finding->error = json_member_copy(event->object, "last_setup_error");
+		result->error = json_member_copy(event->object, "last_payment_error");
+		if (result->error == NULL)
+			result->error = json_member_copy(event->object, "last_setup_error");
 	}
-	if (finding->error == NULL && event->object != NULL)
-		finding->response = json_member_copy(json_object_member(&event->json->root, "data"),
+	if (result->error == NULL && event->object != NULL)
+		result->response = json_member_copy(json_object_member(&event->json->root, "data"),
 											 "object");
 	return true;
 }
@@ -460,7 +463,7 @@ settle(Relation rel, Call *call, const WebhookEvent *event, FoundBy found_by,
 	TimestampTz now = GetCurrentTimestamp();
 	Finding		finding;
 
-	if (!outcome_is(call, "unknown") && !outcome_is(call, "in_progress") &&
+	if (!outcome_is(call, STRIPE_UNKNOWN) && !outcome_is(call, STRIPE_IN_PROGRESS) &&
 		!(found_by == BY_KEY && call_is_denied(call)))
 		return SETTLED_NOT;
 
@@ -503,7 +506,7 @@ settle_by_finding(const Datum *key, int64 token, const Finding *finding)
 	memcpy(call.values, key, 3 * sizeof(Datum));
 	call.values[CALL_TOKEN] = Int64GetDatum(token);
 	written = lock_open_call(rel, &call, true, 0, now, ledger_execute_latest);
-	if (written && finding->outcome != NULL)
+	if (written && stripe_is_definitive(finding->result.outcome))
 		written = write_finding(rel, &call, finding, now, ledger_execute_latest);
 	else if (written)
 	{
@@ -615,7 +618,7 @@ settle_by_kept_events(const Datum *key, int64 claimed_token, bool only_look)
 
 	if (ledger_execute_latest(rel, &find_call, (Datum *) key, NULL, call.values, call.isnull,
 							  CALL_NCOLUMNS) > 0 &&
-		(outcome_is(&call, "unknown") || outcome_is(&call, "in_progress") ||
+		(outcome_is(&call, STRIPE_UNKNOWN) || outcome_is(&call, STRIPE_IN_PROGRESS) ||
 		 call_is_denied(&call)))
 	{
 		Datum		values[4];

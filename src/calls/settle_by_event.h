@@ -42,14 +42,7 @@ typedef struct KeptBatch
 /* What was found out about a call; a pointer is NULL where there is nothing. */
 typedef struct Finding
 {
-	const char *outcome;		/* completed or failed */
-	const char *object_id;
-	const char *object_type;
-	const char *object_status;
-	int			livemode;		/* 1, 0 or -1 */
-	const char *request_id;
-	Jsonb	   *response;
-	Jsonb	   *error;
+	CallResult	result;			/* completed or failed, or nothing was found */
 	const char *by;				/* who, or what, says so */
 	Jsonb	   *evidence;
 } Finding;

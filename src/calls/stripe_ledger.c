@@ -173,7 +173,7 @@ static OwnerStatement renew_claim = {
  * $6 is the outcome of this answer.  It makes the operation free only where no
  * attempt before may have been executed; and an outcome that isn't known stays
  * uncertain whatever this token records next, but for a definitive one.
- * $14: this attempt never left.  $15: the transaction that records answers for
+ * $14: may this attempt have left?  $15: the transaction that records answers for
  * the row by itself.  $16: what the object's status is.
  */
 static OwnerStatement record_outcome = {
@@ -186,7 +186,7 @@ static OwnerStatement record_outcome = {
 	" resource_status = $16,"
 	" http_status = $9, response = " WITHOUT_SECRET("$10") ", error = $11,"
 	" request_id = COALESCE($12, request_id), livemode = COALESCE($13, livemode),"
-	" first_sent_at = CASE WHEN $14 AND first_sent_at OPERATOR(pg_catalog.=) claimed_at"
+	" first_sent_at = CASE WHEN NOT $14 AND first_sent_at OPERATOR(pg_catalog.=) claimed_at"
 	" THEN NULL ELSE first_sent_at END,"
 	" callers = CASE WHEN $15 THEN NULL ELSE callers END,"
 	" lease = NULL, lease_expires_at = NULL, caller_life = NULL, caller_vxid = NULL"
@@ -336,25 +336,12 @@ set_ignored(RequestPrint *print, const char *list)
 	print->nignore = n;
 }
 
-/* A parameter that may be missing. */
+/* $1 to $4 of what is done with a token. */
 static void
-set_pointer(Datum *values, char *nulls, int i, const void *pointer)
+token_parameters(Operation *op, int64 token, Parameters *p)
 {
-	values[i] = PointerGetDatum(pointer);
-	nulls[i] = pointer == NULL ? 'n' : ' ';
-}
-
-static void
-set_string(Datum *values, char *nulls, int i, const char *string)
-{
-	set_pointer(values, nulls, i, string == NULL ? NULL : cstring_to_text(string));
-}
-
-static void
-set_flag(Datum *values, char *nulls, int i, int flag)
-{
-	values[i] = BoolGetDatum(flag > 0);
-	nulls[i] = flag < 0 ? 'n' : ' ';
+	parameters_begin(p, op->key, lengthof(op->key));
+	parameter_int64(p, token);
 }
 
 /* ---------- reading a row ---------- */
@@ -384,17 +371,18 @@ stripe_resend_until(LedgerRow *row, int64 margin)
 		margin;
 }
 
-static bool
-row_outcome_is(LedgerRow *row, const char *outcome)
+/* The outcome as it is recorded. */
+StripeOutcome
+stripe_recorded_outcome(LedgerRow *row)
 {
-	return strcmp(enum_label(row->values[S_OUTCOME]), outcome) == 0;
+	return stripe_outcome_by_name(enum_label(row->values[S_OUTCOME]));
 }
 
 /* Is it recorded for good? */
 bool
 stripe_row_is_final(LedgerRow *row)
 {
-	return row_outcome_is(row, "completed") || row_outcome_is(row, "failed");
+	return stripe_is_definitive(stripe_recorded_outcome(row));
 }
 
 /*
@@ -426,7 +414,7 @@ row_column(LedgerRow *row, int column)
 bool
 stripe_row_is_held(LedgerRow *row, TimestampTz now)
 {
-	return row_outcome_is(row, "in_progress") &&
+	return stripe_recorded_outcome(row) == STRIPE_IN_PROGRESS &&
 		!stripe_has_lapsed(row_column(row, S_LEASE_EXPIRES_AT), row_column(row, S_CALLER_LIFE),
 						   row_column(row, S_CALLER_VXID), now);
 }
@@ -435,15 +423,56 @@ stripe_row_is_held(LedgerRow *row, TimestampTz now)
 bool
 stripe_caller_gone(LedgerRow *row)
 {
-	return !row->isnull[S_CALLER_LIFE] && row_outcome_is(row, "in_progress") &&
+	return !row->isnull[S_CALLER_LIFE] && stripe_recorded_outcome(row) == STRIPE_IN_PROGRESS &&
 		!stripe_row_is_held(row, 0);
 }
 
 /* The outcome as everybody sees it: a call whose caller is gone is unknown. */
-const char *
+StripeOutcome
 stripe_row_outcome(LedgerRow *row)
 {
-	return stripe_caller_gone(row) ? "unknown" : enum_label(row->values[S_OUTCOME]);
+	return stripe_caller_gone(row) ? STRIPE_UNKNOWN : stripe_recorded_outcome(row);
+}
+
+Livemode
+stripe_row_livemode(LedgerRow *row)
+{
+	return row->isnull[S_LIVEMODE] ? LIVEMODE_UNKNOWN :
+		livemode_of(DatumGetBool(row->values[S_LIVEMODE]));
+}
+
+static Jsonb *
+row_jsonb(LedgerRow *row, int column)
+{
+	return row->isnull[column] ? NULL : DatumGetJsonbP(row->values[column]);
+}
+
+/* What is sent of it. */
+void
+stripe_row_request(LedgerRow *row, CallRequest *request)
+{
+	request->method = stripe_row_string(row, S_METHOD);
+	request->path = stripe_row_string(row, S_PATH);
+	request->api_version = stripe_row_string(row, S_API_VERSION);
+	request->body = row->isnull[S_BODY] ? NULL : DatumGetByteaP(row->values[S_BODY]);
+	request->livemode = stripe_row_livemode(row);
+}
+
+/* What is recorded of it; the outcome depends on who asks. */
+void
+stripe_row_result(LedgerRow *row, StripeOutcome outcome, CallResult *result)
+{
+	result->outcome = outcome;
+	result->sent = !row->isnull[S_FIRST_SENT_AT];
+	result->http_status = row->isnull[S_HTTP_STATUS] ? 0 :
+		DatumGetInt32(row->values[S_HTTP_STATUS]);
+	result->resource_id = stripe_row_string(row, S_RESOURCE_ID);
+	result->resource_type = stripe_row_string(row, S_RESOURCE_TYPE);
+	result->resource_status = stripe_row_string(row, S_RESOURCE_STATUS);
+	result->request_id = stripe_row_string(row, S_REQUEST_ID);
+	result->response = row_jsonb(row, S_RESPONSE);
+	result->error = row_jsonb(row, S_ERROR);
+	result->livemode = stripe_row_livemode(row);
 }
 
 /* The request as an application has named it, or NULL. */
@@ -490,7 +519,7 @@ answer_is_sticky(LedgerRow *row)
 	if (row->isnull[S_HTTP_STATUS])
 		return false;
 
-	stripe_read_body(row->isnull[S_RESPONSE] ? NULL : DatumGetJsonbP(row->values[S_RESPONSE]), &body);
+	stripe_read_body(row_jsonb(row, S_RESPONSE), &body);
 	memset(&received, 0, sizeof(received));
 	received.http_status = DatumGetInt32(row->values[S_HTTP_STATUS]);
 	received.sent = received.whole = true;
@@ -514,9 +543,15 @@ stripe_resend_may_settle(LedgerRow *row, int64 margin, TimestampTz now)
 {
 	if (!row->isnull[S_FIRST_SENT_AT] && now >= stripe_resend_until(row, margin))
 		return false;
-	if (row_outcome_is(row, "mismatch"))
-		return false;
-	return row_outcome_is(row, "not_executed") || !answer_is_sticky(row);
+	switch (stripe_recorded_outcome(row))
+	{
+		case STRIPE_MISMATCH:
+			return false;
+		case STRIPE_NOT_EXECUTED:
+			return true;
+		default:
+			return !answer_is_sticky(row);
+	}
 }
 
 /* ---------- claim ---------- */
@@ -537,7 +572,7 @@ busy(LedgerClaim *base)
 	StripeClaim *claim = (StripeClaim *) base;
 
 	claim->verdict = STRIPE_BUSY;
-	claim->outcome = "in_progress";
+	claim->outcome = STRIPE_IN_PROGRESS;
 	claim->retry_after = 1;
 	claim->known = false;
 }
@@ -563,7 +598,7 @@ static LedgerDecision
 decide(LedgerClaim *base, LedgerRow *row, TimestampTz now)
 {
 	StripeClaim *claim = (StripeClaim *) base;
-	const char *outcome = stripe_row_outcome(row);
+	StripeOutcome outcome = stripe_row_outcome(row);
 
 	if (!row->isnull[S_FINGERPRINT] && !is_recorded_request(claim, row) &&
 		!request_matches(&claim->print, DatumGetByteaPP(row->values[S_FINGERPRINT])))
@@ -579,7 +614,7 @@ decide(LedgerClaim *base, LedgerRow *row, TimestampTz now)
 	}
 
 	if (stripe_row_is_held(row, now) ||
-		(row->own && strcmp(outcome, "in_progress") == 0))
+		(row->own && outcome == STRIPE_IN_PROGRESS))
 	{
 		answer_known(claim, STRIPE_BUSY, row);
 		claim->retry_after = row->isnull[S_LEASE_EXPIRES_AT] ? 1 :
@@ -590,69 +625,64 @@ decide(LedgerClaim *base, LedgerRow *row, TimestampTz now)
 	if (!stripe_resend_may_settle(row, claim->rules.resend_margin, now))
 	{
 		answer_known(claim, STRIPE_CANT_TELL, row);
-		if (strcmp(outcome, "mismatch") != 0)
-			claim->outcome = "unknown";
+		if (outcome != STRIPE_MISMATCH)
+			claim->outcome = STRIPE_UNKNOWN;
 		return LEDGER_ANSWER;
 	}
 
 	/* one mode's attempt says nothing about the other's */
-	if (claim->livemode >= 0 && !row->isnull[S_LIVEMODE] &&
-		DatumGetBool(row->values[S_LIVEMODE]) != (claim->livemode > 0))
+	if (livemodes_differ(claim->send.livemode, stripe_row_livemode(row)))
 		ereport(ERROR,
 				(errcode(ERRCODE_CONTRADICTS_RECORD),
 				 errmsg("Stripe operation %s was begun in %s mode", describe_operation(claim->op),
-						claim->livemode > 0 ? "test" : "live"),
+						claim->send.livemode == LIVEMODE_LIVE ? "test" : "live"),
 				 errdetail("It can't be continued with an API key of the other mode.")));
 
 	return LEDGER_TAKE;
 }
 
-/* $4 to $19, which both ways to claim share, with a new token. */
+/*
+ * $1 to $19, which both ways to claim share, with a new token.  "key" is NULL
+ * where the row has its key.
+ */
 static void
-claim_parameters(StripeClaim *claim, TimestampTz now, Datum *values, char *nulls)
+claim_parameters(StripeClaim *claim, const char *key, TimestampTz now, Parameters *p)
 {
+	const CallRequest *send = &claim->send;
+	bool		leased = claim->lease > 0;
+	bool		called = claim->caller_life != 0;
+	bool		watched = FullTransactionIdIsValid(claim->caller_xid);
+
 	claim->token = ledger_new_token();
 
-	memset(nulls, ' ', OWNER_STATEMENT_MAX_ARGS);
-	memcpy(values, claim->op->key, sizeof(claim->op->key));
-	values[3] = Int64GetDatum(claim->token);
-	values[4] = TimestampTzGetDatum(now);
-	if (claim->lease > 0)
-	{
-		values[5] = TimestampTzGetDatum(now + claim->lease);
-		values[6] = interval_datum(claim->lease);
-	}
-	else
-		nulls[5] = nulls[6] = 'n';
-	nulls[7] = 'n';
-	set_pointer(values, nulls, 8, request_print(&claim->print));
-	set_pointer(values, nulls, 9, claim->request);
-	set_string(values, nulls, 10, claim->method);
-	set_string(values, nulls, 11, claim->path);
-	set_string(values, nulls, 12, claim->api_version);
-	set_pointer(values, nulls, 13, claim->body);
-	set_flag(values, nulls, 14, claim->livemode);
-	values[15] = Int64GetDatum(claim->caller_life);
-	nulls[15] = claim->caller_life == 0 ? 'n' : ' ';
-	set_string(values, nulls, 16, claim->caller_life == 0 ? NULL : claim->caller_vxid);
-	if (FullTransactionIdIsValid(claim->caller_xid))
-	{
-		values[17] = FullTransactionIdGetDatum(claim->caller_xid);
-		values[18] = Int64GetDatum((int64) GetSystemIdentifier());
-	}
-	else
-		nulls[17] = nulls[18] = 'n';
+	parameters_begin(p, claim->op->key, lengthof(claim->op->key));
+	parameter_int64(p, claim->token);
+	parameter_timestamp(p, now);
+	parameter_nullable(p, TimestampTzGetDatum(now + claim->lease), !leased);
+	parameter_nullable(p, leased ? interval_datum(claim->lease) : (Datum) 0, !leased);
+	parameter_string(p, key);
+	parameter_pointer(p, request_print(&claim->print));
+	parameter_pointer(p, claim->request);
+	parameter_string(p, send->method);
+	parameter_string(p, send->path);
+	parameter_string(p, send->api_version);
+	parameter_pointer(p, send->body);
+	parameter_livemode(p, send->livemode);
+	parameter_nullable(p, Int64GetDatum(claim->caller_life), !called);
+	parameter_string(p, called ? claim->caller_vxid : NULL);
+	parameter_nullable(p, FullTransactionIdGetDatum(claim->caller_xid), !watched);
+	parameter_nullable(p, Int64GetDatum((int64) GetSystemIdentifier()), !watched);
 }
 
 static void
 answer_claimed(StripeClaim *claim)
 {
 	claim->verdict = STRIPE_CLAIMED;
-	claim->outcome = "in_progress";
+	claim->outcome = STRIPE_IN_PROGRESS;
 }
 
-static void
-refuse_unclaimed(Operation *op)
+void
+stripe_refuse_unclaimed(Operation *op)
 {
 	ereport(ERROR,
 			(errcode(ERRCODE_BAD_ARGUMENT),
@@ -663,20 +693,18 @@ static bool
 insert(LedgerClaim *base, Relation rel, TimestampTz now)
 {
 	StripeClaim *claim = (StripeClaim *) base;
-	Datum		values[OWNER_STATEMENT_MAX_ARGS];
-	char		nulls[OWNER_STATEMENT_MAX_ARGS];
+	Parameters	p;
 
 	if (claim->resend)
-		refuse_unclaimed(claim->op);
+		stripe_refuse_unclaimed(claim->op);
 
 	/* the key that is derived here is kept for ever */
 	namespace_write_down();
 
-	claim_parameters(claim, now, values, nulls);
-	set_string(values, nulls, 7,
-			   derive_stripe_key(claim->op->ns.value, NAMESPACE_LEN,
-								 claim->op->account, claim->op->type, claim->op->id, 1));
-	if (ledger_execute(rel, &insert_claim, values, nulls, NULL, NULL, 0) == 0)
+	claim_parameters(claim, derive_stripe_key(claim->op->ns.value, NAMESPACE_LEN,
+											  claim->op->account, claim->op->type,
+											  claim->op->id, 1), now, &p);
+	if (ledger_execute(rel, &insert_claim, p.values, p.nulls, NULL, NULL, 0) == 0)
 		return false;
 
 	answer_claimed(claim);
@@ -687,12 +715,11 @@ static bool
 take(LedgerClaim *base, Relation rel, LedgerRow *row, TimestampTz now)
 {
 	StripeClaim *claim = (StripeClaim *) base;
-	Datum		values[OWNER_STATEMENT_MAX_ARGS];
-	char		nulls[OWNER_STATEMENT_MAX_ARGS];
+	Parameters	p;
 
-	claim_parameters(claim, now, values, nulls);
-	values[19] = row->values[S_TOKEN];
-	if (ledger_execute(rel, &take_over, values, nulls, NULL, NULL, 0) == 0)
+	claim_parameters(claim, NULL, now, &p);
+	parameter_datum(&p, row->values[S_TOKEN]);
+	if (ledger_execute(rel, &take_over, p.values, p.nulls, NULL, NULL, 0) == 0)
 		return false;
 
 	answer_claimed(claim);
@@ -703,14 +730,13 @@ static void
 renew(LedgerClaim *base, Relation rel, TimestampTz now)
 {
 	StripeClaim *claim = (StripeClaim *) base;
-	Datum		values[5];
+	Parameters	p;
 
 	if (claim->lease == 0)
 		return;
-	memcpy(values, claim->op->key, sizeof(claim->op->key));
-	values[3] = Int64GetDatum(claim->token);
-	values[4] = TimestampTzGetDatum(now + claim->lease);
-	if (ledger_execute(rel, &renew_claim, values, NULL, NULL, NULL, 0) != 1)
+	token_parameters(claim->op, claim->token, &p);
+	parameter_timestamp(&p, now + claim->lease);
+	if (ledger_execute(rel, &renew_claim, p.values, p.nulls, NULL, NULL, 0) != 1)
 		elog(ERROR, "lost a claim of this transaction");
 }
 
@@ -792,7 +818,7 @@ stripe_claim_look(StripeClaim *claim, Relation rel)
 	if (row.found == FOUND_TWIN)
 		busy(&claim->base);
 	else if (row.found != FOUND_ROW && claim->resend)
-		refuse_unclaimed(claim->op);
+		stripe_refuse_unclaimed(claim->op);
 	else
 		claim->wants_write = true;
 }
@@ -822,7 +848,7 @@ stripe_advise_reopen(StripeClaim *claim)
 	JsonbContainer *error = NULL;
 	char	   *type;
 
-	if (!claim->known || strcmp(claim->outcome, "failed") != 0 ||
+	if (!claim->known || claim->outcome != STRIPE_FAILED ||
 		(claim->verdict != STRIPE_REPLAY && claim->verdict != STRIPE_OTHER_REQUEST))
 		return;
 	if (!claim->row.isnull[S_ERROR])
@@ -893,18 +919,18 @@ void
 stripe_explain_refusal(Relation rel, Operation *op, int64 token)
 {
 	LedgerRow	row;
-	char	   *outcome;
+	StripeOutcome outcome;
 
 	look(rel, op, &row);
 	if (row.found != FOUND_ROW || DatumGetInt64(row.values[S_TOKEN]) != token)
 		stripe_refuse_token(op, &row);
 
-	outcome = enum_label(row.values[S_OUTCOME]);
-	if (strcmp(outcome, "in_progress") != 0)
+	outcome = stripe_recorded_outcome(&row);
+	if (outcome != STRIPE_IN_PROGRESS)
 		ereport(ERROR,
 				(errcode(ERRCODE_CONTRADICTS_RECORD),
 				 errmsg("Stripe operation %s is no longer in progress", describe_operation(op)),
-				 errdetail("Its outcome is recorded as %s.", outcome)));
+				 errdetail("Its outcome is recorded as %s.", stripe_outcome_name(outcome))));
 }
 
 /*
@@ -914,13 +940,14 @@ stripe_explain_refusal(Relation rel, Operation *op, int64 token)
  * its error object.
  */
 static void
-read_answer(StripeReceived *received, Jsonb *response, StripeResult *result)
+read_answer(StripeReceived *received, Jsonb *response, CallResult *result)
 {
 	StripeBody	body;
 	StripeAnswer answer;
 
 	stripe_read_body(response, &body);
-	memset(result, 0, sizeof(StripeResult));
+	memset(result, 0, sizeof(CallResult));
+	result->sent = true;
 	result->http_status = received->http_status;
 	if (received->http_status == 0 && body.error == NULL &&
 		(received->resource_id != NULL || body.resource_id != NULL))
@@ -928,13 +955,9 @@ read_answer(StripeReceived *received, Jsonb *response, StripeResult *result)
 	received->sent = received->whole = true;
 	result->outcome = stripe_judge(received, &body, &answer).outcome;
 
-	result->response = answer.genuine ? response : NULL;
-	result->error = body.error;
-	result->resource_id = received->resource_id != NULL ? received->resource_id :
-		body.resource_id;
-	result->resource_type = body.resource_type;
-	result->resource_status = body.resource_status;
-	result->livemode = body.livemode_isnull ? -1 : body.livemode;
+	stripe_body_result(&body, answer.genuine, result);
+	if (received->resource_id != NULL)
+		result->resource_id = received->resource_id;
 }
 
 /*
@@ -946,7 +969,7 @@ read_answer(StripeReceived *received, Jsonb *response, StripeResult *result)
  */
 void
 stripe_read_answer_of(Relation rel, Operation *op, int64 token, Jsonb *response, int http_status,
-					  const char *resource_id, StripeResult *result)
+					  const char *resource_id, CallResult *result)
 {
 	StripeReceived received;
 	LedgerRow	row;
@@ -972,17 +995,11 @@ stripe_read_answer_of(Relation rel, Operation *op, int64 token, Jsonb *response,
 	read_answer(&received, response, result);
 }
 
-static bool
-is_definitive(StripeOutcome outcome)
-{
-	return outcome == STRIPE_COMPLETED || outcome == STRIPE_FAILED;
-}
-
 /* Does a definitive result say something else than what is recorded? */
 static bool
-contradicts(LedgerRow *row, StripeResult *result)
+contradicts(LedgerRow *row, const CallResult *result)
 {
-	if (strcmp(enum_label(row->values[S_OUTCOME]), stripe_outcome_name(result->outcome)) != 0)
+	if (stripe_recorded_outcome(row) != result->outcome)
 		return true;
 	return result->resource_id != NULL && !row->isnull[S_RESOURCE_ID] &&
 		strcmp(TextDatumGetCString(row->values[S_RESOURCE_ID]), result->resource_id) != 0;
@@ -995,10 +1012,9 @@ contradicts(LedgerRow *row, StripeResult *result)
  * stand.
  */
 static bool
-record_late(Relation rel, Operation *op, int64 token, StripeResult *result,
+record_late(Relation rel, Operation *op, int64 token, const CallResult *result,
 			LedgerRow *row, int64 *as)
 {
-	char	   *recorded;
 	bool		current;
 
 	look(rel, op, row);
@@ -1008,11 +1024,10 @@ record_late(Relation rel, Operation *op, int64 token, StripeResult *result,
 	if (!current && !is_past_token(row, token))
 		stripe_refuse_token(op, row);
 
-	recorded = enum_label(row->values[S_OUTCOME]);
 	if (stripe_row_is_final(row))
 	{
 		/* who knows less than what is recorded doesn't contradict it */
-		if (!is_definitive(result->outcome) || !contradicts(row, result))
+		if (!stripe_is_definitive(result->outcome) || !contradicts(row, result))
 			return false;
 		if (!current)
 			stripe_refuse_token(op, row);
@@ -1020,13 +1035,14 @@ record_late(Relation rel, Operation *op, int64 token, StripeResult *result,
 				(errcode(ERRCODE_CONTRADICTS_RECORD),
 				 errmsg("another result of Stripe operation %s is recorded already",
 						describe_operation(op)),
-				 errdetail("Its outcome is recorded as %s, with resource %s.", recorded,
+				 errdetail("Its outcome is recorded as %s, with resource %s.",
+						   stripe_outcome_name(stripe_recorded_outcome(row)),
 						   row->isnull[S_RESOURCE_ID] ? "none" :
 						   TextDatumGetCString(row->values[S_RESOURCE_ID]))));
 	}
 
 	/* a late token settles the operation, but doesn't speak for its successor */
-	if (!current && !is_definitive(result->outcome))
+	if (!current && !stripe_is_definitive(result->outcome))
 		return false;
 
 	*as = DatumGetInt64(row->values[S_TOKEN]);
@@ -1037,7 +1053,7 @@ record_late(Relation rel, Operation *op, int64 token, StripeResult *result,
  * Tell those who wait that an operation which wasn't known is settled.
  */
 void
-stripe_notify_settled(Operation *op, const char *outcome, const char *resource_id)
+stripe_notify_settled(Operation *op, StripeOutcome outcome, const char *resource_id)
 {
 	StringInfoData payload;
 
@@ -1049,7 +1065,7 @@ stripe_notify_settled(Operation *op, const char *outcome, const char *resource_i
 	appendStringInfoString(&payload, ", \"operation_id\": ");
 	escape_json(&payload, op->id);
 	appendStringInfoString(&payload, ", \"outcome\": ");
-	escape_json(&payload, outcome);
+	escape_json(&payload, stripe_outcome_name(outcome));
 	appendStringInfoString(&payload, ", \"resource_id\": ");
 	if (resource_id != NULL)
 		escape_json(&payload, resource_id);
@@ -1061,51 +1077,46 @@ stripe_notify_settled(Operation *op, const char *outcome, const char *resource_i
 }
 
 /*
- * Record what the holder of a token got for an answer.  Returns the outcome
- * that stands.
+ * Record what the holder of a token got for an answer; "adopt": the transaction
+ * records its own work with it.  Returns the outcome that stands.
  */
-const char *
-stripe_record_run(Relation rel, Operation *op, int64 token, StripeResult *result)
+StripeOutcome
+stripe_record_run(Relation rel, Operation *op, int64 token, const CallResult *result, bool adopt)
 {
 	int64		as = token;
-	Datum		values[OWNER_STATEMENT_MAX_ARGS];
-	char		nulls[OWNER_STATEMENT_MAX_ARGS];
-	Datum		out[3];
-	bool		isnull[3];
 	int			races = 0;
-
-	memset(nulls, ' ', sizeof(nulls));
-	memcpy(values, op->key, sizeof(op->key));
-	set_string(values, nulls, 5, stripe_outcome_name(result->outcome));
-	set_string(values, nulls, 6, result->resource_id);
-	set_string(values, nulls, 7, result->resource_type);
-	values[8] = Int32GetDatum(result->http_status);
-	nulls[8] = result->http_status == 0 ? 'n' : ' ';
-	set_pointer(values, nulls, 9, result->response);
-	set_pointer(values, nulls, 10, result->error);
-	set_string(values, nulls, 11, result->request_id);
-	set_flag(values, nulls, 12, result->livemode);
-	values[13] = BoolGetDatum(result->never_sent);
-	values[14] = BoolGetDatum(result->adopt);
-	set_string(values, nulls, 15, result->resource_status);
 
 	for (;;)
 	{
+		Parameters	p;
 		LedgerRow	row;
+		Datum		out[3];
+		bool		isnull[3];
 
-		values[3] = Int64GetDatum(as);
-		values[4] = TimestampTzGetDatum(GetCurrentTimestamp());
-		if (ledger_execute_latest(rel, &record_outcome, values, nulls, out, isnull, 3) > 0)
+		token_parameters(op, as, &p);
+		parameter_timestamp(&p, GetCurrentTimestamp());
+		parameter_outcome(&p, result->outcome);
+		parameter_string(&p, result->resource_id);
+		parameter_string(&p, result->resource_type);
+		parameter_nullable(&p, Int32GetDatum(result->http_status), result->http_status == 0);
+		parameter_pointer(&p, result->response);
+		parameter_pointer(&p, result->error);
+		parameter_string(&p, result->request_id);
+		parameter_livemode(&p, result->livemode);
+		parameter_bool(&p, result->sent);
+		parameter_bool(&p, adopt);
+		parameter_string(&p, result->resource_status);
+		if (ledger_execute_latest(rel, &record_outcome, p.values, p.nulls, out, isnull, 3) > 0)
 		{
 			/* an earlier attempt left it in doubt, and this is the end of it */
-			if (is_definitive(result->outcome) && DatumGetBool(out[1]))
-				stripe_notify_settled(op, stripe_outcome_name(result->outcome),
+			if (stripe_is_definitive(result->outcome) && DatumGetBool(out[1]))
+				stripe_notify_settled(op, result->outcome,
 									  isnull[2] ? NULL : TextDatumGetCString(out[2]));
-			return enum_label(out[0]);
+			return stripe_outcome_by_name(enum_label(out[0]));
 		}
 
 		if (!record_late(rel, op, token, result, &row, &as))
-			return enum_label(row.values[S_OUTCOME]);
+			return stripe_recorded_outcome(&row);
 		ledger_lost_race(&stripe_calls, &races);
 	}
 }
@@ -1117,12 +1128,11 @@ stripe_record_run(Relation rel, Operation *op, int64 token, StripeResult *result
 bool
 stripe_renew_run(Relation rel, Operation *op, int64 token, TimestampTz until)
 {
-	Datum		values[5];
+	Parameters	p;
 
-	memcpy(values, op->key, sizeof(op->key));
-	values[3] = Int64GetDatum(token);
-	values[4] = TimestampTzGetDatum(until);
-	return ledger_execute_latest(rel, &renew_claim, values, NULL, NULL, NULL, 0) > 0;
+	token_parameters(op, token, &p);
+	parameter_timestamp(&p, until);
+	return ledger_execute_latest(rel, &renew_claim, p.values, p.nulls, NULL, NULL, 0) > 0;
 }
 
 /*
@@ -1132,11 +1142,10 @@ stripe_renew_run(Relation rel, Operation *op, int64 token, TimestampTz until)
 bool
 stripe_release_run(Relation rel, Operation *op, int64 token)
 {
-	Datum		values[4];
+	Parameters	p;
 
-	memcpy(values, op->key, sizeof(op->key));
-	values[3] = Int64GetDatum(token);
-	return ledger_execute_latest(rel, &release_claim, values, NULL, NULL, NULL, 0) > 0;
+	token_parameters(op, token, &p);
+	return ledger_execute_latest(rel, &release_claim, p.values, p.nulls, NULL, NULL, 0) > 0;
 }
 
 /*
@@ -1146,19 +1155,15 @@ stripe_release_run(Relation rel, Operation *op, int64 token)
 TimestampTz
 stripe_extend_run(Relation rel, Operation *op, int64 token, int64 lease, TimestampTz now)
 {
-	Datum		values[6];
-	char		nulls[] = "      ";
+	Parameters	p;
 	Datum		lease_expires_at;
 	bool		isnull;
 
-	memcpy(values, op->key, sizeof(op->key));
-	values[3] = Int64GetDatum(token);
-	values[4] = TimestampTzGetDatum(now);
-	if (lease > 0)
-		values[5] = interval_datum(lease);
-	else
-		nulls[5] = 'n';
-	if (ledger_execute_latest(rel, &extend_lease, values, nulls, &lease_expires_at, &isnull, 1) == 0)
+	token_parameters(op, token, &p);
+	parameter_timestamp(&p, now);
+	parameter_nullable(&p, lease > 0 ? interval_datum(lease) : (Datum) 0, lease <= 0);
+	if (ledger_execute_latest(rel, &extend_lease, p.values, p.nulls,
+							  &lease_expires_at, &isnull, 1) == 0)
 		return 0;
 	return isnull ? 0 : DatumGetTimestampTz(lease_expires_at);
 }
@@ -1171,12 +1176,12 @@ stripe_extend_run(Relation rel, Operation *op, int64 token, int64 lease, Timesta
 static void
 check_reopen(Operation *op, LedgerRow *row, bool force, TimestampTz now)
 {
-	char	   *outcome = enum_label(row->values[S_OUTCOME]);
+	StripeOutcome outcome = stripe_recorded_outcome(row);
 
-	if (strcmp(outcome, "failed") == 0 || strcmp(outcome, "not_executed") == 0)
+	if (outcome == STRIPE_FAILED || outcome == STRIPE_NOT_EXECUTED)
 		return;
 
-	if (strcmp(outcome, "completed") == 0)
+	if (outcome == STRIPE_COMPLETED)
 		ereport(ERROR,
 				(errcode(ERRCODE_CONTRADICTS_RECORD),
 				 errmsg("Stripe operation %s is completed", describe_operation(op)),
@@ -1213,7 +1218,7 @@ stripe_reopen_run(Relation rel, Operation *op, bool force, int from_generation,
 		TimestampTz now;
 		int			generation;
 		char	   *key;
-		Datum		values[10];
+		Parameters	p;
 
 		look(rel, op, &row);
 		now = GetCurrentTimestamp();
@@ -1223,7 +1228,7 @@ stripe_reopen_run(Relation rel, Operation *op, bool force, int from_generation,
 					 errmsg("Stripe operation %s is in progress", describe_operation(op)),
 					 errhint("Wait for its outcome, or until its lease has lapsed.")));
 		if (row.found != FOUND_ROW)
-			refuse_unclaimed(op);
+			stripe_refuse_unclaimed(op);
 
 		/* a repeated call finds its work done */
 		generation = DatumGetInt32(row.values[S_GENERATION]);
@@ -1241,15 +1246,14 @@ stripe_reopen_run(Relation rel, Operation *op, bool force, int from_generation,
 
 		key = derive_stripe_key(op->ns.value, NAMESPACE_LEN, op->account, op->type, op->id,
 								generation + 1);
-		memcpy(values, op->key, sizeof(op->key));
-		values[3] = Int64GetDatum(ledger_new_token());
-		values[4] = row.values[S_TOKEN];
-		values[5] = TimestampTzGetDatum(now);
-		values[6] = CStringGetTextDatum(key);
-		values[7] = CStringGetTextDatum(enum_label(row.values[S_OUTCOME]));
-		values[8] = CStringGetTextDatum(user);
-		values[9] = BoolGetDatum(force);
-		if (ledger_execute_latest(rel, &reopen, values, NULL, NULL, NULL, 0) > 0)
+		token_parameters(op, ledger_new_token(), &p);
+		parameter_datum(&p, row.values[S_TOKEN]);
+		parameter_timestamp(&p, now);
+		parameter_string(&p, key);
+		parameter_outcome(&p, stripe_recorded_outcome(&row));
+		parameter_string(&p, user);
+		parameter_bool(&p, force);
+		if (ledger_execute_latest(rel, &reopen, p.values, p.nulls, NULL, NULL, 0) > 0)
 			return key;
 		ledger_lost_race(&stripe_calls, &races);
 	}
@@ -1260,14 +1264,13 @@ stripe_reopen_run(Relation rel, Operation *op, bool force, int from_generation,
 static bool
 replace_callers(Relation rel, Operation *op, Datum old, ArrayType *new)
 {
-	Datum		values[6];
-	char		nulls[] = "      ";
+	Parameters	p;
 
-	memcpy(values, op->key, sizeof(op->key));
-	set_pointer(values, nulls, 3, new);
-	values[4] = old;
-	values[5] = Int64GetDatum((int64) GetSystemIdentifier());
-	return ledger_execute_latest(rel, &set_callers, values, nulls, NULL, NULL, 0) > 0;
+	parameters_begin(&p, op->key, lengthof(op->key));
+	parameter_pointer(&p, new);
+	parameter_datum(&p, old);
+	parameter_int64(&p, (int64) GetSystemIdentifier());
+	return ledger_execute_latest(rel, &set_callers, p.values, p.nulls, NULL, NULL, 0) > 0;
 }
 
 /*

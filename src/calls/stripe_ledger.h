@@ -15,10 +15,12 @@
 #include "access/transam.h"
 #include "utils/jsonb.h"
 
+#include "base/parameters.h"
 #include "ledger/derived_key.h"
 #include "ledger/ledger.h"
 #include "ledger/namespace.h"
 #include "ledger/request_fingerprint.h"
+#include "stripe/call_data.h"
 #include "stripe/stripe_outcome.h"
 
 /*
@@ -104,11 +106,7 @@ typedef struct StripeClaim
 								 * there */
 
 	/* of a call that the backend sends by itself */
-	const char *method;
-	const char *path;
-	const char *api_version;
-	bytea	   *body;
-	int			livemode;		/* 1, 0 or -1 */
+	CallRequest send;
 	bool		resend;			/* only what is stored */
 	int64		caller_life;	/* 0: not such a call */
 	const char *caller_vxid;
@@ -121,33 +119,16 @@ typedef struct StripeClaim
 
 	/* the answer */
 	StripeVerdict verdict;
-	const char *outcome;
+	StripeOutcome outcome;
 	int			retry_after;
 	int64		token;			/* 0 unless claimed */
 	bool		known;			/* is row set? */
 	LedgerRow	row;
 } StripeClaim;
 
-/* What an answer says, ready to be recorded. */
-typedef struct StripeResult
-{
-	StripeOutcome outcome;
-	bool		never_sent;		/* by this attempt */
-	bool		adopt;			/* by a transaction that records its own work
-								 * with it */
-	int			http_status;	/* 0: none */
-	const char *resource_id;
-	const char *resource_type;
-	const char *resource_status;
-	const char *request_id;
-	Jsonb	   *response;
-	Jsonb	   *error;
-	int			livemode;		/* 1, 0 or -1 */
-} StripeResult;
-
 extern Ledger stripe_calls;
 
-extern void operation_init(Operation *op, const char *type, const char *id, const char *account);
+extern PGDLLEXPORT void operation_init(Operation *op, const char *type, const char *id, const char *account);
 extern char *describe_operation(Operation *op);
 extern StripeRules stripe_rules(void);
 
@@ -156,7 +137,11 @@ extern bool stripe_has_lapsed(NullableDatum lease_expires_at, NullableDatum call
 extern bool stripe_row_is_final(LedgerRow *row);
 extern bool stripe_row_is_held(LedgerRow *row, TimestampTz now);
 extern bool stripe_caller_gone(LedgerRow *row);
-extern const char *stripe_row_outcome(LedgerRow *row);
+extern StripeOutcome stripe_recorded_outcome(LedgerRow *row);
+extern StripeOutcome stripe_row_outcome(LedgerRow *row);
+extern Livemode stripe_row_livemode(LedgerRow *row);
+extern void stripe_row_request(LedgerRow *row, CallRequest *request);
+extern void stripe_row_result(LedgerRow *row, StripeOutcome outcome, CallResult *result);
 extern TimestampTz stripe_resend_until(LedgerRow *row, int64 margin);
 extern bool stripe_resend_may_settle(LedgerRow *row, int64 margin, TimestampTz now);
 extern char *stripe_row_string(LedgerRow *row, int column);
@@ -167,24 +152,39 @@ extern void stripe_claim_look(StripeClaim *claim, Relation rel);
 extern void stripe_refuse_own_row(Relation rel, Operation *op);
 extern void stripe_claim_fetch(StripeClaim *claim, Relation rel);
 
-extern const char *stripe_record_run(Relation rel, Operation *op, int64 token, StripeResult *result);
+extern StripeOutcome stripe_record_run(Relation rel, Operation *op, int64 token,
+									   const CallResult *result, bool adopt);
 extern bool stripe_renew_run(Relation rel, Operation *op, int64 token, TimestampTz until);
 extern bool stripe_release_run(Relation rel, Operation *op, int64 token);
 extern TimestampTz stripe_extend_run(Relation rel, Operation *op, int64 token, int64 lease,
 									 TimestampTz now);
 extern char *stripe_reopen_run(Relation rel, Operation *op, bool force, int from_generation,
 							   const char *user);
+extern void stripe_refuse_unclaimed(Operation *op);
 extern void stripe_refuse_token(Operation *op, LedgerRow *row);
 extern void stripe_explain_refusal(Relation rel, Operation *op, int64 token);
 extern void stripe_read_answer_of(Relation rel, Operation *op, int64 token, Jsonb *response,
 								  int http_status, const char *resource_id,
-								  StripeResult *result);
+								  CallResult *result);
 
 extern void stripe_advise_reopen(StripeClaim *claim);
 
 extern void stripe_adopt_run(Relation rel, Operation *op, int64 token,
 							 FullTransactionId xid);
 extern bool stripe_note_fate_run(Relation rel, Operation *op);
-extern void stripe_notify_settled(Operation *op, const char *outcome, const char *resource_id);
+extern void stripe_notify_settled(Operation *op, StripeOutcome outcome, const char *resource_id);
+
+static inline void
+parameter_livemode(Parameters *parameters, Livemode livemode)
+{
+	parameter_nullable(parameters, BoolGetDatum(livemode == LIVEMODE_LIVE),
+					   livemode == LIVEMODE_UNKNOWN);
+}
+
+static inline void
+parameter_outcome(Parameters *parameters, StripeOutcome outcome)
+{
+	parameter_string(parameters, stripe_outcome_name(outcome));
+}
 
 #endif							/* IDEMPOTENCY_STRIPE_LEDGER_H */

@@ -62,6 +62,7 @@
 #include "calls/settle_by_event.h"
 #include "calls/stripe_ledger.h"
 #include "process/recorder_client.h"
+#include "process/recorder_message.h"
 #include "process/recorder_queue.h"
 #include "process/recorder_start.h"
 #include "process/worker_table.h"
@@ -603,14 +604,12 @@ adopt(StripeClaim *claim)
 static void
 take_call(StripeClaim *claim, const StripeCall *call)
 {
-	claim->livemode = call->livemode;
-	if (!call->resend)
+	if (call->resend)
+		claim->send.livemode = call->send.livemode;
+	else
 	{
 		claim->request = call->request;
-		claim->method = call->method;
-		claim->path = call->path;
-		claim->api_version = call->api_version;
-		claim->body = call->body;
+		claim->send = call->send;
 	}
 }
 
@@ -676,20 +675,7 @@ run_claim(StripeClaim *claim, const StripeCall *call, Size room)
 			prepare_call(claim, call);
 		prepared = true;
 
-		memset(&arguments, 0, sizeof(arguments));
-		arguments_put_pointer(&arguments, claim->request);
-		arguments_put_string(&arguments, claim->method);
-		arguments_put_string(&arguments, claim->path);
-		arguments_put_string(&arguments, claim->api_version);
-		arguments_put_pointer(&arguments, claim->body);
-		arguments_put_string(&arguments, claim->caller_vxid);
-		arguments_put_string(&arguments, claim->rules.compare_ignore);
-		arguments_put_int(&arguments, claim->rules.resend_margin);
-		arguments_put_int(&arguments, claim->lease);
-		arguments_put_int(&arguments, claim->livemode);
-		arguments_put_int(&arguments, claim->resend);
-		arguments_put_int(&arguments, claim->caller_life);
-
+		pack_claim(&arguments, claim);
 		get_order(claim->op);
 		my_order->caller_xid = GetCurrentFullTransactionId();
 		size = arguments_size(&arguments);
@@ -705,7 +691,7 @@ run_claim(StripeClaim *claim, const StripeCall *call, Size room)
 		if (answer == ORDER_OK)
 		{
 			claim->verdict = STRIPE_CLAIMED;
-			claim->outcome = "in_progress";
+			claim->outcome = STRIPE_IN_PROGRESS;
 			rel = ledger_open(&stripe_calls, AccessShareLock, false);
 			stripe_claim_fetch(claim, rel);
 			table_close(rel, AccessShareLock);
@@ -718,7 +704,7 @@ run_claim(StripeClaim *claim, const StripeCall *call, Size room)
 
 	/* others are busy with it */
 	claim->verdict = STRIPE_BUSY;
-	claim->outcome = "in_progress";
+	claim->outcome = STRIPE_IN_PROGRESS;
 	claim->retry_after = 1;
 	claim->known = false;
 }
@@ -749,18 +735,14 @@ recorder_run_reopen(Operation *op, bool force, int from_generation, const char *
 	stripe_refuse_own_row(rel, op);
 	table_close(rel, AccessShareLock);
 
-	memset(&arguments, 0, sizeof(arguments));
-	arguments_put_int(&arguments, force);
-	arguments_put_int(&arguments, from_generation);
-	arguments_put_string(&arguments, user);
-
+	pack_reopen(&arguments, force, from_generation, user);
 	get_order(op);
 	reserve(arguments_size(&arguments));
 	arguments_write(&arguments, dsm_segment_address(my_segment));
 	submit_before_send(ORDER_REOPEN);
 
 	answer = my_order->answer;
-	key = pstrdup(my_order->text);
+	key = pstrdup(my_order->key);
 	take_order_back();
 	if (answer != ORDER_OK)
 		ereport(ERROR,
@@ -772,12 +754,6 @@ recorder_run_reopen(Operation *op, bool force, int from_generation, const char *
 
 /* ---------- calls that a backend sends by itself ---------- */
 
-static Jsonb *
-row_jsonb(LedgerRow *row, int column)
-{
-	return row->isnull[column] ? NULL : DatumGetJsonbP(row->values[column]);
-}
-
 /* What is known of an operation, for C. */
 static void
 fill_call_claim(StripeClaim *claim, StripeCallClaim *answer)
@@ -786,37 +762,26 @@ fill_call_claim(StripeClaim *claim, StripeCallClaim *answer)
 
 	memset(answer, 0, sizeof(StripeCallClaim));
 	answer->verdict = claim->verdict;
-	answer->outcome = claim->outcome;
 	answer->retry_after = claim->verdict == STRIPE_BUSY ? claim->retry_after : 0;
-	answer->livemode = -1;
-	if (!claim->known)
-		return;
+	answer->result.outcome = claim->outcome;
+	answer->result.livemode = LIVEMODE_UNKNOWN;
+	if (claim->known)
+	{
+		TimestampTz first_sent_at = row->isnull[S_FIRST_SENT_AT] ? 0 :
+			DatumGetTimestampTz(row->values[S_FIRST_SENT_AT]);
 
-	answer->idempotency_key = stripe_row_string(row, S_IDEMPOTENCY_KEY);
-	answer->attempt = DatumGetInt32(row->values[S_ATTEMPT]);
-	answer->generation = DatumGetInt32(row->values[S_GENERATION]);
-	answer->uncertain = DatumGetBool(row->values[S_UNCERTAIN]);
-	answer->request = row_jsonb(row, S_REQUEST);
-	answer->method = stripe_row_string(row, S_METHOD);
-	answer->path = stripe_row_string(row, S_PATH);
-	answer->api_version = stripe_row_string(row, S_API_VERSION);
-	if (!row->isnull[S_BODY])
-		answer->body = DatumGetByteaP(row->values[S_BODY]);
-	if (!row->isnull[S_FIRST_SENT_AT])
-		answer->first_sent_at = DatumGetTimestampTz(row->values[S_FIRST_SENT_AT]);
-	answer->resend_until = stripe_resend_until(row, claim->rules.resend_margin);
-	answer->sent_before = answer->first_sent_at != 0 &&
-		answer->first_sent_at < DatumGetTimestampTz(row->values[S_CLAIMED_AT]);
-	answer->resource_id = stripe_row_string(row, S_RESOURCE_ID);
-	answer->resource_type = stripe_row_string(row, S_RESOURCE_TYPE);
-	answer->resource_status = stripe_row_string(row, S_RESOURCE_STATUS);
-	answer->request_id = stripe_row_string(row, S_REQUEST_ID);
-	if (!row->isnull[S_HTTP_STATUS])
-		answer->http_status = DatumGetInt32(row->values[S_HTTP_STATUS]);
-	answer->response = row_jsonb(row, S_RESPONSE);
-	answer->error = row_jsonb(row, S_ERROR);
-	if (!row->isnull[S_LIVEMODE])
-		answer->livemode = DatumGetBool(row->values[S_LIVEMODE]);
+		answer->idempotency_key = stripe_row_string(row, S_IDEMPOTENCY_KEY);
+		answer->attempt = DatumGetInt32(row->values[S_ATTEMPT]);
+		answer->generation = DatumGetInt32(row->values[S_GENERATION]);
+		answer->uncertain = DatumGetBool(row->values[S_UNCERTAIN]);
+		if (!row->isnull[S_REQUEST])
+			answer->request = DatumGetJsonbP(row->values[S_REQUEST]);
+		stripe_row_request(row, &answer->send);
+		stripe_row_result(row, claim->outcome, &answer->result);
+		answer->resend_until = stripe_resend_until(row, claim->rules.resend_margin);
+		answer->sent_before = first_sent_at != 0 &&
+			first_sent_at < DatumGetTimestampTz(row->values[S_CLAIMED_AT]);
+	}
 }
 
 /* Keep the operation of a claimed call for the time of the call. */
@@ -850,7 +815,6 @@ begin_flight(StripeClaim *claim, bool direct)
 void
 recorder_claim(const StripeCall *call, StripeCallClaim *answer)
 {
-	Operation	op;
 	StripeClaim claim;
 	bool		direct = setting_stripe_ledger == STRIPE_LEDGER_TRANSACTION;
 
@@ -865,10 +829,8 @@ recorder_claim(const StripeCall *call, StripeCallClaim *answer)
 	if (flight.active)
 		elog(ERROR, "a call to Stripe is in progress already");
 
-	operation_init(&op, call->operation_type, call->operation_id, call->account);
-
 	memset(&claim, 0, sizeof(claim));
-	claim.op = &op;
+	claim.op = call->op;
 	claim.rules = stripe_rules();
 	claim.resend = call->resend;
 	take_call(&claim, call);
@@ -937,72 +899,84 @@ recorder_gave_up(void)
 }
 
 /*
- * Record what came of the claimed call; see recorder_client.h.
+ * Record in the caller's own transaction.
  */
-const char *
-recorder_record(const StripeCallResult *result)
+static StripeOutcome
+record_directly(const CallResult *result)
+{
+	Relation	rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
+	StripeOutcome outcome;
+
+	outcome = stripe_record_run(rel, &flight.op, flight.token, result, false);
+	ledger_close(rel);
+	flight.active = false;
+	return outcome;
+}
+
+/*
+ * Put a result in the order.  Bodies that are larger than was said go first,
+ * then they don't.
+ */
+static void
+write_result(const CallResult *result)
 {
 	OrderArguments arguments;
-	bool		dropped;
-	WaitResult	waited;
-	const char *outcome = stripe_outcome_name(result->outcome);
-	const char *problem = NULL;
 
-	if (!flight.active)
-		elog(ERROR, "no call to Stripe is in progress");
-
-	if (flight.direct)
+	pack_result(&arguments, result);
+	if (arguments_size(&arguments) > dsm_segment_map_length(my_segment))
 	{
-		StripeResult record;
-		Relation	rel;
+		CallResult	without = *result;
 
-		memset(&record, 0, sizeof(record));
-		record.outcome = result->outcome;
-		record.never_sent = !result->sent;
-		record.http_status = result->http_status;
-		record.resource_id = result->resource_id;
-		record.resource_type = result->resource_type;
-		record.resource_status = result->resource_status;
-		record.request_id = result->request_id;
-		record.response = result->response;
-		record.error = result->error;
-		record.livemode = result->livemode;
-
-		rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
-		outcome = stripe_record_run(rel, &flight.op, flight.token, &record);
-		ledger_close(rel);
-		flight.active = false;
-		return outcome;
-	}
-
-	DEBUG_POINT("before-record");
-
-	/* bodies that are larger than was said go first, then they don't */
-	for (dropped = false;; dropped = true)
-	{
-		memset(&arguments, 0, sizeof(arguments));
-		arguments_put_int(&arguments, result->outcome);
-		arguments_put_int(&arguments, result->sent);
-		arguments_put_int(&arguments, result->http_status);
-		arguments_put_int(&arguments, result->livemode);
-		arguments_put_string(&arguments, result->resource_id);
-		arguments_put_string(&arguments, result->resource_type);
-		arguments_put_string(&arguments, result->resource_status);
-		arguments_put_string(&arguments, result->request_id);
-		arguments_put_pointer(&arguments, dropped ? NULL : result->response);
-		arguments_put_pointer(&arguments, dropped ? NULL : result->error);
-		if (arguments_size(&arguments) <= dsm_segment_map_length(my_segment))
-			break;
-		if (dropped)
+		without.response = NULL;
+		without.error = NULL;
+		pack_result(&arguments, &without);
+		if (arguments_size(&arguments) > dsm_segment_map_length(my_segment))
 			elog(ERROR, "ids of a Stripe operation are too long to be recorded");
-	}
-	if (dropped)
 		ereport(WARNING,
 				(errmsg("the answer to Stripe operation %s is recorded without its body",
 						describe_operation(&flight.op)),
 				 errdetail("It is larger than what was reserved before the call.")));
-
+	}
 	arguments_write(&arguments, dsm_segment_address(my_segment));
+}
+
+/* Say why a result is not recorded, or not yet. */
+static void
+warn_not_recorded(StripeOutcome outcome, WaitResult waited, const char *problem)
+{
+	if (waited == WAIT_ANSWERED)
+		ereport(WARNING,
+				(errcode(ERRCODE_CONTRADICTS_RECORD),
+				 errmsg("outcome \"%s\" of Stripe operation %s could not be recorded",
+						stripe_outcome_name(outcome), describe_operation(&flight.op)),
+				 errdetail_internal("%s", problem)));
+	else
+		ereport(WARNING,
+				(errcode(ERRCODE_NO_RECORDER),
+				 errmsg("outcome \"%s\" of Stripe operation %s is not recorded yet",
+						stripe_outcome_name(outcome), describe_operation(&flight.op)),
+				 waited == WAIT_NO_WORKER ?
+				 errdetail("There is no free slot for a background process. It will be recorded as soon as there is one; if the server stops before that, the operation counts as unknown.") :
+				 errdetail("It will be as soon as the recorder can write its row; if the server stops before that, the operation counts as unknown.")));
+}
+
+/*
+ * Record what came of the claimed call; see recorder_client.h.
+ */
+StripeOutcome
+recorder_record(const CallResult *result)
+{
+	StripeOutcome outcome = result->outcome;
+	WaitResult	waited;
+	const char *problem = NULL;
+
+	if (!flight.active)
+		elog(ERROR, "no call to Stripe is in progress");
+	if (flight.direct)
+		return record_directly(result);
+
+	DEBUG_POINT("before-record");
+	write_result(result);
 	my_order->token = flight.token;
 	flight.active = false;
 
@@ -1010,26 +984,13 @@ recorder_record(const StripeCallResult *result)
 	if (waited == WAIT_ANSWERED)
 	{
 		if (my_order->answer == ORDER_OK)
-			outcome = pstrdup(my_order->text);
+			outcome = my_order->outcome;
 		else
 			problem = pstrdup(my_order->message);
 		take_order_back();
 	}
-
-	if (waited != WAIT_ANSWERED)
-		ereport(WARNING,
-				(errcode(ERRCODE_NO_RECORDER),
-				 errmsg("outcome \"%s\" of Stripe operation %s is not recorded yet",
-						outcome, describe_operation(&flight.op)),
-				 waited == WAIT_NO_WORKER ?
-				 errdetail("There is no free slot for a background process. It will be recorded as soon as there is one; if the server stops before that, the operation counts as unknown.") :
-				 errdetail("It will be as soon as the recorder can write its row; if the server stops before that, the operation counts as unknown.")));
-	else if (problem != NULL)
-		ereport(WARNING,
-				(errcode(ERRCODE_CONTRADICTS_RECORD),
-				 errmsg("outcome \"%s\" of Stripe operation %s could not be recorded",
-						outcome, describe_operation(&flight.op)),
-				 errdetail_internal("%s", problem)));
+	if (waited != WAIT_ANSWERED || problem != NULL)
+		warn_not_recorded(outcome, waited, problem);
 
 	DEBUG_POINT("after-record");
 	return outcome;

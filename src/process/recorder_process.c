@@ -73,6 +73,7 @@
 #include "calls/settle_by_event.h"
 #include "calls/stripe_ledger.h"
 #include "process/background_process.h"
+#include "process/recorder_message.h"
 #include "process/recorder_queue.h"
 #include "process/worker_table.h"
 
@@ -317,24 +318,12 @@ answer_with(Order *order, ErrorData *edata)
 static void
 do_claim(Order *order, Operation *op, Relation rel)
 {
-	char	   *from = map_segment(order);
 	TimestampTz now = GetCurrentTimestamp();
 	StripeClaim claim;
 
 	memset(&claim, 0, sizeof(claim));
 	claim.op = op;
-	claim.request = arguments_get_pointer(&from);
-	claim.method = arguments_get_string(&from);
-	claim.path = arguments_get_string(&from);
-	claim.api_version = arguments_get_string(&from);
-	claim.body = arguments_get_pointer(&from);
-	claim.caller_vxid = arguments_get_string(&from);
-	claim.rules.compare_ignore = arguments_get_string(&from);
-	claim.rules.resend_margin = arguments_get_int(&from);
-	claim.lease = arguments_get_int(&from);
-	claim.livemode = (int) arguments_get_int(&from);
-	claim.resend = arguments_get_int(&from) != 0;
-	claim.caller_life = arguments_get_int(&from);
+	unpack_claim(map_segment(order), &claim);
 	claim.caller_xid = order->caller_xid;
 
 	stripe_claim_init(&claim);
@@ -386,45 +375,33 @@ renew_lease(Order *order, Operation *op, Relation rel)
 static void
 do_reopen(Order *order, Operation *op, Relation rel)
 {
-	char	   *from = map_segment(order);
-	bool		force = arguments_get_int(&from) != 0;
-	int			from_generation = (int) arguments_get_int(&from);
-	char	   *user = arguments_get_string(&from);
-	char	   *key = stripe_reopen_run(rel, op, force, from_generation, user);
+	bool		force;
+	int			from_generation;
+	char	   *user;
 
-	strlcpy(order->text, key, sizeof(order->text));
+	unpack_reopen(map_segment(order), &force, &from_generation, &user);
+	strlcpy(order->key, stripe_reopen_run(rel, op, force, from_generation, user),
+			sizeof(order->key));
 	order->answer = ORDER_OK;
 }
 
 static void
 do_record(Order *order, Operation *op, Relation rel)
 {
-	StripeResult result;
+	CallResult	result;
 
 	memset(&result, 0, sizeof(result));
 	if (order->verb == ORDER_RECORD)
-	{
-		char	   *from = map_segment(order);
-
-		result.outcome = (StripeOutcome) arguments_get_int(&from);
-		result.never_sent = arguments_get_int(&from) == 0;
-		result.http_status = (int) arguments_get_int(&from);
-		result.livemode = (int) arguments_get_int(&from);
-		result.resource_id = arguments_get_string(&from);
-		result.resource_type = arguments_get_string(&from);
-		result.resource_status = arguments_get_string(&from);
-		result.request_id = arguments_get_string(&from);
-		result.response = arguments_get_pointer(&from);
-		result.error = arguments_get_pointer(&from);
-	}
+		unpack_result(map_segment(order), &result);
 	else
 	{
+		/* given up, after something may have been sent */
 		result.outcome = STRIPE_UNKNOWN;
-		result.livemode = -1;
+		result.sent = true;
+		result.livemode = LIVEMODE_UNKNOWN;
 	}
 
-	strlcpy(order->text, stripe_record_run(rel, op, order->token, &result),
-			sizeof(order->text));
+	order->outcome = stripe_record_run(rel, op, order->token, &result, false);
 	order->answer = ORDER_OK;
 }
 

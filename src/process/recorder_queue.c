@@ -38,8 +38,6 @@
 #include "miscadmin.h"
 #include "storage/latch.h"
 #include "storage/proc.h"
-#include "utils/builtins.h"
-#include "utils/datum.h"
 
 #include "base/clock.h"
 #include "base/compat.h"
@@ -382,88 +380,4 @@ recorder_queue_unblock(Oid database)
 			slot->database = InvalidOid;
 	}
 	LWLockRelease(recorder_queue_lock);
-}
-
-/* ---------- arguments ---------- */
-
-static void
-put(OrderArguments *arguments, Datum value, bool isnull, bool byval)
-{
-	Assert(arguments->n < ORDER_MAX_ARGUMENTS);
-	arguments->values[arguments->n] = value;
-	arguments->isnull[arguments->n] = isnull;
-	arguments->byval[arguments->n] = byval;
-	arguments->n++;
-}
-
-void
-arguments_put_int(OrderArguments *arguments, int64 value)
-{
-	put(arguments, Int64GetDatum(value), false, true);
-}
-
-void
-arguments_put_pointer(OrderArguments *arguments, const void *varlena)
-{
-	put(arguments, PointerGetDatum(varlena), varlena == NULL, false);
-}
-
-void
-arguments_put_string(OrderArguments *arguments, const char *string)
-{
-	arguments_put_pointer(arguments, string == NULL ? NULL : cstring_to_text(string));
-}
-
-static int16
-typlen(const OrderArguments *arguments, int i)
-{
-	return arguments->byval[i] ? (int16) sizeof(int64) : -1;
-}
-
-Size
-arguments_size(const OrderArguments *arguments)
-{
-	Size		size = 0;
-	int			i;
-
-	for (i = 0; i < arguments->n; i++)
-		size += datumEstimateSpace(arguments->values[i], arguments->isnull[i],
-								   arguments->byval[i], typlen(arguments, i));
-	return size;
-}
-
-void
-arguments_write(const OrderArguments *arguments, char *to)
-{
-	int			i;
-
-	for (i = 0; i < arguments->n; i++)
-		datumSerialize(arguments->values[i], arguments->isnull[i],
-					   arguments->byval[i], typlen(arguments, i), &to);
-}
-
-/* Read what was put, in the same order; copies in the current context. */
-int64
-arguments_get_int(char **from)
-{
-	bool		isnull;
-
-	return DatumGetInt64(datumRestore(from, &isnull));
-}
-
-void *
-arguments_get_pointer(char **from)
-{
-	bool		isnull;
-	Datum		value = datumRestore(from, &isnull);
-
-	return isnull ? NULL : DatumGetPointer(value);
-}
-
-char *
-arguments_get_string(char **from)
-{
-	text	   *value = arguments_get_pointer(from);
-
-	return value == NULL ? NULL : text_to_cstring(value);
 }

@@ -18,6 +18,7 @@
 #include "utils/timestamp.h"
 
 #include "ledger/derived_key.h"
+#include "stripe/stripe_outcome.h"
 
 #define ORDER_LABEL_LEN		256 /* account, stored key */
 #define ORDER_MESSAGE_LEN	512
@@ -94,7 +95,8 @@ typedef struct Order
 
 	/* the answer */
 	OrderAnswer answer;
-	char text[	ORDER_LABEL_LEN];	/* a new key, or an outcome */
+	char		key[ORDER_LABEL_LEN];	/* of a new generation */
+	StripeOutcome outcome;		/* that stands */
 	int			sqlstate;
 	char		message[ORDER_MESSAGE_LEN];
 	char		detail[ORDER_MESSAGE_LEN];
@@ -138,27 +140,6 @@ typedef struct RecorderQueue
 	RecorderSlot slots[FLEXIBLE_ARRAY_MEMBER];
 	/* then the orders */
 } RecorderQueue;
-
-/* Arguments on their way, varlena ones not toasted. */
-#define ORDER_MAX_ARGUMENTS 12
-
-typedef struct OrderArguments
-{
-	int			n;
-	Datum		values[ORDER_MAX_ARGUMENTS];
-	bool		isnull[ORDER_MAX_ARGUMENTS];
-	bool		byval[ORDER_MAX_ARGUMENTS];
-} OrderArguments;
-
-extern void arguments_put_int(OrderArguments *arguments, int64 value);
-extern void arguments_put_pointer(OrderArguments *arguments, const void *varlena);
-extern void arguments_put_string(OrderArguments *arguments, const char *string);
-extern Size arguments_size(const OrderArguments *arguments);
-extern void arguments_write(const OrderArguments *arguments, char *to);
-
-extern int64 arguments_get_int(char **from);
-extern void *arguments_get_pointer(char **from);
-extern char *arguments_get_string(char **from);
 
 extern LWLock *recorder_queue_lock;
 

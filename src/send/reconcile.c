@@ -595,19 +595,19 @@ ask(Reconcile *r, Doubt *doubt, Step *step, const char *query, StripeReply *repl
 	exchange(&request, &r->key, &deadline, reply);
 	log_stripe_call(request.method, step->path, request.account,
 					psprintf("%s:%s", doubt->op.type, doubt->op.id), doubt->generation,
-					NULL, reply, stripe_outcome_name(reply->outcome), r->key.live);
+					NULL, reply, reply->result.outcome, r->key.live);
 
 	r->left -= reply->attempts;
 	doubt->requests += reply->attempts;
 	step->requests += reply->attempts;
-	step->http_status = reply->http_status;
-	step->request_id = keep_string(r, reply->request_id);
+	step->http_status = reply->result.http_status;
+	step->request_id = keep_string(r, reply->result.request_id);
 	step->problem = NULL;
-	if (reply->outcome == STRIPE_COMPLETED && reply->body.json != NULL)
+	if (reply->result.outcome == STRIPE_COMPLETED && reply->body.json != NULL)
 		return true;
 
 	/* too many large objects at once */
-	if (reply->http_status >= 200 && reply->http_status < 300 && step->page > SMALL_PAGE)
+	if (reply->result.http_status >= 200 && reply->result.http_status < 300 && step->page > SMALL_PAGE)
 	{
 		step->page = SMALL_PAGE;
 		return false;
@@ -619,9 +619,9 @@ ask(Reconcile *r, Doubt *doubt, Step *step, const char *query, StripeReply *repl
 	step->problem = keep_string(r, problem != NULL ? problem : reply->reason);
 
 	/* the same again may be answered later; anything else stays as it is */
-	step->done = reply->http_status != 0 && reply->http_status != 401 &&
-		reply->http_status != 429;
-	if (!step->done || reply->http_status == 403 || reply->http_status >= 500)
+	step->done = reply->result.http_status != 0 && reply->result.http_status != 401 &&
+		reply->result.http_status != 429;
+	if (!step->done || reply->result.http_status == 403 || reply->result.http_status >= 500)
 		r->stopped = step->problem;
 	return false;
 }
@@ -671,6 +671,7 @@ judge_object(Reconcile *r, Doubt *doubt, Step *step, JsonbValue *value, FoundBy 
 	char	   *id = json_string_member(object, "id");
 	char	   *type = json_string_member(object, "object");
 	bool		deleted = false;
+	StripeOutcome outcome = STRIPE_UNKNOWN;
 
 	note_found(r, step, id, type, json_string_member(object, "status"), NULL);
 	json_bool_member(object, "deleted", &deleted);
@@ -679,18 +680,19 @@ judge_object(Reconcile *r, Doubt *doubt, Step *step, JsonbValue *value, FoundBy 
 
 	/* a DELETE with a verb takes something from it: customers/ID/discount */
 	if (pg_strcasecmp(doubt->method, "DELETE") == 0)
-		finding->outcome = deleted && strcmp(doubt->path, step->path) == 0 ? "completed" : NULL;
+		outcome = deleted && strcmp(doubt->path, step->path) == 0 ? STRIPE_COMPLETED : STRIPE_UNKNOWN;
 	else if (!deleted)
-		finding->outcome = outcome_of_object(object, doubt->request);
+		outcome = outcome_of_object(object, doubt->request);
 
-	if (finding->outcome != NULL && short_string(id) != NULL && id[0] != '\0' &&
+	if (stripe_is_definitive(outcome) && short_string(id) != NULL && id[0] != '\0' &&
 		is_of_mode(r, object))
 	{
-		finding->object_id = id;
-		finding->object_type = short_string(type);
-		finding->object_status = stripe_object_status(object);
-		finding->livemode = r->key.live;
-		finding->response = json;
+		finding->result.outcome = outcome;
+		finding->result.resource_id = id;
+		finding->result.resource_type = short_string(type);
+		finding->result.resource_status = stripe_object_status(object);
+		finding->result.livemode = livemode_of(r->key.live);
+		finding->result.response = json;
 		doubt->found_by = found_by;
 		doubt->candidate = true;
 	}
@@ -1023,7 +1025,7 @@ append_name(HeapTuple tuple, TupleDesc desc, void *arg)
 }
 
 static void
-put_row(ReturnSetInfo *rsinfo, Operation *op, const char *outcome, const char *resource_id,
+put_row(ReturnSetInfo *rsinfo, Operation *op, StripeOutcome outcome, const char *resource_id,
 		Jsonb *evidence)
 {
 	Datum		values[6];
@@ -1032,7 +1034,8 @@ put_row(ReturnSetInfo *rsinfo, Operation *op, const char *outcome, const char *r
 	values[0] = CStringGetTextDatum(op->account);
 	values[1] = CStringGetTextDatum(op->type);
 	values[2] = CStringGetTextDatum(op->id);
-	values[3] = enum_datum(TupleDescAttr(rsinfo->setDesc, 3)->atttypid, outcome);
+	values[3] = enum_datum(TupleDescAttr(rsinfo->setDesc, 3)->atttypid,
+						   stripe_outcome_name(outcome));
 	nulls[4] = resource_id == NULL;
 	values[4] = nulls[4] ? (Datum) 0 : CStringGetTextDatum(resource_id);
 	nulls[5] = evidence == NULL;
@@ -1044,10 +1047,10 @@ put_row(ReturnSetInfo *rsinfo, Operation *op, const char *outcome, const char *r
 static void
 put_recorded(ReturnSetInfo *rsinfo, Operation *op, LedgerRow *row, Jsonb *evidence)
 {
-	const char *outcome = stripe_row_outcome(row);
+	StripeOutcome outcome = stripe_row_outcome(row);
 
-	if (strcmp(outcome, "in_progress") == 0 && !stripe_row_is_held(row, GetCurrentTimestamp()))
-		outcome = "unknown";
+	if (outcome == STRIPE_IN_PROGRESS && !stripe_row_is_held(row, GetCurrentTimestamp()))
+		outcome = STRIPE_UNKNOWN;
 	if (evidence == NULL && stripe_row_is_final(row) && !row->isnull[S_SETTLED])
 		evidence = json_member_copy(&DatumGetJsonbP(row->values[S_SETTLED])->root, "evidence");
 	put_row(rsinfo, op, outcome, stripe_row_string(row, S_RESOURCE_ID), evidence);
@@ -1118,7 +1121,8 @@ finish_doubt(Reconcile *r, Doubt *doubt, Relation rel, bool one, ReturnSetInfo *
 		}
 		if (kept && doubt->known)
 		{
-			put_row(rsinfo, &doubt->op, doubt->finding.outcome, doubt->finding.object_id, json);
+			put_row(rsinfo, &doubt->op, doubt->finding.result.outcome,
+					doubt->finding.result.resource_id, json);
 			return;
 		}
 		if (!kept)
@@ -1154,12 +1158,12 @@ list_doubts(Reconcile *r, Relation rel, const char *account, const char *type, c
 static bool
 is_doubtful(LedgerRow *row, bool one, TimestampTz now)
 {
-	const char *outcome = stripe_row_outcome(row);
+	StripeOutcome outcome = stripe_row_outcome(row);
 
-	if (strcmp(outcome, "not_executed") == 0)
+	if (outcome == STRIPE_NOT_EXECUTED)
 		return one && !row->isnull[S_FIRST_SENT_AT];
-	return strcmp(outcome, "unknown") == 0 ||
-		(strcmp(outcome, "in_progress") == 0 && !stripe_row_is_held(row, now));
+	return outcome == STRIPE_UNKNOWN ||
+		(outcome == STRIPE_IN_PROGRESS && !stripe_row_is_held(row, now));
 }
 
 static void
@@ -1184,10 +1188,7 @@ reconcile(Reconcile *r, Relation rel, List *names, const char *account, bool one
 		if (row.found != FOUND_ROW)
 		{
 			if (one)
-				ereport(ERROR,
-						(errcode(ERRCODE_BAD_ARGUMENT),
-						 errmsg("Stripe operation %s was never claimed",
-								describe_operation(&doubt->op))));
+				stripe_refuse_unclaimed(&doubt->op);
 			continue;
 		}
 		if (!is_doubtful(&row, one, now))
@@ -1196,7 +1197,7 @@ reconcile(Reconcile *r, Relation rel, List *names, const char *account, bool one
 				put_recorded(rsinfo, &doubt->op, &row, NULL);
 			continue;
 		}
-		if (!row.isnull[S_LIVEMODE] && DatumGetBool(row.values[S_LIVEMODE]) != r->key.live)
+		if (livemodes_differ(stripe_row_livemode(&row), livemode_of(r->key.live)))
 		{
 			if (!one)
 				continue;

@@ -270,8 +270,6 @@ read_response(const StripeRequest *request, const HttpResponse *response, bool u
 		json = NULL;
 
 	stripe_read_body(json, &reply->body);
-	reply->http_status = response->status;
-	reply->request_id = response->request_id[0] != '\0' ? pstrdup(response->request_id) : NULL;
 	reply->replayed = response->replayed;
 
 	memset(&received, 0, sizeof(received));
@@ -296,6 +294,12 @@ read_response(const StripeRequest *request, const HttpResponse *response, bool u
 		else
 			reply->body.error = exchange_error("api_error", "answer is not one of Stripe's", NULL);
 	}
+
+	stripe_body_result(&reply->body, answer->genuine, &reply->result);
+	reply->result.outcome = class->outcome;
+	reply->result.http_status = response->status;
+	if (response->request_id[0] != '\0')
+		reply->result.request_id = pstrdup(response->request_id);
 }
 
 /*
@@ -313,11 +317,12 @@ static void
 not_sent(StripeReply *reply, const char *reason)
 {
 	memset(reply, 0, sizeof(StripeReply));
-	reply->outcome = STRIPE_NOT_EXECUTED;
 	reply->reason = reason;
 	reply->resend = true;
+	stripe_read_body(NULL, &reply->body);
 	reply->body.error = exchange_error("api_connection_error", reason, NULL);
-	reply->body.livemode_isnull = true;
+	stripe_body_result(&reply->body, false, &reply->result);
+	reply->result.outcome = STRIPE_NOT_EXECUTED;
 }
 
 /*
@@ -385,7 +390,7 @@ exchange(const StripeRequest *request, const ApiKey *key,
 		}
 		PG_CATCH();
 		{
-			reply->sent = sent || response.sent;
+			reply->result.sent = sent || response.sent;
 			PG_RE_THROW();
 		}
 		PG_END_TRY();
@@ -395,9 +400,8 @@ exchange(const StripeRequest *request, const ApiKey *key,
 		memset(reply, 0, sizeof(StripeReply));
 		read_response(request, &response, uncertain, reply, &answer, &class);
 		pfree(response.body);
-		reply->sent = sent;
+		reply->result.sent = sent;
 		reply->attempts = attempts;
-		reply->outcome = class.outcome;
 		reply->resend = class.resend;
 
 		if (attempts > setting_stripe_max_retries || attempts == request->max_attempts ||
@@ -417,9 +421,9 @@ exchange(const StripeRequest *request, const ApiKey *key,
 			break;
 	}
 
-	if (uncertain && reply->outcome == STRIPE_NOT_EXECUTED && strcmp(request->method, "GET") != 0)
+	if (uncertain && reply->result.outcome == STRIPE_NOT_EXECUTED && strcmp(request->method, "GET") != 0)
 	{
-		reply->outcome = STRIPE_UNKNOWN;
+		reply->result.outcome = STRIPE_UNKNOWN;
 		reply->reason = gettext_noop("an earlier attempt may have been executed");
 		reply->resend = true;
 	}

@@ -255,13 +255,13 @@ fuzz_answer(const uint8 *data, size_t size)
 	object = reply.body.json != NULL;
 	stripes = object && (reply.body.error_type != NULL || reply.body.error_code != NULL);
 
-	CHECK(reply.attempts == 1 && reply.sent == input.sent && reply.http_status == input.status);
+	CHECK(reply.attempts == 1 && reply.result.sent == input.sent && reply.result.http_status == input.status);
 	CHECK(reply.body.resource_id == NULL || strlen(reply.body.resource_id) <= STRIPE_ID_MAX);
 	CHECK(reply.body.resource_type == NULL || strlen(reply.body.resource_type) <= STRIPE_ID_MAX);
-	CHECK((reply.request_id == NULL) == (seen.request_id[0] == '\0'));
+	CHECK((reply.result.request_id == NULL) == (seen.request_id[0] == '\0'));
 	CHECK(reply.reason != NULL && reply.reason[0] != '\0');
 
-	switch (reply.outcome)
+	switch (reply.result.outcome)
 	{
 		case STRIPE_COMPLETED:
 			CHECK(input.status >= 200 && input.status <= 299 && seen.whole);
@@ -292,8 +292,8 @@ fuzz_answer(const uint8 *data, size_t size)
 			break;
 	}
 	if (!input.sent)
-		CHECK(reply.outcome == STRIPE_NOT_EXECUTED);
-	if (reply.outcome != STRIPE_COMPLETED && !object)
+		CHECK(reply.result.outcome == STRIPE_NOT_EXECUTED);
+	if (reply.result.outcome != STRIPE_COMPLETED && !object)
 		CHECK(reply.body.error != NULL);
 
 	/*
@@ -307,7 +307,7 @@ fuzz_answer(const uint8 *data, size_t size)
 	answer.error_type = reply.body.error_type;
 	answer.error_code = reply.body.error_code;
 	class = stripe_classify(&answer);
-	CHECK(class.outcome == reply.outcome);
+	CHECK(class.outcome == reply.result.outcome);
 	if (stripe_retry_at_once(&answer, &class, seen.should_retry, seen.replayed))
 	{
 		CHECK(class.outcome != STRIPE_COMPLETED && class.outcome != STRIPE_MISMATCH);
