@@ -27,8 +27,11 @@ OBJS = \
 	src/calls/call_transactions.o \
 	src/calls/settle_by_event.o \
 	src/calls/settle_by_hand.o \
+	src/calls/stripe_claim.o \
 	src/calls/stripe_expiry.o \
+	src/calls/stripe_fate.o \
 	src/calls/stripe_ledger.o \
+	src/calls/stripe_record.o \
 	src/events/webhook_payload.o \
 	src/events/webhook_queue.o \
 	src/events/webhook_secret.o \

@@ -12,7 +12,7 @@
 #ifndef IDEMPOTENCY_SETTLE_BY_EVENT_H
 #define IDEMPOTENCY_SETTLE_BY_EVENT_H
 
-#include "calls/stripe_ledger.h"
+#include "calls/stripe_claim.h"
 #include "ledger/derived_key.h"
 #include "stripe/stripe_effect.h"
 #include "stripe/webhook_event.h"

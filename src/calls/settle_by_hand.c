@@ -40,6 +40,8 @@
 #include "calls/call_transactions.h"
 #include "calls/settle_by_event.h"
 #include "calls/settle_by_hand.h"
+#include "calls/stripe_fate.h"
+#include "calls/stripe_record.h"
 #include "ledger/expiry.h"
 #include "ledger/ledger_search.h"
 

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * stripe_ledger.h
- *	  The ledger of calls to Stripe: its rows, and what may become of them.
+ *	  The ledger of calls to Stripe: its columns, and what a row says.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -12,16 +12,14 @@
 #ifndef IDEMPOTENCY_STRIPE_LEDGER_H
 #define IDEMPOTENCY_STRIPE_LEDGER_H
 
-#include "access/transam.h"
 #include "utils/jsonb.h"
 
 #include "base/parameters.h"
 #include "ledger/derived_key.h"
 #include "ledger/ledger.h"
 #include "ledger/namespace.h"
-#include "ledger/request_fingerprint.h"
 #include "stripe/call_data.h"
-#include "stripe/stripe_outcome.h"
+#include "stripe/stripe_answer.h"
 
 /*
  * API v1 prunes keys once they are at least this old.
@@ -92,40 +90,6 @@ typedef struct StripeRules
 	const char *compare_ignore; /* list of names */
 } StripeRules;
 
-/*
- * A claim.  What isn't given is NULL.
- */
-typedef struct StripeClaim
-{
-	LedgerClaim base;
-	Operation  *op;
-	StripeRules rules;
-	RequestPrint print;			/* of request */
-	Jsonb	   *request;
-	int64		lease;			/* microseconds; 0: held while its caller is
-								 * there */
-
-	/* of a call that the backend sends by itself */
-	CallRequest send;
-	bool		resend;			/* only what is stored */
-	int64		caller_life;	/* 0: not such a call */
-	const char *caller_vxid;
-
-	/* the transaction to watch, invalid where it writes the row itself */
-	FullTransactionId caller_xid;
-
-	/* after stripe_claim_look(): it takes a write to answer */
-	bool		wants_write;
-
-	/* the answer */
-	StripeVerdict verdict;
-	StripeOutcome outcome;
-	int			retry_after;
-	int64		token;			/* 0 unless claimed */
-	bool		known;			/* is row set? */
-	LedgerRow	row;
-} StripeClaim;
-
 extern Ledger stripe_calls;
 
 extern PGDLLEXPORT void operation_init(Operation *op, const char *type, const char *id, const char *account);
@@ -146,33 +110,19 @@ extern TimestampTz stripe_resend_until(LedgerRow *row, int64 margin);
 extern bool stripe_resend_may_settle(LedgerRow *row, int64 margin, TimestampTz now);
 extern char *stripe_row_string(LedgerRow *row, int column);
 
-extern void stripe_claim_init(StripeClaim *claim);
-extern void stripe_claim_run(StripeClaim *claim, Relation rel);
-extern void stripe_claim_look(StripeClaim *claim, Relation rel);
-extern void stripe_refuse_own_row(Relation rel, Operation *op);
-extern void stripe_claim_fetch(StripeClaim *claim, Relation rel);
+extern void stripe_row_received(LedgerRow *row, StripeReceived *received);
 
-extern StripeOutcome stripe_record_run(Relation rel, Operation *op, int64 token,
-									   const CallResult *result, bool adopt);
-extern bool stripe_renew_run(Relation rel, Operation *op, int64 token, TimestampTz until);
-extern bool stripe_release_run(Relation rel, Operation *op, int64 token);
-extern TimestampTz stripe_extend_run(Relation rel, Operation *op, int64 token, int64 lease,
-									 TimestampTz now);
-extern char *stripe_reopen_run(Relation rel, Operation *op, bool force, int from_generation,
-							   const char *user);
 extern void stripe_refuse_unclaimed(Operation *op);
 extern void stripe_refuse_token(Operation *op, LedgerRow *row);
-extern void stripe_explain_refusal(Relation rel, Operation *op, int64 token);
-extern void stripe_read_answer_of(Relation rel, Operation *op, int64 token, Jsonb *response,
-								  int http_status, const char *resource_id,
-								  CallResult *result);
-
-extern void stripe_advise_reopen(StripeClaim *claim);
-
-extern void stripe_adopt_run(Relation rel, Operation *op, int64 token,
-							 FullTransactionId xid);
-extern bool stripe_note_fate_run(Relation rel, Operation *op);
 extern void stripe_notify_settled(Operation *op, StripeOutcome outcome, const char *resource_id);
+
+/* $1 to $4 of what is done with a token. */
+static inline void
+stripe_token_parameters(Operation *op, int64 token, Parameters *p)
+{
+	parameters_begin(p, op->key, lengthof(op->key));
+	parameter_int64(p, token);
+}
 
 static inline void
 parameter_livemode(Parameters *parameters, Livemode livemode)

@@ -61,6 +61,7 @@
 #include "calls/call_transactions.h"
 #include "calls/settle_by_event.h"
 #include "calls/stripe_ledger.h"
+#include "calls/stripe_record.h"
 #include "process/recorder_client.h"
 #include "process/recorder_message.h"
 #include "process/recorder_queue.h"

@@ -28,7 +28,7 @@
 
 #include "utils/timestamp.h"
 
-#include "calls/stripe_ledger.h"
+#include "calls/stripe_claim.h"
 #include "stripe/call_data.h"
 
 /*

@@ -12,7 +12,7 @@
 #ifndef IDEMPOTENCY_RECORDER_MESSAGE_H
 #define IDEMPOTENCY_RECORDER_MESSAGE_H
 
-#include "calls/stripe_ledger.h"
+#include "calls/stripe_claim.h"
 
 /* Arguments on their way, varlena ones not toasted. */
 #define ORDER_MAX_ARGUMENTS 12

@@ -30,7 +30,8 @@
 #include "base/result_row.h"
 #include "base/settings.h"
 #include "calls/settle_by_event.h"
-#include "calls/stripe_ledger.h"
+#include "calls/stripe_claim.h"
+#include "calls/stripe_record.h"
 #include "process/recorder_client.h"
 
 PG_FUNCTION_INFO_V1(idempotency_stripe_idempotency_key);

@@ -263,6 +263,9 @@ fuzz_answer(const uint8 *data, size_t size)
 
 	switch (reply.result.outcome)
 	{
+		case STRIPE_IN_PROGRESS:
+			CHECK(false);
+			break;
 		case STRIPE_COMPLETED:
 			CHECK(input.status >= 200 && input.status <= 299 && seen.whole);
 			CHECK(object && json_object_member(&reply.body.json->root, "error") == NULL);
