@@ -914,6 +914,39 @@ choose_durability(void)
 }
 
 /*
+ * The orders of the batch, each in a subtransaction.
+ */
+static void
+run_orders(void)
+{
+	int			nlocked = 0;
+	int			i;
+
+	for (i = 0; i < nbatch; i++)
+	{
+		OrderWork	work;
+		ErrorData  *edata;
+
+		CHECK_FOR_INTERRUPTS();
+		if (batch[i].order->committed)
+		{
+			/* a commit that has written nothing waits for no standby */
+			log_message_compat("idempotency");
+			if (batch[i].order->lease == 0)
+				continue;
+		}
+		work.order = batch[i].order;
+		work.opened = false;
+		LockTimeout = nlocked < PATIENT_ORDERS ? LOCK_TIMEOUT : LOCK_TIMEOUT_LEAST;
+		edata = in_subtransaction(order_work, &work);
+		if (edata != NULL)
+			order_failed(&batch[i], edata, work.opened);
+		if (edata != NULL && is_lock_failure(edata->sqlerrcode))
+			nlocked++;
+	}
+}
+
+/*
  * One transaction: what is posted, and notes where there is room.
  */
 static void
@@ -921,8 +954,6 @@ run_batch(void)
 {
 	MemoryContext context = CurrentMemoryContext;
 	char		activity[64];
-	volatile int nlocked = 0;
-	int			i;
 
 	PG_TRY();
 	{
@@ -940,28 +971,7 @@ run_batch(void)
 		if (nbatch > 0)
 			DEBUG_POINT("recorder-taken");
 
-		for (i = 0; i < nbatch; i++)
-		{
-			OrderWork	work;
-			ErrorData  *edata;
-
-			CHECK_FOR_INTERRUPTS();
-			if (batch[i].order->committed)
-			{
-				/* a commit that has written nothing waits for no standby */
-				log_message_compat("idempotency");
-				if (batch[i].order->lease == 0)
-					continue;
-			}
-			work.order = batch[i].order;
-			work.opened = false;
-			LockTimeout = nlocked < PATIENT_ORDERS ? LOCK_TIMEOUT : LOCK_TIMEOUT_LEAST;
-			edata = in_subtransaction(order_work, &work);
-			if (edata != NULL)
-				order_failed(&batch[i], edata, work.opened);
-			if (edata != NULL && is_lock_failure(edata->sqlerrcode))
-				nlocked++;
-		}
+		run_orders();
 		LockTimeout = LOCK_TIMEOUT_LEAST;
 		run_notes(ORDER_BATCH - nbatch);
 		LockTimeout = LOCK_TIMEOUT;

@@ -326,6 +326,39 @@ not_sent(StripeReply *reply, const char *reason)
 }
 
 /*
+ * Why a request cannot be sent at all, or NULL.  Marked for translation.
+ */
+static const char *
+reason_not_to_send(const StripeRequest *request, const StripeDeadline *deadline)
+{
+	if (deadline->of_statement && left_ms(deadline) < STATEMENT_LEAST)
+		return gettext_noop("too little time is left before statement_timeout");
+	if (left_ms(deadline) <= 0)
+		return gettext_noop("no time is left");
+	if (request->sent_before && is_too_late(request))
+		return gettext_noop("it is too late to send the same key again");
+	return NULL;
+}
+
+/* What each attempt sends. */
+static void
+prepare_http(const StripeRequest *request, const ApiKey *key, const char **headers,
+			 HttpRequest *http)
+{
+	set_headers(request, key, headers);
+	memset(http, 0, sizeof(HttpRequest));
+	http->method = request->method;
+	http->url = psprintf("%s%s", setting_stripe_api_base, request->target);
+	http->headers = headers;
+	http->bearer = key->secret;
+	http->body = request->body;
+	http->body_len = request->body_len;
+	http->sending = request->sending;
+	http->max_body = (size_t) setting_max_response_size * 1024;
+	http->ca_file = setting_stripe_ca_file[0] != '\0' ? setting_stripe_ca_file : NULL;
+}
+
+/*
  * Send a request until there is an answer that counts, or no more time.
  *
  * The last attempt's answer is the one that is told.  Where it says that
@@ -342,37 +375,15 @@ exchange(const StripeRequest *request, const ApiKey *key,
 	volatile bool sent = false;
 	bool		uncertain = false;
 	int			attempts = 0;
+	const char *reason = reason_not_to_send(request, deadline);
 
+	if (reason != NULL)
+	{
+		not_sent(reply, reason);
+		return;
+	}
 	memset(reply, 0, sizeof(StripeReply));
-	if (deadline->of_statement && left_ms(deadline) < STATEMENT_LEAST)
-	{
-		not_sent(reply, gettext_noop("too little time is left before statement_timeout"));
-		return;
-	}
-
-	if (left_ms(deadline) <= 0)
-	{
-		not_sent(reply, gettext_noop("no time is left"));
-		return;
-	}
-
-	if (request->sent_before && is_too_late(request))
-	{
-		not_sent(reply, gettext_noop("it is too late to send the same key again"));
-		return;
-	}
-
-	set_headers(request, key, headers);
-	memset(&http, 0, sizeof(http));
-	http.method = request->method;
-	http.url = psprintf("%s%s", setting_stripe_api_base, request->target);
-	http.headers = headers;
-	http.bearer = key->secret;
-	http.body = request->body;
-	http.body_len = request->body_len;
-	http.sending = request->sending;
-	http.max_body = (size_t) setting_max_response_size * 1024;
-	http.ca_file = setting_stripe_ca_file[0] != '\0' ? setting_stripe_ca_file : NULL;
+	prepare_http(request, key, headers, &http);
 
 	for (;;)
 	{
