@@ -28,8 +28,11 @@ OBJS = \
 	src/calls/call_transactions.o \
 	src/calls/settle_by_event.o \
 	src/calls/settle_by_hand.o \
+	src/calls/stripe_claim.o \
 	src/calls/stripe_expiry.o \
+	src/calls/stripe_fate.o \
 	src/calls/stripe_ledger.o \
+	src/calls/stripe_record.o \
 	src/events/call_sweep.o \
 	src/events/kept_events.o \
 	src/events/webhook_ledger.o \
@@ -53,8 +56,10 @@ OBJS = \
 	src/process/expire.o \
 	src/process/launcher.o \
 	src/process/recorder_client.o \
+	src/process/recorder_message.o \
 	src/process/recorder_process.o \
 	src/process/recorder_queue.o \
+	src/process/recorder_start.o \
 	src/process/worker.o \
 	src/process/worker_pass.o \
 	src/process/worker_run.o \

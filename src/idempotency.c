@@ -47,7 +47,7 @@ static const StripeSettingRules stripe_setting_rules = {
  * process/, or to ask of it, goes by these.
  */
 static const ShmemPart shmem_parts[] = {
-	{"idempotency recorder queue", 1, queue_size, queue_init, queue_attach},
+	{"idempotency recorder queue", 1, recorder_queue_size, recorder_queue_init, recorder_queue_attach},
 	{"idempotency databases", 1, worker_table_size, worker_table_init, worker_table_attach},
 };
 

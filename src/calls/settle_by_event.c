@@ -133,9 +133,9 @@ evidence_of_event(const WebhookEvent *event, FoundBy found_by)
 }
 
 static bool
-outcome_is(const CallRow *call, const char *outcome)
+outcome_is(const CallRow *call, StripeOutcome outcome)
 {
-	return strcmp(TextDatumGetCString(call->values[CALL_OUTCOME]), outcome) == 0;
+	return stripe_outcome_by_name(TextDatumGetCString(call->values[CALL_OUTCOME])) == outcome;
 }
 
 static NullableDatum
@@ -155,18 +155,18 @@ call_column(const CallRow *call, int column)
 static bool
 call_is_denied(const CallRow *call)
 {
-	return outcome_is(call, "not_executed") && DatumGetBool(call->values[CALL_SENT]);
+	return outcome_is(call, STRIPE_NOT_EXECUTED) && DatumGetBool(call->values[CALL_SENT]);
 }
 
 /* Is the outcome of a call unknown, and nobody at it? */
 static bool
 call_is_open(const CallRow *call, bool key_found, int64 claimed_token, TimestampTz now)
 {
-	if (outcome_is(call, "unknown"))
+	if (outcome_is(call, STRIPE_UNKNOWN))
 		return true;
 	if (call_is_denied(call))
 		return key_found;
-	if (!outcome_is(call, "in_progress"))
+	if (!outcome_is(call, STRIPE_IN_PROGRESS))
 		return false;
 	if (DatumGetInt64(call->values[CALL_TOKEN]) == claimed_token)
 		return true;
@@ -213,28 +213,29 @@ static bool
 write_finding(Relation rel, const CallRow *call, const Finding *finding, TimestampTz now,
 			  Execute execute)
 {
+	const CallResult *result = &finding->result;
 	Operation	op;
 	Parameters	p;
 
 	begin_with_token(&p, call);
-	parameter_string(&p, finding->outcome);
+	parameter_outcome(&p, result->outcome);
 	parameter_timestamp(&p, now);
-	parameter_string(&p, finding->object_id);
-	parameter_string(&p, finding->object_type);
-	parameter_nullable(&p, BoolGetDatum(finding->livemode > 0), finding->livemode < 0);
-	parameter_string(&p, finding->request_id);
-	parameter_pointer(&p, finding->response);
-	parameter_pointer(&p, finding->error);
+	parameter_string(&p, result->resource_id);
+	parameter_string(&p, result->resource_type);
+	parameter_livemode(&p, result->livemode);
+	parameter_string(&p, result->request_id);
+	parameter_pointer(&p, result->response);
+	parameter_pointer(&p, result->error);
 	parameter_pointer(&p, finding->evidence);
 	parameter_string(&p, finding->by);
-	parameter_string(&p, finding->object_status);
+	parameter_string(&p, result->resource_status);
 	if (execute(rel, &settle_call, p.values, p.nulls, NULL, NULL, 0) == 0)
 		return false;
 
 	op.account = TextDatumGetCString(call->values[CALL_ACCOUNT]);
 	op.type = TextDatumGetCString(call->values[CALL_TYPE]);
 	op.id = TextDatumGetCString(call->values[CALL_ID]);
-	stripe_notify_settled(&op, finding->outcome, finding->object_id);
+	stripe_notify_settled(&op, result->outcome, result->resource_id);
 	return true;
 }
 
@@ -245,25 +246,27 @@ write_finding(Relation rel, const CallRow *call, const Finding *finding, Timesta
 bool
 finding_of_event(const WebhookEvent *event, FoundBy found_by, Jsonb *request, Finding *finding)
 {
+	CallResult *result = &finding->result;
+
 	memset(finding, 0, sizeof(Finding));
-	finding->outcome = outcome_of_event(event, found_by, request);
-	if (finding->outcome == NULL)
+	result->outcome = outcome_of_event(event, found_by, request);
+	if (!stripe_is_definitive(result->outcome))
 		return false;
 
-	finding->object_id = event->object_id;
-	finding->object_type = event->object_type;
-	finding->object_status = stripe_object_status(event->object);
-	finding->livemode = event->livemode_known ? event->livemode : -1;
+	result->resource_id = event->object_id;
+	result->resource_type = event->object_type;
+	result->resource_status = stripe_object_status(event->object);
+	result->livemode = event->livemode_known ? livemode_of(event->livemode) : LIVEMODE_UNKNOWN;
 	if (found_by == BY_KEY)
-		finding->request_id = event->request_id;
-	if (strcmp(finding->outcome, "failed") == 0)
+		result->request_id = event->request_id;
+	if (result->outcome == STRIPE_FAILED)
 	{
-		finding->error = json_member_copy(event->object, "last_payment_error");
-		if (finding->error == NULL)
-			finding->error = json_member_copy(event->object, "last_setup_error");
+		result->error = json_member_copy(event->object, "last_payment_error");
+		if (result->error == NULL)
+			result->error = json_member_copy(event->object, "last_setup_error");
 	}
-	if (finding->error == NULL && event->object != NULL)
-		finding->response = json_member_copy(json_object_member(&event->json->root, "data"),
+	if (result->error == NULL && event->object != NULL)
+		result->response = json_member_copy(json_object_member(&event->json->root, "data"),
 											 "object");
 	return true;
 }
@@ -352,7 +355,7 @@ settle(Relation rel, CallRow *call, const WebhookEvent *event, FoundBy found_by,
 	TimestampTz now = GetCurrentTimestamp();
 	Finding		finding;
 
-	if (!outcome_is(call, "unknown") && !outcome_is(call, "in_progress") &&
+	if (!outcome_is(call, STRIPE_UNKNOWN) && !outcome_is(call, STRIPE_IN_PROGRESS) &&
 		!(found_by == BY_KEY && call_is_denied(call)))
 		return SETTLED_NOT;
 
@@ -395,7 +398,7 @@ settle_by_finding(const Datum *key, int64 token, const Finding *finding)
 	memcpy(call.values, key, LEDGER_MAX_KEYS * sizeof(Datum));
 	call.values[CALL_TOKEN] = Int64GetDatum(token);
 	written = lock_open_call(rel, &call, true, 0, now, ledger_execute_latest);
-	if (written && finding->outcome != NULL)
+	if (written && stripe_is_definitive(finding->result.outcome))
 		written = write_finding(rel, &call, finding, now, ledger_execute_latest);
 	else if (written)
 	{
@@ -499,7 +502,7 @@ find_call_to_settle(Relation rel, const Datum *key, CallRow *call)
 {
 	return ledger_execute_latest(rel, &find_call, (Datum *) key, NULL, call->values,
 								 call->isnull, CALL_NCOLUMNS) > 0 &&
-		(outcome_is(call, "unknown") || outcome_is(call, "in_progress") ||
+		(outcome_is(call, STRIPE_UNKNOWN) || outcome_is(call, STRIPE_IN_PROGRESS) ||
 		 call_is_denied(call));
 }
 

@@ -12,7 +12,7 @@
 #ifndef IDEMPOTENCY_SETTLE_BY_EVENT_H
 #define IDEMPOTENCY_SETTLE_BY_EVENT_H
 
-#include "calls/stripe_ledger.h"
+#include "calls/stripe_claim.h"
 #include "ledger/derived_key.h"
 #include "stripe/stripe_effect.h"
 #include "stripe/webhook_event.h"
@@ -35,14 +35,7 @@ typedef struct CallRow
 /* What was found out about a call; what is not known is NULL. */
 typedef struct Finding
 {
-	const char *outcome;		/* completed or failed */
-	const char *object_id;
-	const char *object_type;
-	const char *object_status;
-	int			livemode;		/* 1, 0 or -1 */
-	const char *request_id;
-	Jsonb	   *response;
-	Jsonb	   *error;
+	CallResult	result;			/* completed or failed, or nothing was found */
 	const char *by;				/* who, or what, says so */
 	Jsonb	   *evidence;
 } Finding;

@@ -34,6 +34,8 @@
 #include "base/result_row.h"
 #include "calls/call_transactions.h"
 #include "calls/settle_by_hand.h"
+#include "calls/stripe_fate.h"
+#include "calls/stripe_record.h"
 
 PG_FUNCTION_INFO_V1(idempotency_stripe_settle);
 PG_FUNCTION_INFO_V1(idempotency_stripe_acknowledge);
@@ -74,22 +76,48 @@ static OwnerStatement acknowledge = {
 	6, {TEXTOID, TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TEXTOID}
 };
 
-static void
-set_text(Datum *values, char *nulls, int i, const char *string)
+/*
+ * Is exactly this recorded for good?  Raises IK002 where something else is.
+ */
+static bool
+is_recorded_so(Operation *op, LedgerRow *row, const CallResult *result)
 {
-	if (string != NULL)
-		values[i] = CStringGetTextDatum(string);
-	else
-		nulls[i] = 'n';
+	StripeOutcome stored = stripe_recorded_outcome(row);
+	char	   *resource_id = stripe_row_string(row, S_RESOURCE_ID);
+
+	if (stored == result->outcome &&
+		(result->resource_id == NULL ||
+		 (resource_id != NULL && strcmp(resource_id, result->resource_id) == 0)))
+		return true;
+	ereport(ERROR,
+			(errcode(ERRCODE_CONTRADICTS_RECORD),
+			 errmsg("outcome of Stripe operation %s is recorded already",
+					describe_operation(op)),
+			 errdetail("It is %s, with resource %s.", stripe_outcome_name(stored),
+					   resource_id == NULL ? "none" : resource_id)));
+	return false;				/* keep compiler quiet */
 }
 
+/*
+ * May an operation that is not recorded for good be settled so?  Raises IK002
+ * if not.
+ */
 static void
-set_jsonb(Datum *values, char *nulls, int i, Jsonb *json)
+check_settlement(Operation *op, LedgerRow *row, const CallResult *result, TimestampTz now)
 {
-	if (json != NULL)
-		values[i] = JsonbPGetDatum(json);
-	else
-		nulls[i] = 'n';
+	if (stripe_row_is_held(row, now))
+		ereport(ERROR,
+				(errcode(ERRCODE_CONTRADICTS_RECORD),
+				 errmsg("Stripe operation %s is in progress", describe_operation(op)),
+				 errhint("Wait for its outcome, or until its lease has lapsed.")));
+
+	/* a copied database has both modes' operations, with the same keys */
+	if (livemodes_differ(result->livemode, stripe_row_livemode(row)))
+		ereport(ERROR,
+				(errcode(ERRCODE_CONTRADICTS_RECORD),
+				 errmsg("Stripe operation %s was begun in %s mode", describe_operation(op),
+						stripe_row_livemode(row) == LIVEMODE_LIVE ? "live" : "test"),
+				 errdetail("The response is of the other mode.")));
 }
 
 /*
@@ -102,7 +130,7 @@ set_jsonb(Datum *values, char *nulls, int i, Jsonb *json)
 bool
 settle_operation(Operation *op, const Settlement *settlement)
 {
-	const char *outcome = stripe_outcome_name(settlement->outcome);
+	const CallResult *result = &settlement->result;
 	Relation	rel;
 	int			races = 0;
 
@@ -111,72 +139,42 @@ settle_operation(Operation *op, const Settlement *settlement)
 	{
 		LedgerRow	row;
 		TimestampTz now;
-		char	   *stored;
 		char	   *resource_id;
-		Datum		values[17];
-		char		nulls[] = "                 ";
+		Parameters	p;
 
 		ledger_look_latest(&stripe_calls, rel, op->key, &row);
 		now = GetCurrentTimestamp();
 		if (row.found != FOUND_ROW)
-			ereport(ERROR,
-					(errcode(ERRCODE_BAD_ARGUMENT),
-					 errmsg("Stripe operation %s was never claimed", describe_operation(op))));
+			stripe_refuse_unclaimed(op);
 
-		stored = enum_label(row.values[S_OUTCOME]);
-		resource_id = stripe_row_string(&row, S_RESOURCE_ID);
-		if (stripe_row_is_final(&row))
+		if (stripe_row_is_final(&row) && is_recorded_so(op, &row, result))
 		{
-			if (strcmp(stored, outcome) == 0 &&
-				(settlement->resource_id == NULL ||
-				 (resource_id != NULL && strcmp(resource_id, settlement->resource_id) == 0)))
-			{
-				ledger_close(rel);
-				return false;
-			}
-			ereport(ERROR,
-					(errcode(ERRCODE_CONTRADICTS_RECORD),
-					 errmsg("outcome of Stripe operation %s is recorded already",
-							describe_operation(op)),
-					 errdetail("It is %s, with resource %s.", stored,
-							   resource_id == NULL ? "none" : resource_id)));
+			ledger_close(rel);
+			return false;
 		}
-		if (stripe_row_is_held(&row, now))
-			ereport(ERROR,
-					(errcode(ERRCODE_CONTRADICTS_RECORD),
-					 errmsg("Stripe operation %s is in progress", describe_operation(op)),
-					 errhint("Wait for its outcome, or until its lease has lapsed.")));
+		check_settlement(op, &row, result, now);
 
-		/* a copied database has both modes' operations, with the same keys */
-		if (settlement->livemode >= 0 && !row.isnull[S_LIVEMODE] &&
-			DatumGetBool(row.values[S_LIVEMODE]) != (settlement->livemode > 0))
-			ereport(ERROR,
-					(errcode(ERRCODE_CONTRADICTS_RECORD),
-					 errmsg("Stripe operation %s was begun in %s mode", describe_operation(op),
-							DatumGetBool(row.values[S_LIVEMODE]) ? "live" : "test"),
-					 errdetail("The response is of the other mode.")));
-
-		memcpy(values, op->key, sizeof(op->key));
-		values[3] = row.values[S_TOKEN];
-		values[4] = CStringGetTextDatum(stored);
-		values[5] = CStringGetTextDatum(outcome);
-		set_text(values, nulls, 6, settlement->resource_id);
-		values[7] = TimestampTzGetDatum(now);
-		values[8] = CStringGetTextDatum(stripe_row_outcome(&row));
-		values[9] = CStringGetTextDatum(settlement->by);
-		set_text(values, nulls, 10, settlement->note);
-		set_jsonb(values, nulls, 11, settlement->evidence);
-		set_text(values, nulls, 12, settlement->resource_type);
-		set_text(values, nulls, 13, settlement->resource_status);
-		values[14] = BoolGetDatum(settlement->livemode > 0);
-		nulls[14] = settlement->livemode < 0 ? 'n' : ' ';
-		set_jsonb(values, nulls, 15, settlement->response);
-		set_jsonb(values, nulls, 16, settlement->error);
-		if (ledger_execute_latest(rel, &settle, values, nulls, NULL, NULL, 0) > 0)
+		resource_id = stripe_row_string(&row, S_RESOURCE_ID);
+		parameters_begin(&p, op->key, lengthof(op->key));
+		parameter_datum(&p, row.values[S_TOKEN]);
+		parameter_outcome(&p, stripe_recorded_outcome(&row));
+		parameter_outcome(&p, result->outcome);
+		parameter_string(&p, result->resource_id);
+		parameter_timestamp(&p, now);
+		parameter_outcome(&p, stripe_row_outcome(&row));
+		parameter_string(&p, settlement->by);
+		parameter_string(&p, settlement->note);
+		parameter_pointer(&p, settlement->evidence);
+		parameter_string(&p, result->resource_type);
+		parameter_string(&p, result->resource_status);
+		parameter_livemode(&p, result->livemode);
+		parameter_pointer(&p, result->response);
+		parameter_pointer(&p, result->error);
+		if (ledger_execute_latest(rel, &settle, p.values, p.nulls, NULL, NULL, 0) > 0)
 		{
-			stripe_notify_settled(op, outcome, settlement->resource_id != NULL ?
-								  settlement->resource_id :
-								  settlement->outcome == STRIPE_NOT_EXECUTED ? NULL : resource_id);
+			stripe_notify_settled(op, result->outcome, result->resource_id != NULL ?
+								  result->resource_id :
+								  result->outcome == STRIPE_NOT_EXECUTED ? NULL : resource_id);
 			ledger_close(rel);
 			return true;
 		}
@@ -200,48 +198,45 @@ session_user_name(void)
  * what an answer means is made out as for an answer that came by itself.
  */
 static void
-settle_with_response(Operation *op, Settlement *settlement, Jsonb *response)
+settle_with_response(Operation *op, CallResult *settled, Jsonb *response)
 {
-	const char *outcome = stripe_outcome_name(settlement->outcome);
 	Relation	rel;
-	StripeResult result;
+	CallResult	result;
 
 	if (!JB_ROOT_IS_OBJECT(response))
 		ereport(ERROR,
 				(errcode(ERRCODE_BAD_ARGUMENT),
 				 errmsg("%s must be a JSON object", "response")));
-	if (settlement->outcome == STRIPE_NOT_EXECUTED)
+	if (settled->outcome == STRIPE_NOT_EXECUTED)
 		ereport(ERROR,
 				(errcode(ERRCODE_BAD_ARGUMENT),
 				 errmsg("an operation that was not executed has no response")));
 
 	rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
 	stripe_read_answer_of(rel, op, 0, response,
-						  settlement->outcome == STRIPE_FAILED ? STATUS_FAILED : STATUS_COMPLETED,
+						  settled->outcome == STRIPE_FAILED ? STATUS_FAILED : STATUS_COMPLETED,
 						  NULL, &result);
 	ledger_close(rel);
-	if (result.outcome != settlement->outcome ||
-		(result.error != NULL) != (settlement->outcome == STRIPE_FAILED))
+	if (result.outcome != settled->outcome ||
+		(result.error != NULL) != (settled->outcome == STRIPE_FAILED))
 		ereport(ERROR,
 				(errcode(ERRCODE_BAD_ARGUMENT),
-				 errmsg("response contradicts outcome \"%s\"", outcome),
-				 settlement->outcome == STRIPE_FAILED ?
+				 errmsg("response contradicts outcome \"%s\"", stripe_outcome_name(settled->outcome)),
+				 settled->outcome == STRIPE_FAILED ?
 				 errhint("Of a refusal it is {\"error\": ...}, as Stripe sent it; leave it out if you do not have it.") :
 				 errhint("It is the object that was made, as Stripe shows it.")));
-	if (settlement->resource_id != NULL && result.resource_id != NULL &&
-		strcmp(settlement->resource_id, result.resource_id) != 0)
+	if (settled->resource_id != NULL && result.resource_id != NULL &&
+		strcmp(settled->resource_id, result.resource_id) != 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_BAD_ARGUMENT),
-				 errmsg("response contradicts resource_id \"%s\"", settlement->resource_id),
+				 errmsg("response contradicts resource_id \"%s\"", settled->resource_id),
 				 errdetail("Its id is \"%s\".", result.resource_id)));
 
-	if (settlement->resource_id == NULL)
-		settlement->resource_id = result.resource_id;
-	settlement->resource_type = result.resource_type;
-	settlement->resource_status = result.resource_status;
-	settlement->livemode = result.livemode;
-	settlement->response = response;
-	settlement->error = result.error;
+	if (settled->resource_id != NULL)
+		result.resource_id = settled->resource_id;
+	result.response = response;
+	result.http_status = 0;
+	*settled = result;
 }
 
 /* A note by a person, or NULL. */
@@ -271,7 +266,7 @@ idempotency_stripe_settle(PG_FUNCTION_ARGS)
 	static const int sized[] = {6};
 	Operation	op;
 	Settlement	settlement;
-	char	   *outcome;
+	CallResult *result = &settlement.result;
 
 	PreventCommandDuringRecovery("idempotency.stripe_settle()");
 
@@ -282,30 +277,24 @@ idempotency_stripe_settle(PG_FUNCTION_ARGS)
 				 errmsg("%s must not be null", "outcome")));
 	check_size(fcinfo, sized, lengthof(sized), "response");
 	memset(&settlement, 0, sizeof(settlement));
-	settlement.livemode = -1;
-	outcome = enum_label(PG_GETARG_DATUM(2));
-	if (strcmp(outcome, "completed") == 0)
-		settlement.outcome = STRIPE_COMPLETED;
-	else if (strcmp(outcome, "failed") == 0)
-		settlement.outcome = STRIPE_FAILED;
-	else if (strcmp(outcome, "not_executed") == 0)
-		settlement.outcome = STRIPE_NOT_EXECUTED;
-	else
+	result->livemode = LIVEMODE_UNKNOWN;
+	result->outcome = stripe_outcome_by_name(enum_label(PG_GETARG_DATUM(2)));
+	if (!stripe_is_definitive(result->outcome) && result->outcome != STRIPE_NOT_EXECUTED)
 		ereport(ERROR,
 				(errcode(ERRCODE_BAD_ARGUMENT),
 				 errmsg("outcome must be \"completed\", \"failed\" or \"not_executed\"")));
 	if (!PG_ARGISNULL(3))
 	{
-		if (settlement.outcome == STRIPE_NOT_EXECUTED)
+		if (result->outcome == STRIPE_NOT_EXECUTED)
 			ereport(ERROR,
 					(errcode(ERRCODE_BAD_ARGUMENT),
 					 errmsg("an operation that was not executed has no resource")));
 		check_label(VARDATA_ANY(PG_GETARG_TEXT_PP(3)), VARSIZE_ANY_EXHDR(PG_GETARG_TEXT_PP(3)),
 					false, "resource_id");
-		settlement.resource_id = text_to_cstring(PG_GETARG_TEXT_PP(3));
+		result->resource_id = text_to_cstring(PG_GETARG_TEXT_PP(3));
 	}
 	if (!PG_ARGISNULL(6))
-		settle_with_response(&op, &settlement, PG_GETARG_JSONB_P(6));
+		settle_with_response(&op, result, PG_GETARG_JSONB_P(6));
 	settlement.note = note_argument(fcinfo, 4);
 	settlement.by = session_user_name();
 
@@ -325,8 +314,8 @@ idempotency_stripe_acknowledge(PG_FUNCTION_ARGS)
 	Relation	rel;
 	LedgerRow	row;
 	const char *problem = NULL;
-	const char *outcome;
-	Datum		values[6];
+	StripeOutcome outcome;
+	Parameters	p;
 
 	PreventCommandDuringRecovery("idempotency.stripe_acknowledge()");
 
@@ -337,9 +326,7 @@ idempotency_stripe_acknowledge(PG_FUNCTION_ARGS)
 	rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
 	ledger_look_latest(&stripe_calls, rel, op.key, &row);
 	if (row.found != FOUND_ROW)
-		ereport(ERROR,
-				(errcode(ERRCODE_BAD_ARGUMENT),
-				 errmsg("Stripe operation %s was never claimed", describe_operation(&op))));
+		stripe_refuse_unclaimed(&op);
 
 	outcome = stripe_row_outcome(&row);
 	switch (callers_fate(row.isnull[S_CALLERS] ? NULL : DatumGetArrayTypeP(row.values[S_CALLERS]),
@@ -355,9 +342,9 @@ idempotency_stripe_acknowledge(PG_FUNCTION_ARGS)
 		default:
 			if (stripe_row_is_held(&row, GetCurrentTimestamp()))
 				problem = gettext_noop("It is in progress.");
-			else if (strcmp(outcome, "failed") == 0 || strcmp(outcome, "not_executed") == 0)
+			else if (outcome == STRIPE_FAILED || outcome == STRIPE_NOT_EXECUTED)
 				problem = gettext_noop("Stripe did not execute it.");
-			else if (strcmp(outcome, "mismatch") == 0)
+			else if (outcome == STRIPE_MISMATCH)
 				problem = gettext_noop("Stripe knows its key from another request.");
 			break;
 	}
@@ -368,11 +355,11 @@ idempotency_stripe_acknowledge(PG_FUNCTION_ARGS)
 				 errdetail_internal("%s", _(problem))));
 
 	/* where it was acknowledged before, the first note stays */
-	memcpy(values, op.key, sizeof(op.key));
-	values[3] = CStringGetTextDatum(session_user_name());
-	values[4] = TimestampTzGetDatum(GetCurrentTimestamp());
-	values[5] = CStringGetTextDatum(note);
-	(void) ledger_execute_latest(rel, &acknowledge, values, NULL, NULL, NULL, 0);
+	parameters_begin(&p, op.key, lengthof(op.key));
+	parameter_string(&p, session_user_name());
+	parameter_timestamp(&p, GetCurrentTimestamp());
+	parameter_string(&p, note);
+	(void) ledger_execute_latest(rel, &acknowledge, p.values, p.nulls, NULL, NULL, 0);
 	ledger_close(rel);
 
 	PG_RETURN_BOOL(true);

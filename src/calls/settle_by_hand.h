@@ -17,16 +17,7 @@
 /* How an operation was settled; what isn't given is NULL. */
 typedef struct Settlement
 {
-	StripeOutcome outcome;		/* completed, failed or not_executed */
-	const char *resource_id;
-
-	/* of the object, where there is one */
-	const char *resource_type;
-	const char *resource_status;
-	int			livemode;		/* 1, 0 or -1 */
-	Jsonb	   *response;
-	Jsonb	   *error;
-
+	CallResult	result;			/* completed, failed or not_executed */
 	const char *by;				/* who, or what */
 	const char *note;
 	Jsonb	   *evidence;

@@ -74,16 +74,20 @@ is_row_due(TupleTableSlot *slot, const TimestampTz *cutoffs, TimestampTz *since)
 {
 	bool		isnull;
 	Datum		value = slot_getattr(slot, S_RECORDED_AT + 1, &isnull);
-	char	   *outcome;
 
 	if (isnull || DatumGetTimestampTz(value) > cutoffs[0])
 		return false;
 	*since = DatumGetTimestampTz(value) + (cutoffs[1] - cutoffs[0]);
 
-	outcome = enum_label(slot_getattr(slot, S_OUTCOME + 1, &isnull));
-	return strcmp(outcome, "failed") == 0 ||
-		(strcmp(outcome, "completed") == 0 &&
-		 (slot_attisnull(slot, S_CALLERS + 1) || !slot_attisnull(slot, S_ACKNOWLEDGED + 1)));
+	switch (stripe_outcome_by_name(enum_label(slot_getattr(slot, S_OUTCOME + 1, &isnull))))
+	{
+		case STRIPE_FAILED:
+			return true;
+		case STRIPE_COMPLETED:
+			return slot_attisnull(slot, S_CALLERS + 1) || !slot_attisnull(slot, S_ACKNOWLEDGED + 1);
+		default:
+			return false;
+	}
 }
 
 /* IS_SETTLED and HAS_BODY, in C */

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * stripe_ledger.c
- *	  The ledger of calls to Stripe: its rows, and what may become of them.
+ *	  The ledger of calls to Stripe: its columns, and what a row says.
  *
  * One row of stripe_idempotency_keys is one operation, for ever: Stripe forgets
  * a key after a day, and a forgotten row would be a second charge.  Its state
@@ -15,8 +15,8 @@
  *
  * Who holds an operation in progress?  An application that sends by itself
  * holds it until lease_expires_at.  A call that a backend sends has no lease
- * but names its caller (call_transactions.c) and is held while that is there; after that
- * every reader takes the row for unknown.
+ * but names its caller (call_transactions.c) and is held while that is there;
+ * after that every reader takes the row for unknown.
  *
  * What may still happen at Stripe is bounded by three columns.  first_sent_at
  * is when the first request of this generation may have left: a claim sets it,
@@ -45,18 +45,11 @@
  */
 #include "postgres.h"
 
-#include "access/xact.h"
-#include "access/xlog.h"
 #include "catalog/pg_type_d.h"
-#include "miscadmin.h"
-#include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/json.h"
-#include "utils/varlena.h"
-#include "utils/xid8.h"
 
 #include "base/arguments.h"
-#include "base/compat.h"
 #include "base/errors.h"
 #include "base/json_member.h"
 #include "base/notify.h"
@@ -69,11 +62,6 @@
 
 PG_FUNCTION_INFO_V1(idempotency_stripe_has_lapsed);
 PG_FUNCTION_INFO_V1(idempotency_stripe_resend_may_settle);
-
-/* Statuses with a meaning of their own */
-#define HTTP_OK 200
-#define HTTP_NO_CONTENT 204
-#define HTTP_BAD_REQUEST 400
 
 static const char *const stripe_columns[S_NCOLUMNS] = {
 	"token", "created_at", "claimed_at", "lease_expires_at", "first_sent_at",
@@ -100,156 +88,6 @@ Ledger		stripe_calls = {
 		" FROM idempotency.stripe_idempotency_keys" STRIPE_WHERE_KEY,
 		3, {TEXTOID, TEXTOID, TEXTOID}
 	}
-};
-
-/*
- * Attempts whose late answers count.  An operation that stays unknown may be
- * tried again each second, and its row mustn't grow with every try; whoever is
- * so late has an answer that later attempts got as well, by the same key.
- */
-#define MAX_PAST_TOKENS 64
-
-/* $4 to $19, which both ways to claim share */
-#define CLAIM_NARGS 19
-#define CLAIM_ARGTYPES \
-	TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TIMESTAMPTZOID, \
-	INTERVALOID, TEXTOID, BYTEAOID, JSONBOID, TEXTOID, TEXTOID, TEXTOID, BYTEAOID, \
-	BOOLOID, INT8OID, TEXTOID, XID8OID, INT8OID
-
-static OwnerStatement insert_claim = {
-	"INSERT INTO idempotency.stripe_idempotency_keys"
-	" (account, operation_type, operation_id, token, created_at, claimed_at,"
-	" first_sent_at, lease_expires_at, lease, attempt, generation, outcome, uncertain,"
-	" idempotency_key, fingerprint, request, method, path, api_version, body, livemode,"
-	" caller_life, caller_vxid, callers, callers_system)"
-	" VALUES ($1, $2, $3, $4, $5, $5, $5, $6, $7, 1, 1, 'in_progress'::idempotency.outcome,"
-	" false, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17,"
-	" CASE WHEN $18 IS NULL THEN NULL::pg_catalog.xid8[] ELSE ARRAY[$18] END, $19)"
-	" ON CONFLICT DO NOTHING",
-	CLAIM_NARGS, {CLAIM_ARGTYPES}
-};
-
-/*
- * $20: the token that is taken over, $5 is the clock, too.  $8, the key, isn't
- * looked at.  Method, path, version and body belong together: those of the
- * first attempt that has them stay.  A row that a transaction known to have
- * committed, or this one, answers for needs nobody watched.
- */
-static OwnerStatement take_over = {
-	"UPDATE idempotency.stripe_idempotency_keys SET token = $4, claimed_at = $5,"
-	" first_sent_at = COALESCE(first_sent_at, $5), lease_expires_at = $6, lease = $7,"
-	" attempt = attempt OPERATOR(pg_catalog.+) 1,"
-	" uncertain = uncertain OR NOT (" OUTCOME_IS("not_executed") "),"
-	" past_tokens = (pg_catalog.array_append(past_tokens, token))"
-	"[COALESCE(pg_catalog.cardinality(past_tokens), 0) OPERATOR(pg_catalog.-) "
-	CppAsString2(MAX_PAST_TOKENS) " OPERATOR(pg_catalog.+) 2 :],"
-	" outcome = 'in_progress'::idempotency.outcome, recorded_at = NULL,"
-	" fingerprint = COALESCE(fingerprint, $9), request = COALESCE(request, $10),"
-	" method = CASE WHEN method IS NULL THEN $11 ELSE method END,"
-	" path = CASE WHEN method IS NULL THEN $12 ELSE path END,"
-	" api_version = CASE WHEN method IS NULL THEN $13 ELSE api_version END,"
-	" body = CASE WHEN method IS NULL THEN $14 ELSE body END,"
-	" livemode = COALESCE(livemode, $15), caller_life = $16, caller_vxid = $17,"
-	" callers = CASE WHEN callers IS NULL OR $18 IS NULL THEN NULL::pg_catalog.xid8[]"
-	" WHEN callers_system OPERATOR(pg_catalog.=) $19"
-	" THEN pg_catalog.array_append(callers, $18) ELSE ARRAY[$18] END,"
-	" callers_system = $19"
-	STRIPE_WHERE_KEY
-	" AND token OPERATOR(pg_catalog.=) $20"
-	" AND $8 IS NULL"
-	" AND (" OUTCOME_IS("not_executed") " OR " OUTCOME_IS("unknown")
-	" OR (" OUTCOME_IS("in_progress")
-	" AND (lease_expires_at OPERATOR(pg_catalog.<=) $5 OR caller_life IS NOT NULL)))",
-	CLAIM_NARGS + 1, {CLAIM_ARGTYPES, INT8OID}
-};
-
-static OwnerStatement renew_claim = {
-	"UPDATE idempotency.stripe_idempotency_keys SET lease_expires_at = $5"
-	STRIPE_WHERE_KEY " AND token OPERATOR(pg_catalog.=) $4 AND " OUTCOME_IS("in_progress"),
-	5, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID}
-};
-
-/*
- * $6 is the outcome of this answer.  It makes the operation free only where no
- * attempt before may have been executed; and an outcome that isn't known stays
- * uncertain whatever this token records next, but for a definitive one.
- * $14: this attempt never left.  $15: the transaction that records answers for
- * the row by itself.  $16: what the object's status is.
- */
-static OwnerStatement record_outcome = {
-	"UPDATE idempotency.stripe_idempotency_keys SET recorded_at = $5,"
-	" outcome = CASE WHEN $6 OPERATOR(pg_catalog.=) 'not_executed' AND uncertain"
-	" THEN 'unknown'::idempotency.outcome ELSE $6::idempotency.outcome END,"
-	" uncertain = uncertain OR $6 OPERATOR(pg_catalog.=) 'unknown',"
-	" resource_id = COALESCE($7, resource_id),"
-	" resource_type = " OF_RESOURCE("resource_type", "$7", "$8") ","
-	" resource_status = $16,"
-	" http_status = $9, response = " WITHOUT_SECRET("$10") ", error = $11,"
-	" request_id = COALESCE($12, request_id), livemode = COALESCE($13, livemode),"
-	" first_sent_at = CASE WHEN $14 AND first_sent_at OPERATOR(pg_catalog.=) claimed_at"
-	" THEN NULL ELSE first_sent_at END,"
-	" callers = CASE WHEN $15 THEN NULL ELSE callers END,"
-	" lease = NULL, lease_expires_at = NULL, caller_life = NULL, caller_vxid = NULL"
-	STRIPE_WHERE_KEY
-	" AND token OPERATOR(pg_catalog.=) $4"
-	" AND NOT (" OUTCOME_IS("completed") " OR " OUTCOME_IS("failed") ")"
-	" RETURNING outcome, uncertain, resource_id",
-	16, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TEXTOID, TEXTOID,
-	TEXTOID, INT4OID, JSONBOID, JSONBOID, TEXTOID, BOOLOID, BOOLOID, BOOLOID, TEXTOID}
-};
-
-static OwnerStatement release_claim = {
-	"UPDATE idempotency.stripe_idempotency_keys SET"
-	" outcome = CASE WHEN uncertain THEN 'unknown'::idempotency.outcome"
-	" ELSE 'not_executed'::idempotency.outcome END,"
-	" first_sent_at = CASE WHEN first_sent_at OPERATOR(pg_catalog.=) claimed_at"
-	" THEN NULL ELSE first_sent_at END,"
-	" lease = NULL, lease_expires_at = NULL, caller_life = NULL, caller_vxid = NULL"
-	STRIPE_WHERE_KEY " AND token OPERATOR(pg_catalog.=) $4 AND " OUTCOME_IS("in_progress"),
-	4, {TEXTOID, TEXTOID, TEXTOID, INT8OID}
-};
-
-static OwnerStatement extend_lease = {
-	"UPDATE idempotency.stripe_idempotency_keys SET lease = COALESCE($6, lease),"
-	" lease_expires_at = $5 OPERATOR(pg_catalog.+) COALESCE($6, lease)"
-	STRIPE_WHERE_KEY " AND token OPERATOR(pg_catalog.=) $4 AND " OUTCOME_IS("in_progress")
-	" RETURNING lease_expires_at",
-	6, {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, INTERVALOID}
-};
-
-/* $4: the new token, $5: the one that is there, $8: the outcome that is there */
-static OwnerStatement reopen = {
-	"UPDATE idempotency.stripe_idempotency_keys SET"
-	" history = COALESCE(history, '[]'::pg_catalog.jsonb) OPERATOR(pg_catalog.||)"
-	" pg_catalog.jsonb_build_object('generation', generation,"
-	" 'idempotency_key', idempotency_key, 'attempts', attempt, 'outcome', outcome,"
-	" 'http_status', http_status, 'resource_id', resource_id,"
-	" 'resource_type', resource_type, 'resource_status', resource_status, 'request_id', request_id, 'error', error,"
-	" 'first_sent_at', first_sent_at, 'recorded_at', recorded_at, 'reopened_at', $6,"
-	" 'reopened_by', $9, 'forced', $10, 'settled', settled, 'acknowledged', acknowledged,"
-	" 'reconciled', reconciled),"
-	" token = $4, attempt = 0, generation = generation OPERATOR(pg_catalog.+) 1,"
-	" idempotency_key = $7, outcome = 'not_executed'::idempotency.outcome,"
-	" uncertain = false, past_tokens = NULL, lease = NULL, lease_expires_at = NULL,"
-	" first_sent_at = NULL, recorded_at = NULL, http_status = NULL, livemode = NULL,"
-	" resource_id = NULL, resource_type = NULL, resource_status = NULL, request_id = NULL,"
-	" fingerprint = NULL,"
-	" request = NULL, response = NULL, error = NULL, method = NULL, path = NULL,"
-	" api_version = NULL, body = NULL, caller_life = NULL, caller_vxid = NULL,"
-	" callers = '{}'::pg_catalog.xid8[], settled = NULL, acknowledged = NULL,"
-	" reconciled = NULL"
-	STRIPE_WHERE_KEY
-	" AND token OPERATOR(pg_catalog.=) $5"
-	" AND outcome OPERATOR(pg_catalog.=) $8::idempotency.outcome",
-	10, {TEXTOID, TEXTOID, TEXTOID, INT8OID, INT8OID, TIMESTAMPTZOID, TEXTOID,
-	TEXTOID, TEXTOID, BOOLOID}
-};
-
-/* $4: what they become, $5: what they were when the fate was asked for */
-static OwnerStatement set_callers = {
-	"UPDATE idempotency.stripe_idempotency_keys SET callers = $4, callers_system = $6"
-	STRIPE_WHERE_KEY " AND callers OPERATOR(pg_catalog.=) $5",
-	6, {TEXTOID, TEXTOID, TEXTOID, XID8ARRAYOID, XID8ARRAYOID, INT8OID}
 };
 
 /* ---------- the operation ---------- */
@@ -315,48 +153,6 @@ stripe_rules(void)
 	return rules;
 }
 
-/*
- * The member names that don't take part in the comparison.
- */
-static void
-set_ignored(RequestPrint *print, const char *list)
-{
-	List	   *names;
-	ListCell   *lc;
-	const char **ignore;
-	int			n = 0;
-
-	if (!SplitGUCList(pstrdup(list), ',', &names))
-		elog(ERROR, "invalid list syntax in parameter \"idempotency.stripe_compare_ignore\"");
-
-	ignore = palloc(Max(list_length(names), 1) * sizeof(char *));
-	foreach(lc, names)
-		ignore[n++] = lfirst(lc);
-	print->ignore = ignore;
-	print->nignore = n;
-}
-
-/* A parameter that may be missing. */
-static void
-set_pointer(Datum *values, char *nulls, int i, const void *pointer)
-{
-	values[i] = PointerGetDatum(pointer);
-	nulls[i] = pointer == NULL ? 'n' : ' ';
-}
-
-static void
-set_string(Datum *values, char *nulls, int i, const char *string)
-{
-	set_pointer(values, nulls, i, string == NULL ? NULL : cstring_to_text(string));
-}
-
-static void
-set_flag(Datum *values, char *nulls, int i, int flag)
-{
-	values[i] = BoolGetDatum(flag > 0);
-	nulls[i] = flag < 0 ? 'n' : ' ';
-}
-
 /* ---------- reading a row ---------- */
 
 /* A text column as a C string, or NULL. */
@@ -384,17 +180,18 @@ stripe_resend_until(LedgerRow *row, int64 margin)
 		margin;
 }
 
-static bool
-row_outcome_is(LedgerRow *row, const char *outcome)
+/* The outcome as it is recorded. */
+StripeOutcome
+stripe_recorded_outcome(LedgerRow *row)
 {
-	return strcmp(enum_label(row->values[S_OUTCOME]), outcome) == 0;
+	return stripe_outcome_by_name(enum_label(row->values[S_OUTCOME]));
 }
 
 /* Is it recorded for good? */
 bool
 stripe_row_is_final(LedgerRow *row)
 {
-	return row_outcome_is(row, "completed") || row_outcome_is(row, "failed");
+	return stripe_is_definitive(stripe_recorded_outcome(row));
 }
 
 /*
@@ -426,7 +223,7 @@ row_column(LedgerRow *row, int column)
 bool
 stripe_row_is_held(LedgerRow *row, TimestampTz now)
 {
-	return row_outcome_is(row, "in_progress") &&
+	return stripe_recorded_outcome(row) == STRIPE_IN_PROGRESS &&
 		!stripe_has_lapsed(row_column(row, S_LEASE_EXPIRES_AT), row_column(row, S_CALLER_LIFE),
 						   row_column(row, S_CALLER_VXID), now);
 }
@@ -435,15 +232,56 @@ stripe_row_is_held(LedgerRow *row, TimestampTz now)
 bool
 stripe_caller_gone(LedgerRow *row)
 {
-	return !row->isnull[S_CALLER_LIFE] && row_outcome_is(row, "in_progress") &&
+	return !row->isnull[S_CALLER_LIFE] && stripe_recorded_outcome(row) == STRIPE_IN_PROGRESS &&
 		!stripe_row_is_held(row, 0);
 }
 
 /* The outcome as everybody sees it: a call whose caller is gone is unknown. */
-const char *
+StripeOutcome
 stripe_row_outcome(LedgerRow *row)
 {
-	return stripe_caller_gone(row) ? "unknown" : enum_label(row->values[S_OUTCOME]);
+	return stripe_caller_gone(row) ? STRIPE_UNKNOWN : stripe_recorded_outcome(row);
+}
+
+Livemode
+stripe_row_livemode(LedgerRow *row)
+{
+	return row->isnull[S_LIVEMODE] ? LIVEMODE_UNKNOWN :
+		livemode_of(DatumGetBool(row->values[S_LIVEMODE]));
+}
+
+static Jsonb *
+row_jsonb(LedgerRow *row, int column)
+{
+	return row->isnull[column] ? NULL : DatumGetJsonbP(row->values[column]);
+}
+
+/* What is sent of it. */
+void
+stripe_row_request(LedgerRow *row, CallRequest *request)
+{
+	request->method = stripe_row_string(row, S_METHOD);
+	request->path = stripe_row_string(row, S_PATH);
+	request->api_version = stripe_row_string(row, S_API_VERSION);
+	request->body = row->isnull[S_BODY] ? NULL : DatumGetByteaP(row->values[S_BODY]);
+	request->livemode = stripe_row_livemode(row);
+}
+
+/* What is recorded of it; the outcome depends on who asks. */
+void
+stripe_row_result(LedgerRow *row, StripeOutcome outcome, CallResult *result)
+{
+	result->outcome = outcome;
+	result->sent = !row->isnull[S_FIRST_SENT_AT];
+	result->http_status = row->isnull[S_HTTP_STATUS] ? 0 :
+		DatumGetInt32(row->values[S_HTTP_STATUS]);
+	result->resource_id = stripe_row_string(row, S_RESOURCE_ID);
+	result->resource_type = stripe_row_string(row, S_RESOURCE_TYPE);
+	result->resource_status = stripe_row_string(row, S_RESOURCE_STATUS);
+	result->request_id = stripe_row_string(row, S_REQUEST_ID);
+	result->response = row_jsonb(row, S_RESPONSE);
+	result->error = row_jsonb(row, S_ERROR);
+	result->livemode = stripe_row_livemode(row);
 }
 
 /* The request as an application has named it, or NULL. */
@@ -463,8 +301,8 @@ sent_to(LedgerRow *row)
 }
 
 /* What is known of the call that an answer belongs to. */
-static void
-received_for(LedgerRow *row, StripeReceived *received)
+void
+stripe_row_received(LedgerRow *row, StripeReceived *received)
 {
 	JsonbContainer *request = request_of(row);
 
@@ -490,7 +328,7 @@ answer_is_sticky(LedgerRow *row)
 	if (row->isnull[S_HTTP_STATUS])
 		return false;
 
-	stripe_read_body(row->isnull[S_RESPONSE] ? NULL : DatumGetJsonbP(row->values[S_RESPONSE]), &body);
+	stripe_read_body(row_jsonb(row, S_RESPONSE), &body);
 	memset(&received, 0, sizeof(received));
 	received.http_status = DatumGetInt32(row->values[S_HTTP_STATUS]);
 	received.sent = received.whole = true;
@@ -514,363 +352,25 @@ stripe_resend_may_settle(LedgerRow *row, int64 margin, TimestampTz now)
 {
 	if (!row->isnull[S_FIRST_SENT_AT] && now >= stripe_resend_until(row, margin))
 		return false;
-	if (row_outcome_is(row, "mismatch"))
-		return false;
-	return row_outcome_is(row, "not_executed") || !answer_is_sticky(row);
-}
-
-/* ---------- claim ---------- */
-
-/* Everything that is known of an operation which this caller doesn't run. */
-static void
-answer_known(StripeClaim *claim, StripeVerdict verdict, LedgerRow *row)
-{
-	claim->verdict = verdict;
-	claim->outcome = stripe_row_outcome(row);
-	claim->known = true;
-	claim->row = *row;
-}
-
-static void
-busy(LedgerClaim *base)
-{
-	StripeClaim *claim = (StripeClaim *) base;
-
-	claim->verdict = STRIPE_BUSY;
-	claim->outcome = "in_progress";
-	claim->retry_after = 1;
-	claim->known = false;
-}
-
-/*
- * Is this the request of the row, to the byte?  Most retries say exactly what
- * was said before, and need no fingerprint, which is the dearest part of a
- * replay.
- */
-static bool
-is_recorded_request(StripeClaim *claim, LedgerRow *row)
-{
-	Jsonb	   *recorded;
-
-	if (claim->request == NULL || row->isnull[S_REQUEST])
-		return false;
-	recorded = DatumGetJsonbP(row->values[S_REQUEST]);
-	return VARSIZE(recorded) == VARSIZE(claim->request) &&
-		memcmp(recorded, claim->request, VARSIZE(recorded)) == 0;
-}
-
-static LedgerDecision
-decide(LedgerClaim *base, LedgerRow *row, TimestampTz now)
-{
-	StripeClaim *claim = (StripeClaim *) base;
-	const char *outcome = stripe_row_outcome(row);
-
-	if (!row->isnull[S_FINGERPRINT] && !is_recorded_request(claim, row) &&
-		!request_matches(&claim->print, DatumGetByteaPP(row->values[S_FINGERPRINT])))
+	switch (stripe_recorded_outcome(row))
 	{
-		answer_known(claim, STRIPE_OTHER_REQUEST, row);
-		return LEDGER_ANSWER;
+		case STRIPE_MISMATCH:
+			return false;
+		case STRIPE_NOT_EXECUTED:
+			return true;
+		default:
+			return !answer_is_sticky(row);
 	}
-
-	if (stripe_row_is_final(row))
-	{
-		answer_known(claim, STRIPE_REPLAY, row);
-		return LEDGER_ANSWER;
-	}
-
-	if (stripe_row_is_held(row, now) ||
-		(row->own && strcmp(outcome, "in_progress") == 0))
-	{
-		answer_known(claim, STRIPE_BUSY, row);
-		claim->retry_after = row->isnull[S_LEASE_EXPIRES_AT] ? 1 :
-			ledger_retry_after(DatumGetTimestampTz(row->values[S_LEASE_EXPIRES_AT]), now);
-		return LEDGER_ANSWER;
-	}
-
-	if (!stripe_resend_may_settle(row, claim->rules.resend_margin, now))
-	{
-		answer_known(claim, STRIPE_CANT_TELL, row);
-		if (strcmp(outcome, "mismatch") != 0)
-			claim->outcome = "unknown";
-		return LEDGER_ANSWER;
-	}
-
-	/* one mode's attempt says nothing about the other's */
-	if (claim->livemode >= 0 && !row->isnull[S_LIVEMODE] &&
-		DatumGetBool(row->values[S_LIVEMODE]) != (claim->livemode > 0))
-		ereport(ERROR,
-				(errcode(ERRCODE_CONTRADICTS_RECORD),
-				 errmsg("Stripe operation %s was begun in %s mode", describe_operation(claim->op),
-						claim->livemode > 0 ? "test" : "live"),
-				 errdetail("It cannot be continued with an API key of the other mode.")));
-
-	return LEDGER_TAKE;
 }
 
-/* $4 to $19, which both ways to claim share, with a new token. */
-static void
-claim_parameters(StripeClaim *claim, TimestampTz now, Datum *values, char *nulls)
-{
-	claim->token = ledger_new_token();
+/* ---------- what is said of it ---------- */
 
-	memset(nulls, ' ', OWNER_STATEMENT_MAX_ARGS);
-	memcpy(values, claim->op->key, sizeof(claim->op->key));
-	values[3] = Int64GetDatum(claim->token);
-	values[4] = TimestampTzGetDatum(now);
-	if (claim->lease > 0)
-	{
-		values[5] = TimestampTzGetDatum(now + claim->lease);
-		values[6] = interval_datum(claim->lease);
-	}
-	else
-		nulls[5] = nulls[6] = 'n';
-	nulls[7] = 'n';
-	set_pointer(values, nulls, 8, request_print(&claim->print));
-	set_pointer(values, nulls, 9, claim->request);
-	set_string(values, nulls, 10, claim->method);
-	set_string(values, nulls, 11, claim->path);
-	set_string(values, nulls, 12, claim->api_version);
-	set_pointer(values, nulls, 13, claim->body);
-	set_flag(values, nulls, 14, claim->livemode);
-	values[15] = Int64GetDatum(claim->caller_life);
-	nulls[15] = claim->caller_life == 0 ? 'n' : ' ';
-	set_string(values, nulls, 16, claim->caller_life == 0 ? NULL : claim->caller_vxid);
-	if (FullTransactionIdIsValid(claim->caller_xid))
-	{
-		values[17] = FullTransactionIdGetDatum(claim->caller_xid);
-		values[18] = Int64GetDatum((int64) GetSystemIdentifier());
-	}
-	else
-		nulls[17] = nulls[18] = 'n';
-}
-
-static void
-answer_claimed(StripeClaim *claim)
-{
-	claim->verdict = STRIPE_CLAIMED;
-	claim->outcome = "in_progress";
-}
-
-static void
-refuse_unclaimed(Operation *op)
+void
+stripe_refuse_unclaimed(Operation *op)
 {
 	ereport(ERROR,
 			(errcode(ERRCODE_BAD_ARGUMENT),
 			 errmsg("Stripe operation %s was never claimed", describe_operation(op))));
-}
-
-static bool
-insert(LedgerClaim *base, Relation rel, TimestampTz now)
-{
-	StripeClaim *claim = (StripeClaim *) base;
-	Datum		values[OWNER_STATEMENT_MAX_ARGS];
-	char		nulls[OWNER_STATEMENT_MAX_ARGS];
-
-	if (claim->resend)
-		refuse_unclaimed(claim->op);
-
-	/* the key that is derived here is kept for ever */
-	namespace_write_down();
-
-	claim_parameters(claim, now, values, nulls);
-	set_string(values, nulls, 7,
-			   derive_stripe_key(claim->op->ns.value, NAMESPACE_LEN,
-								 claim->op->account, claim->op->type, claim->op->id, 1));
-	if (ledger_execute(rel, &insert_claim, values, nulls, NULL, NULL, 0) == 0)
-		return false;
-
-	answer_claimed(claim);
-	return true;
-}
-
-static bool
-take(LedgerClaim *base, Relation rel, LedgerRow *row, TimestampTz now)
-{
-	StripeClaim *claim = (StripeClaim *) base;
-	Datum		values[OWNER_STATEMENT_MAX_ARGS];
-	char		nulls[OWNER_STATEMENT_MAX_ARGS];
-
-	claim_parameters(claim, now, values, nulls);
-	values[19] = row->values[S_TOKEN];
-	if (ledger_execute(rel, &take_over, values, nulls, NULL, NULL, 0) == 0)
-		return false;
-
-	answer_claimed(claim);
-	return true;
-}
-
-static void
-renew(LedgerClaim *base, Relation rel, TimestampTz now)
-{
-	StripeClaim *claim = (StripeClaim *) base;
-	Datum		values[5];
-
-	if (claim->lease == 0)
-		return;
-	memcpy(values, claim->op->key, sizeof(claim->op->key));
-	values[3] = Int64GetDatum(claim->token);
-	values[4] = TimestampTzGetDatum(now + claim->lease);
-	if (ledger_execute(rel, &renew_claim, values, NULL, NULL, NULL, 0) != 1)
-		elog(ERROR, "lost a claim of this transaction");
-}
-
-/*
- * Fill in what follows from the arguments, which the caller has set.
- */
-void
-stripe_claim_init(StripeClaim *claim)
-{
-	memcpy(claim->base.key, claim->op->key, sizeof(claim->op->key));
-	claim->base.decide = decide;
-	claim->base.insert = insert;
-	claim->base.take = take;
-	claim->base.renew = renew;
-	claim->base.busy = busy;
-	claim->print.request = claim->request;
-	claim->print.print = NULL;
-	set_ignored(&claim->print, claim->rules.compare_ignore);
-}
-
-/*
- * Claim in this transaction.
- */
-void
-stripe_claim_run(StripeClaim *claim, Relation rel)
-{
-	claim->token = 0;
-	ledger_claim(&stripe_calls, rel, &claim->base);
-	if (claim->verdict != STRIPE_CLAIMED)
-		claim->token = 0;
-}
-
-/*
- * Raise IK006 where this transaction itself has written a row: nobody else
- * could commit a change of it.
- */
-static void
-refuse_own_row(Operation *op, LedgerRow *row)
-{
-	if (row->found == FOUND_ROW && row->own)
-		ereport(ERROR,
-				(errcode(ERRCODE_NOT_IN_TRANSACTION),
-				 errmsg("this transaction has changed Stripe operation %s and is not committed",
-						describe_operation(op)),
-				 errdetail("What is to be noted of it must be committed at once, by another transaction."),
-				 errhint("Commit first.")));
-}
-
-void
-stripe_refuse_own_row(Relation rel, Operation *op)
-{
-	LedgerRow	row;
-
-	ledger_look_latest(&stripe_calls, rel, op->key, &row);
-	refuse_own_row(op, &row);
-}
-
-/*
- * Answer a claim by a look at what is committed now, if that will do;
- * otherwise set wants_write.  Raises IK006 as above.
- *
- * A row that can be taken over while somebody is writing it isn't called busy
- * here: mostly that is the recorder, noting how its last caller has ended, and
- * the recorder has done so when it comes to this claim.
- */
-void
-stripe_claim_look(StripeClaim *claim, Relation rel)
-{
-	LedgerRow	row;
-
-	claim->wants_write = false;
-	claim->token = 0;
-	ledger_look_latest(&stripe_calls, rel, claim->op->key, &row);
-
-	refuse_own_row(claim->op, &row);
-	if (row.found == FOUND_ROW &&
-		decide(&claim->base, &row, GetCurrentTimestamp()) == LEDGER_ANSWER)
-		return;
-	if (row.found == FOUND_TWIN)
-		busy(&claim->base);
-	else if (row.found != FOUND_ROW && claim->resend)
-		refuse_unclaimed(claim->op);
-	else
-		claim->wants_write = true;
-}
-
-/*
- * The row of a claim that was made: what to send.
- */
-void
-stripe_claim_fetch(StripeClaim *claim, Relation rel)
-{
-	ledger_look_latest(&stripe_calls, rel, claim->op->key, &claim->row);
-	claim->known = true;
-	if (claim->row.found != FOUND_ROW ||
-		DatumGetInt64(claim->row.values[S_TOKEN]) != claim->token)
-		stripe_refuse_token(claim->op, &claim->row);
-}
-
-/*
- * The caller hears of a refusal that stands, though perhaps it has corrected what
- * was refused.  Say how a corrected request comes to be sent: Stripe may have saved
- * the refusal under the key, so that isn't done unasked.  A declined card isn't
- * wrong, so nothing is said of it, but where another request was given.
- */
-void
-stripe_advise_reopen(StripeClaim *claim)
-{
-	JsonbContainer *error = NULL;
-	char	   *type;
-
-	if (!claim->known || strcmp(claim->outcome, "failed") != 0 ||
-		(claim->verdict != STRIPE_REPLAY && claim->verdict != STRIPE_OTHER_REQUEST))
-		return;
-	if (!claim->row.isnull[S_ERROR])
-		error = &DatumGetJsonbP(claim->row.values[S_ERROR])->root;
-	type = json_string_member(error, "type");
-	if (claim->verdict == STRIPE_REPLAY &&
-		(type == NULL || strcmp(type, "invalid_request_error") != 0))
-		return;
-
-	ereport(NOTICE,
-			(claim->verdict == STRIPE_REPLAY ?
-			 errmsg("Stripe has refused operation %s as invalid, and that stands",
-					describe_operation(claim->op)) :
-			 errmsg("Stripe operation %s has failed with another request, and that stands",
-					describe_operation(claim->op)),
-			 errhint("A corrected request is sent with a new key, after idempotency.stripe_reopen(%s, %s, account => %s, from_generation => %d).",
-					 quote_literal_cstr(claim->op->type), quote_literal_cstr(claim->op->id),
-					 quote_literal_cstr(claim->op->account),
-					 DatumGetInt32(claim->row.values[S_GENERATION]))));
-}
-
-/* ---------- what the holder of a token does ---------- */
-
-static void
-look(Relation rel, Operation *op, LedgerRow *row)
-{
-	ledger_look_latest(&stripe_calls, rel, op->key, row);
-}
-
-/* Is this the token of an earlier attempt of the same generation? */
-static bool
-is_past_token(LedgerRow *row, int64 token)
-{
-	Datum	   *tokens;
-	int			ntokens;
-	int			i;
-
-	if (row->isnull[S_PAST_TOKENS])
-		return false;
-	deconstruct_array(DatumGetArrayTypeP(row->values[S_PAST_TOKENS]), INT8OID,
-					  sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE,
-					  &tokens, NULL, &ntokens);
-	for (i = 0; i < ntokens; i++)
-	{
-		if (DatumGetInt64(tokens[i]) == token)
-			return true;
-	}
-	return false;
 }
 
 void
@@ -886,158 +386,10 @@ stripe_refuse_token(Operation *op, LedgerRow *row)
 }
 
 /*
- * A fenced statement that needs the operation in progress found no row.  Raise
- * the reason; return where the row is as the statement wants it after all.
- */
-void
-stripe_explain_refusal(Relation rel, Operation *op, int64 token)
-{
-	LedgerRow	row;
-	char	   *outcome;
-
-	look(rel, op, &row);
-	if (row.found != FOUND_ROW || DatumGetInt64(row.values[S_TOKEN]) != token)
-		stripe_refuse_token(op, &row);
-
-	outcome = enum_label(row.values[S_OUTCOME]);
-	if (strcmp(outcome, "in_progress") != 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_CONTRADICTS_RECORD),
-				 errmsg("Stripe operation %s is no longer in progress", describe_operation(op)),
-				 errdetail("Its outcome is recorded as %s.", outcome)));
-}
-
-/*
- * Make out an answer: the body and status as the application got them, 0 for
- * no status.  Without one, something with an id is taken for a success, and all
- * else for no answer.  Of a body that isn't Stripe's nothing is kept, but for
- * its error object.
- */
-static void
-read_answer(StripeReceived *received, Jsonb *response, StripeResult *result)
-{
-	StripeBody	body;
-	StripeAnswer answer;
-
-	stripe_read_body(response, &body);
-	memset(result, 0, sizeof(StripeResult));
-	result->http_status = received->http_status;
-	if (received->http_status == 0 && body.error == NULL &&
-		(received->resource_id != NULL || body.resource_id != NULL))
-		received->http_status = HTTP_OK;
-	received->sent = received->whole = true;
-	result->outcome = stripe_judge(received, &body, &answer).outcome;
-
-	result->response = answer.genuine ? response : NULL;
-	result->error = body.error;
-	result->resource_id = received->resource_id != NULL ? received->resource_id :
-		body.resource_id;
-	result->resource_type = body.resource_type;
-	result->resource_status = body.resource_status;
-	result->livemode = body.livemode_isnull ? -1 : body.livemode;
-}
-
-/*
- * An answer to an operation's call, as the holder of a token tells it.  What no
- * content and a refusal mean takes to know the call, so that the row is looked at
- * for these alone.  Whether an attempt before may have been executed, the row
- * says of its latest attempt only.  A token of 0 is a person's word for all of
- * them.
- */
-void
-stripe_read_answer_of(Relation rel, Operation *op, int64 token, Jsonb *response, int http_status,
-					  const char *resource_id, StripeResult *result)
-{
-	StripeReceived received;
-	LedgerRow	row;
-
-	memset(&received, 0, sizeof(received));
-	received.http_status = http_status;
-	received.resource_id = resource_id;
-	if (http_status == HTTP_NO_CONTENT || http_status >= HTTP_BAD_REQUEST)
-	{
-		look(rel, op, &row);
-		if (row.found == FOUND_ROW)
-		{
-			received_for(&row, &received);
-			if (token == 0)
-				received.uncertain = false;
-			else if (DatumGetInt64(row.values[S_TOKEN]) != token)
-			{
-				received.uncertain = false;
-				received.overtaken = true;
-			}
-		}
-	}
-	read_answer(&received, response, result);
-}
-
-static bool
-is_definitive(StripeOutcome outcome)
-{
-	return outcome == STRIPE_COMPLETED || outcome == STRIPE_FAILED;
-}
-
-/* Does a definitive result say something else than what is recorded? */
-static bool
-contradicts(LedgerRow *row, StripeResult *result)
-{
-	if (strcmp(enum_label(row->values[S_OUTCOME]), stripe_outcome_name(result->outcome)) != 0)
-		return true;
-	return result->resource_id != NULL && !row->isnull[S_RESOURCE_ID] &&
-		strcmp(TextDatumGetCString(row->values[S_RESOURCE_ID]), result->resource_id) != 0;
-}
-
-/*
- * Recording found no unrecorded row of this token.  Returns true where it
- * should be tried (again) with the token *as; otherwise nothing is left to do
- * and the row has what stands.  Raises IK001 or IK002 where the result can't
- * stand.
- */
-static bool
-record_late(Relation rel, Operation *op, int64 token, StripeResult *result,
-			LedgerRow *row, int64 *as)
-{
-	char	   *recorded;
-	bool		current;
-
-	look(rel, op, row);
-	if (row->found != FOUND_ROW)
-		stripe_refuse_token(op, row);
-	current = DatumGetInt64(row->values[S_TOKEN]) == token;
-	if (!current && !is_past_token(row, token))
-		stripe_refuse_token(op, row);
-
-	recorded = enum_label(row->values[S_OUTCOME]);
-	if (stripe_row_is_final(row))
-	{
-		/* who knows less than what is recorded doesn't contradict it */
-		if (!is_definitive(result->outcome) || !contradicts(row, result))
-			return false;
-		if (!current)
-			stripe_refuse_token(op, row);
-		ereport(ERROR,
-				(errcode(ERRCODE_CONTRADICTS_RECORD),
-				 errmsg("another result of Stripe operation %s is recorded already",
-						describe_operation(op)),
-				 errdetail("Its outcome is recorded as %s, with resource %s.", recorded,
-						   row->isnull[S_RESOURCE_ID] ? "none" :
-						   TextDatumGetCString(row->values[S_RESOURCE_ID]))));
-	}
-
-	/* a late token settles the operation, but doesn't speak for its successor */
-	if (!current && !is_definitive(result->outcome))
-		return false;
-
-	*as = DatumGetInt64(row->values[S_TOKEN]);
-	return true;
-}
-
-/*
  * Tell those who wait that an operation which wasn't known is settled.
  */
 void
-stripe_notify_settled(Operation *op, const char *outcome, const char *resource_id)
+stripe_notify_settled(Operation *op, StripeOutcome outcome, const char *resource_id)
 {
 	StringInfoData payload;
 
@@ -1049,7 +401,7 @@ stripe_notify_settled(Operation *op, const char *outcome, const char *resource_i
 	appendStringInfoString(&payload, ", \"operation_id\": ");
 	escape_json(&payload, op->id);
 	appendStringInfoString(&payload, ", \"outcome\": ");
-	escape_json(&payload, outcome);
+	escape_json(&payload, stripe_outcome_name(outcome));
 	appendStringInfoString(&payload, ", \"resource_id\": ");
 	if (resource_id != NULL)
 		escape_json(&payload, resource_id);
@@ -1058,307 +410,6 @@ stripe_notify_settled(Operation *op, const char *outcome, const char *resource_i
 	appendStringInfoChar(&payload, '}');
 
 	notify_at_commit("idempotency_settled", payload.data);
-}
-
-/*
- * Record what the holder of a token got for an answer.  Returns the outcome
- * that stands.
- */
-const char *
-stripe_record_run(Relation rel, Operation *op, int64 token, StripeResult *result)
-{
-	int64		as = token;
-	Datum		values[OWNER_STATEMENT_MAX_ARGS];
-	char		nulls[OWNER_STATEMENT_MAX_ARGS];
-	Datum		out[3];
-	bool		isnull[3];
-	int			races = 0;
-
-	memset(nulls, ' ', sizeof(nulls));
-	memcpy(values, op->key, sizeof(op->key));
-	set_string(values, nulls, 5, stripe_outcome_name(result->outcome));
-	set_string(values, nulls, 6, result->resource_id);
-	set_string(values, nulls, 7, result->resource_type);
-	values[8] = Int32GetDatum(result->http_status);
-	nulls[8] = result->http_status == 0 ? 'n' : ' ';
-	set_pointer(values, nulls, 9, result->response);
-	set_pointer(values, nulls, 10, result->error);
-	set_string(values, nulls, 11, result->request_id);
-	set_flag(values, nulls, 12, result->livemode);
-	values[13] = BoolGetDatum(result->never_sent);
-	values[14] = BoolGetDatum(result->adopt);
-	set_string(values, nulls, 15, result->resource_status);
-
-	for (;;)
-	{
-		LedgerRow	row;
-
-		values[3] = Int64GetDatum(as);
-		values[4] = TimestampTzGetDatum(GetCurrentTimestamp());
-		if (ledger_execute_latest(rel, &record_outcome, values, nulls, out, isnull, 3) > 0)
-		{
-			/* an earlier attempt left it in doubt, and this is the end of it */
-			if (is_definitive(result->outcome) && DatumGetBool(out[1]))
-				stripe_notify_settled(op, stripe_outcome_name(result->outcome),
-									  isnull[2] ? NULL : TextDatumGetCString(out[2]));
-			return enum_label(out[0]);
-		}
-
-		if (!record_late(rel, op, token, result, &row, &as))
-			return enum_label(row.values[S_OUTCOME]);
-		ledger_lost_race(&stripe_calls, &races);
-	}
-}
-
-/*
- * Give a claim its lease anew, before its holder knows of it.  Returns false where
- * it isn't in progress with this token any more.
- */
-bool
-stripe_renew_run(Relation rel, Operation *op, int64 token, TimestampTz until)
-{
-	Datum		values[5];
-
-	memcpy(values, op->key, sizeof(op->key));
-	values[3] = Int64GetDatum(token);
-	values[4] = TimestampTzGetDatum(until);
-	return ledger_execute_latest(rel, &renew_claim, values, NULL, NULL, NULL, 0) > 0;
-}
-
-/*
- * Give a claim up because nothing was sent.  Returns false where it isn't in
- * progress with this token.
- */
-bool
-stripe_release_run(Relation rel, Operation *op, int64 token)
-{
-	Datum		values[4];
-
-	memcpy(values, op->key, sizeof(op->key));
-	values[3] = Int64GetDatum(token);
-	return ledger_execute_latest(rel, &release_claim, values, NULL, NULL, NULL, 0) > 0;
-}
-
-/*
- * Renew a lease, 0 for the one given last.  Returns its new end, or 0 where
- * the operation isn't in progress with this token.
- */
-TimestampTz
-stripe_extend_run(Relation rel, Operation *op, int64 token, int64 lease, TimestampTz now)
-{
-	Datum		values[6];
-	char		nulls[] = "      ";
-	Datum		lease_expires_at;
-	bool		isnull;
-
-	memcpy(values, op->key, sizeof(op->key));
-	values[3] = Int64GetDatum(token);
-	values[4] = TimestampTzGetDatum(now);
-	if (lease > 0)
-		values[5] = interval_datum(lease);
-	else
-		nulls[5] = 'n';
-	if (ledger_execute_latest(rel, &extend_lease, values, nulls, &lease_expires_at, &isnull, 1) == 0)
-		return 0;
-	return isnull ? 0 : DatumGetTimestampTz(lease_expires_at);
-}
-
-/* ---------- reopen ---------- */
-
-/*
- * May an operation as it stands be given a new key?  Raises IK002 if not.
- */
-static void
-check_reopen(Operation *op, LedgerRow *row, bool force, TimestampTz now)
-{
-	char	   *outcome = enum_label(row->values[S_OUTCOME]);
-
-	if (strcmp(outcome, "failed") == 0 || strcmp(outcome, "not_executed") == 0)
-		return;
-
-	if (strcmp(outcome, "completed") == 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_CONTRADICTS_RECORD),
-				 errmsg("Stripe operation %s is completed", describe_operation(op)),
-				 errdetail("A new key would execute it a second time."),
-				 errhint("Use another operation id for another operation.")));
-
-	if (stripe_row_is_held(row, now))
-		ereport(ERROR,
-				(errcode(ERRCODE_CONTRADICTS_RECORD),
-				 errmsg("Stripe operation %s is in progress", describe_operation(op)),
-				 errhint("Wait for its outcome, or until its lease has lapsed.")));
-
-	if (!force)
-		ereport(ERROR,
-				(errcode(ERRCODE_CONTRADICTS_RECORD),
-				 errmsg("outcome of Stripe operation %s is not known", describe_operation(op)),
-				 errdetail("It may have been executed, and a new key would execute it a second time."),
-				 errhint("Find out at Stripe first; force => true reopens it all the same.")));
-}
-
-/*
- * Start an operation's next generation.  from_generation is 0 where any will
- * do.  Returns the new key.
- */
-char *
-stripe_reopen_run(Relation rel, Operation *op, bool force, int from_generation,
-				  const char *user)
-{
-	int			races = 0;
-
-	for (;;)
-	{
-		LedgerRow	row;
-		TimestampTz now;
-		int			generation;
-		char	   *key;
-		Datum		values[10];
-
-		look(rel, op, &row);
-		now = GetCurrentTimestamp();
-		if (row.found == FOUND_TWIN)
-			ereport(ERROR,
-					(errcode(ERRCODE_CONTRADICTS_RECORD),
-					 errmsg("Stripe operation %s is in progress", describe_operation(op)),
-					 errhint("Wait for its outcome, or until its lease has lapsed.")));
-		if (row.found != FOUND_ROW)
-			refuse_unclaimed(op);
-
-		/* a repeated call finds its work done */
-		generation = DatumGetInt32(row.values[S_GENERATION]);
-		if (from_generation > 0 && generation != from_generation)
-		{
-			if (generation != from_generation + 1)
-				ereport(ERROR,
-						(errcode(ERRCODE_CONTRADICTS_RECORD),
-						 errmsg("Stripe operation %s is of generation %d, not %d",
-								describe_operation(op), generation, from_generation)));
-			return TextDatumGetCString(row.values[S_IDEMPOTENCY_KEY]);
-		}
-
-		check_reopen(op, &row, force, now);
-
-		key = derive_stripe_key(op->ns.value, NAMESPACE_LEN, op->account, op->type, op->id,
-								generation + 1);
-		memcpy(values, op->key, sizeof(op->key));
-		values[3] = Int64GetDatum(ledger_new_token());
-		values[4] = row.values[S_TOKEN];
-		values[5] = TimestampTzGetDatum(now);
-		values[6] = CStringGetTextDatum(key);
-		values[7] = CStringGetTextDatum(enum_label(row.values[S_OUTCOME]));
-		values[8] = CStringGetTextDatum(user);
-		values[9] = BoolGetDatum(force);
-		if (ledger_execute_latest(rel, &reopen, values, NULL, NULL, NULL, 0) > 0)
-			return key;
-		ledger_lost_race(&stripe_calls, &races);
-	}
-}
-
-/* ---------- the transactions behind a row ---------- */
-
-static bool
-replace_callers(Relation rel, Operation *op, Datum old, ArrayType *new)
-{
-	Datum		values[6];
-	char		nulls[] = "      ";
-
-	memcpy(values, op->key, sizeof(op->key));
-	set_pointer(values, nulls, 3, new);
-	values[4] = old;
-	values[5] = Int64GetDatum((int64) GetSystemIdentifier());
-	return ledger_execute_latest(rel, &set_callers, values, nulls, NULL, NULL, 0) > 0;
-}
-
-/*
- * A transaction was given the result of an operation that no other one is
- * known to answer for: watch it, too.  The token is that of the row it was
- * given; a claim of a later generation isn't adopted.
- */
-void
-stripe_adopt_run(Relation rel, Operation *op, int64 token, FullTransactionId xid)
-{
-	int			races = 0;
-
-	for (;;)
-	{
-		LedgerRow	row;
-		ArrayType  *callers;
-		ArrayType  *open;
-		Datum	   *xids;
-		FullTransactionId *all;
-		int			nxids;
-		int			i;
-
-		look(rel, op, &row);
-		if (row.found != FOUND_ROW || row.isnull[S_CALLERS] ||
-			DatumGetInt64(row.values[S_TOKEN]) != token)
-			return;
-		callers = DatumGetArrayTypeP(row.values[S_CALLERS]);
-
-		switch (callers_fate(callers, row.isnull[S_CALLERS_SYSTEM] ? 0 :
-							 (uint64) DatumGetInt64(row.values[S_CALLERS_SYSTEM]), &open))
-		{
-			case CALLERS_COMMITTED:
-				open = NULL;
-				break;
-			case CALLERS_NOT_KNOWN:
-				open = make_callers(&xid, 1);
-				break;
-			default:
-				deconstruct_array(open, XID8OID, sizeof(FullTransactionId), FLOAT8PASSBYVAL,
-								  TYPALIGN_DOUBLE, &xids, NULL, &nxids);
-				all = palloc((nxids + 1) * sizeof(FullTransactionId));
-				for (i = 0; i < nxids; i++)
-					all[i] = DatumGetFullTransactionId(xids[i]);
-				all[nxids] = xid;
-				open = make_callers(all, nxids + 1);
-				break;
-		}
-
-		if (replace_callers(rel, op, PointerGetDatum(callers), open))
-			return;
-		ledger_lost_race(&stripe_calls, &races);
-	}
-}
-
-/*
- * Write down what became of an operation's transactions, as far as it is
- * known.  Returns false where it isn't yet.  Doesn't wait for a row that
- * another transaction is changing; one that changes meanwhile is left for
- * another time.
- */
-bool
-stripe_note_fate_run(Relation rel, Operation *op)
-{
-	LedgerRow	row;
-	ArrayType  *callers;
-	ArrayType  *open;
-	CallersFate fate;
-
-	look(rel, op, &row);
-	if (row.found != FOUND_ROW || row.isnull[S_CALLERS])
-		return true;
-	if (TransactionIdIsValid(row.busy))
-		return false;
-	callers = DatumGetArrayTypeP(row.values[S_CALLERS]);
-	if (ArrayGetNItems(ARR_NDIM(callers), ARR_DIMS(callers)) == 0)
-		return true;
-
-	fate = callers_fate(callers, row.isnull[S_CALLERS_SYSTEM] ? 0 :
-						(uint64) DatumGetInt64(row.values[S_CALLERS_SYSTEM]), &open);
-	switch (fate)
-	{
-		case CALLERS_COMMITTED:
-			return replace_callers(rel, op, PointerGetDatum(callers), NULL);
-		case CALLERS_ROLLED_BACK:
-			return replace_callers(rel, op, PointerGetDatum(callers), open);
-		case CALLERS_OPEN:
-			return false;
-		case CALLERS_NOT_KNOWN:
-			return true;
-	}
-	return true;
 }
 
 /* ---------- for the views ---------- */

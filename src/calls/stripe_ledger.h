@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * stripe_ledger.h
- *	  The ledger of calls to Stripe: its rows, and what may become of them.
+ *	  The ledger of calls to Stripe: its columns, and what a row says.
  *
  * Copyright (c) 2026, idempotency developers
  *
@@ -12,15 +12,14 @@
 #ifndef IDEMPOTENCY_STRIPE_LEDGER_H
 #define IDEMPOTENCY_STRIPE_LEDGER_H
 
-#include "access/transam.h"
 #include "utils/jsonb.h"
 
+#include "base/parameters.h"
 #include "ledger/derived_key.h"
 #include "ledger/ledger.h"
 #include "ledger/namespace.h"
-#include "ledger/request_fingerprint.h"
-#include "process/recorder_client.h"
-#include "stripe/stripe_outcome.h"
+#include "stripe/call_data.h"
+#include "stripe/stripe_answer.h"
 
 /*
  * API v1 prunes keys once they are at least this old.
@@ -91,64 +90,9 @@ typedef struct StripeRules
 	const char *compare_ignore; /* list of names */
 } StripeRules;
 
-/*
- * A claim.  What isn't given is NULL.
- */
-typedef struct StripeClaim
-{
-	LedgerClaim base;
-	Operation  *op;
-	StripeRules rules;
-	RequestPrint print;			/* of request */
-	Jsonb	   *request;
-	int64		lease;			/* microseconds; 0: held while its caller is
-								 * there */
-
-	/* of a call that the backend sends by itself */
-	const char *method;
-	const char *path;
-	const char *api_version;
-	bytea	   *body;
-	int			livemode;		/* 1, 0 or -1 */
-	bool		resend;			/* only what is stored */
-	int64		caller_life;	/* 0: not such a call */
-	const char *caller_vxid;
-
-	/* the transaction to watch, invalid where it writes the row itself */
-	FullTransactionId caller_xid;
-
-	/* after stripe_claim_look(): it takes a write to answer */
-	bool		wants_write;
-
-	/* the answer */
-	StripeVerdict verdict;
-	const char *outcome;
-	int			retry_after;
-	int64		token;			/* 0 unless claimed */
-	bool		known;			/* is row set? */
-	LedgerRow	row;
-} StripeClaim;
-
-/* What an answer says, ready to be recorded. */
-typedef struct StripeResult
-{
-	StripeOutcome outcome;
-	bool		never_sent;		/* by this attempt */
-	bool		adopt;			/* by a transaction that records its own work
-								 * with it */
-	int			http_status;	/* 0: none */
-	const char *resource_id;
-	const char *resource_type;
-	const char *resource_status;
-	const char *request_id;
-	Jsonb	   *response;
-	Jsonb	   *error;
-	int			livemode;		/* 1, 0 or -1 */
-} StripeResult;
-
 extern Ledger stripe_calls;
 
-extern void operation_init(Operation *op, const char *type, const char *id, const char *account);
+extern PGDLLEXPORT void operation_init(Operation *op, const char *type, const char *id, const char *account);
 extern char *describe_operation(Operation *op);
 extern StripeRules stripe_rules(void);
 
@@ -157,35 +101,40 @@ extern bool stripe_has_lapsed(NullableDatum lease_expires_at, NullableDatum call
 extern bool stripe_row_is_final(LedgerRow *row);
 extern bool stripe_row_is_held(LedgerRow *row, TimestampTz now);
 extern bool stripe_caller_gone(LedgerRow *row);
-extern const char *stripe_row_outcome(LedgerRow *row);
+extern StripeOutcome stripe_recorded_outcome(LedgerRow *row);
+extern StripeOutcome stripe_row_outcome(LedgerRow *row);
+extern Livemode stripe_row_livemode(LedgerRow *row);
+extern void stripe_row_request(LedgerRow *row, CallRequest *request);
+extern void stripe_row_result(LedgerRow *row, StripeOutcome outcome, CallResult *result);
 extern TimestampTz stripe_resend_until(LedgerRow *row, int64 margin);
 extern bool stripe_resend_may_settle(LedgerRow *row, int64 margin, TimestampTz now);
 extern char *stripe_row_string(LedgerRow *row, int column);
 
-extern void stripe_claim_init(StripeClaim *claim);
-extern void stripe_claim_run(StripeClaim *claim, Relation rel);
-extern void stripe_claim_look(StripeClaim *claim, Relation rel);
-extern void stripe_refuse_own_row(Relation rel, Operation *op);
-extern void stripe_claim_fetch(StripeClaim *claim, Relation rel);
+extern void stripe_row_received(LedgerRow *row, StripeReceived *received);
 
-extern const char *stripe_record_run(Relation rel, Operation *op, int64 token, StripeResult *result);
-extern bool stripe_renew_run(Relation rel, Operation *op, int64 token, TimestampTz until);
-extern bool stripe_release_run(Relation rel, Operation *op, int64 token);
-extern TimestampTz stripe_extend_run(Relation rel, Operation *op, int64 token, int64 lease,
-									 TimestampTz now);
-extern char *stripe_reopen_run(Relation rel, Operation *op, bool force, int from_generation,
-							   const char *user);
+extern void stripe_refuse_unclaimed(Operation *op);
 extern void stripe_refuse_token(Operation *op, LedgerRow *row);
-extern void stripe_explain_refusal(Relation rel, Operation *op, int64 token);
-extern void stripe_read_answer_of(Relation rel, Operation *op, int64 token, Jsonb *response,
-								  int http_status, const char *resource_id,
-								  StripeResult *result);
+extern void stripe_notify_settled(Operation *op, StripeOutcome outcome, const char *resource_id);
 
-extern void stripe_advise_reopen(StripeClaim *claim);
+/* $1 to $4 of what is done with a token. */
+static inline void
+stripe_token_parameters(Operation *op, int64 token, Parameters *p)
+{
+	parameters_begin(p, op->key, lengthof(op->key));
+	parameter_int64(p, token);
+}
 
-extern void stripe_adopt_run(Relation rel, Operation *op, int64 token,
-							 FullTransactionId xid);
-extern bool stripe_note_fate_run(Relation rel, Operation *op);
-extern void stripe_notify_settled(Operation *op, const char *outcome, const char *resource_id);
+static inline void
+parameter_livemode(Parameters *parameters, Livemode livemode)
+{
+	parameter_nullable(parameters, BoolGetDatum(livemode == LIVEMODE_LIVE),
+					   livemode == LIVEMODE_UNKNOWN);
+}
+
+static inline void
+parameter_outcome(Parameters *parameters, StripeOutcome outcome)
+{
+	parameter_string(parameters, stripe_outcome_name(outcome));
+}
 
 #endif							/* IDEMPOTENCY_STRIPE_LEDGER_H */

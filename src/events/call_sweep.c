@@ -28,6 +28,7 @@
 #include "base/result_row.h"
 #include "base/subtransaction.h"
 #include "calls/call_transactions.h"
+#include "calls/stripe_fate.h"
 #include "calls/stripe_ledger.h"
 #include "events/call_sweep.h"
 #include "events/kept_events.h"

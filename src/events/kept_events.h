@@ -12,7 +12,7 @@
 #ifndef IDEMPOTENCY_KEPT_EVENTS_H
 #define IDEMPOTENCY_KEPT_EVENTS_H
 
-#include "calls/stripe_ledger.h"
+#include "calls/stripe_claim.h"
 #include "ledger/derived_key.h"
 
 /* Where to go on with the events that wait for their call. */

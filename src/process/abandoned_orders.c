@@ -46,6 +46,7 @@
 #include "base/compat.h"
 #include "process/abandoned_orders.h"
 #include "process/recorder_queue.h"
+#include "process/recorder_start.h"
 
 /* How often to look while there are such orders, and while there is no slot. */
 #define LOOK_MS 1000
@@ -95,19 +96,19 @@ find_databases(Left *list)
 	int			i;
 
 	LWLockAcquire(recorder_queue_lock, LW_SHARED);
-	for (i = 0; i < queue_norders(); i++)
+	for (i = 0; i < recorder_queue_norders(); i++)
 	{
-		Order	   *order = queue_order(i);
+		Order	   *order = recorder_queue_order(i);
 		RecorderSlot *slot;
 		int			j;
 
-		if (!queue_is_left(order))
+		if (!recorder_queue_is_left(order))
 			continue;
 		for (j = 0; j < n && list[j].database != order->database; j++)
 			;
 		if (j < n && list[j].number < order->number)
 			continue;
-		slot = queue_slot(order->database, false);
+		slot = recorder_queue_slot(order->database, false);
 		if (slot != NULL && (slot->procno >= 0 || slot->blocked))
 			continue;
 		list[j].database = order->database;
@@ -155,14 +156,14 @@ discard_orders(Oid database)
 {
 	int			i;
 
-	for (i = 0; i < queue_norders(); i++)
+	for (i = 0; i < recorder_queue_norders(); i++)
 	{
-		Order	   *order = queue_order(i);
+		Order	   *order = recorder_queue_order(i);
 		bool		left;
 		dsm_handle	segment;
 
 		LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-		left = queue_is_left(order) && order->database == database;
+		left = recorder_queue_is_left(order) && order->database == database;
 		if (left)
 			order->state = ORDER_TAKEN;
 		LWLockRelease(recorder_queue_lock);
@@ -177,7 +178,7 @@ discard_orders(Oid database)
 				 errdetail("Its database has been dropped.")));
 		segment = order->segment;
 		LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-		queue_free_order(order);
+		recorder_queue_free_order(order);
 		LWLockRelease(recorder_queue_lock);
 		if (segment != DSM_HANDLE_INVALID)
 			dsm_unpin_segment(segment);
@@ -194,7 +195,7 @@ find_tried(const Left *left)
 	int			i;
 
 	if (tried == NULL)
-		tried = MemoryContextAlloc(TopMemoryContext, queue_norders() * sizeof(Tried));
+		tried = MemoryContextAlloc(TopMemoryContext, recorder_queue_norders() * sizeof(Tried));
 	for (i = 0; i < ntried; i++)
 	{
 		if (tried[i].left.database == left->database ||
@@ -208,7 +209,7 @@ find_tried(const Left *left)
 		if (tried[i].left.database == left->database)
 			return &tried[i];
 	}
-	if (ntried == queue_norders())
+	if (ntried == recorder_queue_norders())
 		ntried = 0;
 	tried[ntried].left = *left;
 	tried[ntried].asked = 0;
@@ -263,7 +264,7 @@ see_to_database(const Left *left)
 long
 see_to_left_orders(void)
 {
-	Left	   *left = palloc(queue_norders() * sizeof(Left));
+	Left	   *left = palloc(recorder_queue_norders() * sizeof(Left));
 	int			n = find_databases(left);
 	bool		no_place = false;
 	int			i;

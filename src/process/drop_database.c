@@ -59,7 +59,7 @@ at_xact_event(XactEvent event, void *arg)
 
 	foreach(lc, dropping)
 	{
-		queue_unblock(lfirst_oid(lc));
+		recorder_queue_unblock(lfirst_oid(lc));
 		worker_may_return(lfirst_oid(lc), event == XACT_EVENT_COMMIT);
 	}
 	list_free(dropping);
@@ -91,7 +91,7 @@ leave_database(Oid dbid)
 
 	for (waits = 0; waits < DROP_WAITS; waits++)
 	{
-		bool		recorder = queue_block(dbid);
+		bool		recorder = recorder_queue_block(dbid);
 		bool		worker = worker_send_away(dbid);
 
 		if (!recorder && !worker)
@@ -111,7 +111,7 @@ on_object_access(ObjectAccessType access, Oid classid, Oid objid, int subid, voi
 		prev_object_access_hook(access, classid, objid, subid, arg);
 
 	if (access == OAT_DROP && classid == DatabaseRelationId &&
-		worker_table != NULL && queue_is_there())
+		worker_table != NULL && recorder_queue_is_there())
 		leave_database(objid);
 }
 

@@ -60,10 +60,12 @@
 #include "base/shmem.h"
 #include "calls/call_transactions.h"
 #include "calls/stripe_ledger.h"
+#include "calls/stripe_record.h"
 #include "events/kept_events.h"
-#include "process/background_process.h"
 #include "process/recorder_client.h"
+#include "process/recorder_message.h"
 #include "process/recorder_queue.h"
+#include "process/recorder_start.h"
 #include "process/worker_table.h"
 
 /* A commit is usually done within this time; then wait for its lock. */
@@ -72,9 +74,6 @@
 
 /* There was no place for a recorder: how soon to ask again. */
 #define PLACE_WAIT_MS		25
-
-/* A recorder that was asked for and doesn't run after this is asked for again. */
-#define START_PATIENCE_MS	1000
 
 /* What a record needs besides the bodies: ids of limited length. */
 #define ANSWER_OVERHEAD		(8 * 1024)
@@ -148,8 +147,8 @@ stop_waiting(void)
 			if (claimed)
 			{
 				left = my_order->detached = true;
-				queue_post(my_order, ORDER_RELEASE);
-				queue_wake_recorder(MyDatabaseId);
+				recorder_queue_post(my_order, ORDER_RELEASE);
+				recorder_queue_wake(MyDatabaseId);
 			}
 			else if (my_order->state == ORDER_POSTED && my_order->verb == ORDER_RECORD)
 				left = my_order->detached = true;
@@ -215,7 +214,7 @@ at_exit(int code, Datum arg)
 
 	segment = my_order->segment;
 	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-	queue_free_order(my_order);
+	recorder_queue_free_order(my_order);
 	LWLockRelease(recorder_queue_lock);
 	leave_order_behind();
 	if (segment != DSM_HANDLE_INVALID)
@@ -291,7 +290,7 @@ get_order(Operation *op)
 	if (my_order == NULL)
 	{
 		LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-		my_order = queue_new_order();
+		my_order = recorder_queue_new_order();
 		LWLockRelease(recorder_queue_lock);
 		if (my_order == NULL)
 			no_recorder(gettext_noop("Too many answers of Stripe wait to be recorded."),
@@ -347,59 +346,6 @@ reserve(Size size)
 		dsm_unpin_segment(old);
 	}
 	my_segment = segment;
-}
-
-/* ---------- starting a recorder ---------- */
-
-/*
- * Ask for a recorder of a database unless there is one or somebody else has
- * just asked.  Where we ask, sets *since and, unless it is NULL, *handle.
- */
-RecorderAsked
-ask_for_recorder(Oid database, TimestampTz *since, BackgroundWorkerHandle **handle)
-{
-	RecorderSlot *slot;
-	TimestampTz now = GetCurrentTimestamp();
-	RecorderAsked result = RECORDER_COMES;
-	bool		ask = false;
-	bool		started;
-
-	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-	slot = queue_slot(database, false);
-	if (slot != NULL && slot->procno >= 0)
-		result = RECORDER_RUNS;
-	else if (slot != NULL && slot->blocked)
-		result = RECORDER_IS_BLOCKED;
-	else if (slot == NULL || is_over(slot->started, START_PATIENCE_MS * 1000, now))
-	{
-		slot = queue_is_next(database) ? queue_slot(database, true) : NULL;
-		ask = slot != NULL;
-		if (ask)
-			*since = slot->started = now;
-		else
-		{
-			result = RECORDER_HAS_NO_PLACE;
-			queue_ask_for_room(database);
-		}
-	}
-	LWLockRelease(recorder_queue_lock);
-	if (!ask)
-		return result;
-
-	started = background_start("recorder", database, handle);
-	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-	if (started)
-		queue_stop_wanting(database, true);
-	else
-	{
-		result = RECORDER_HAS_NO_PLACE;
-		slot = queue_slot(database, false);
-		if (slot != NULL && slot->procno < 0 && !slot->blocked)
-			slot->database = InvalidOid;
-		queue_ask_for_room(database);
-	}
-	LWLockRelease(recorder_queue_lock);
-	return result;
 }
 
 /*
@@ -458,7 +404,7 @@ wait_for_answer(bool before_send)
 
 		LWLockAcquire(recorder_queue_lock, LW_SHARED);
 		state = my_order->state;
-		slot = queue_slot(MyDatabaseId, false);
+		slot = recorder_queue_slot(MyDatabaseId, false);
 		if (slot != NULL)
 		{
 			running = slot->procno >= 0;
@@ -476,7 +422,7 @@ wait_for_answer(bool before_send)
 			if (!no_place)
 				return WAIT_TIMED_OUT;
 			LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-			queue_stop_wanting(MyDatabaseId, false);
+			recorder_queue_stop_wanting(MyDatabaseId, false);
 			LWLockRelease(recorder_queue_lock);
 			return WAIT_NO_WORKER;
 		}
@@ -489,7 +435,7 @@ wait_for_answer(bool before_send)
 			if (failed && before_send && GetBackgroundWorkerPid(handle, &pid) == BGWH_STOPPED)
 			{
 				LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-				slot = queue_slot(MyDatabaseId, false);
+				slot = recorder_queue_slot(MyDatabaseId, false);
 				failed = slot != NULL && slot->procno < 0 && slot->started == since;
 				if (failed)
 					slot->started = 0;
@@ -524,8 +470,8 @@ submit(OrderVerb verb, bool before_send)
 
 	order_subid = GetCurrentSubTransactionId();
 	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-	queue_post(my_order, verb);
-	queue_wake_recorder(MyDatabaseId);
+	recorder_queue_post(my_order, verb);
+	recorder_queue_wake(MyDatabaseId);
 	LWLockRelease(recorder_queue_lock);
 
 	result = wait_for_answer(before_send);
@@ -594,7 +540,7 @@ submit_before_send(OrderVerb verb)
 bool
 recorder_can_run(void)
 {
-	return queue_is_there();
+	return recorder_queue_is_there();
 }
 
 /*
@@ -659,14 +605,12 @@ adopt(StripeClaim *claim)
 static void
 take_call(StripeClaim *claim, const StripeCall *call)
 {
-	claim->livemode = call->livemode;
-	if (!call->resend)
+	if (call->resend)
+		claim->send.livemode = call->send.livemode;
+	else
 	{
 		claim->request = call->request;
-		claim->method = call->method;
-		claim->path = call->path;
-		claim->api_version = call->api_version;
-		claim->body = call->body;
+		claim->send = call->send;
 	}
 }
 
@@ -732,20 +676,7 @@ run_claim(StripeClaim *claim, const StripeCall *call, Size room)
 			prepare_call(claim, call);
 		prepared = true;
 
-		memset(&arguments, 0, sizeof(arguments));
-		arguments_put_pointer(&arguments, claim->request);
-		arguments_put_string(&arguments, claim->method);
-		arguments_put_string(&arguments, claim->path);
-		arguments_put_string(&arguments, claim->api_version);
-		arguments_put_pointer(&arguments, claim->body);
-		arguments_put_string(&arguments, claim->caller_vxid);
-		arguments_put_string(&arguments, claim->rules.compare_ignore);
-		arguments_put_int(&arguments, claim->rules.resend_margin);
-		arguments_put_int(&arguments, claim->lease);
-		arguments_put_int(&arguments, claim->livemode);
-		arguments_put_int(&arguments, claim->resend);
-		arguments_put_int(&arguments, claim->caller_life);
-
+		pack_claim(&arguments, claim);
 		get_order(claim->op);
 		my_order->caller_xid = GetCurrentFullTransactionId();
 		size = arguments_size(&arguments);
@@ -761,7 +692,7 @@ run_claim(StripeClaim *claim, const StripeCall *call, Size room)
 		if (answer == ORDER_OK)
 		{
 			claim->verdict = STRIPE_CLAIMED;
-			claim->outcome = "in_progress";
+			claim->outcome = STRIPE_IN_PROGRESS;
 			rel = ledger_open(&stripe_calls, AccessShareLock, false);
 			stripe_claim_fetch(claim, rel);
 			table_close(rel, AccessShareLock);
@@ -774,7 +705,7 @@ run_claim(StripeClaim *claim, const StripeCall *call, Size room)
 
 	/* others are busy with it */
 	claim->verdict = STRIPE_BUSY;
-	claim->outcome = "in_progress";
+	claim->outcome = STRIPE_IN_PROGRESS;
 	claim->retry_after = 1;
 	claim->known = false;
 }
@@ -805,18 +736,14 @@ recorder_run_reopen(Operation *op, bool force, int from_generation, const char *
 	stripe_refuse_own_row(rel, op);
 	table_close(rel, AccessShareLock);
 
-	memset(&arguments, 0, sizeof(arguments));
-	arguments_put_int(&arguments, force);
-	arguments_put_int(&arguments, from_generation);
-	arguments_put_string(&arguments, user);
-
+	pack_reopen(&arguments, force, from_generation, user);
 	get_order(op);
 	reserve(arguments_size(&arguments));
 	arguments_write(&arguments, dsm_segment_address(my_segment));
 	submit_before_send(ORDER_REOPEN);
 
 	answer = my_order->answer;
-	key = pstrdup(my_order->text);
+	key = pstrdup(my_order->key);
 	take_order_back();
 	if (answer != ORDER_OK)
 		ereport(ERROR,
@@ -828,12 +755,6 @@ recorder_run_reopen(Operation *op, bool force, int from_generation, const char *
 
 /* ---------- calls that a backend sends by itself ---------- */
 
-static Jsonb *
-row_jsonb(LedgerRow *row, int column)
-{
-	return row->isnull[column] ? NULL : DatumGetJsonbP(row->values[column]);
-}
-
 /* What is known of an operation, for C. */
 static void
 fill_call_claim(StripeClaim *claim, StripeCallClaim *answer)
@@ -842,37 +763,26 @@ fill_call_claim(StripeClaim *claim, StripeCallClaim *answer)
 
 	memset(answer, 0, sizeof(StripeCallClaim));
 	answer->verdict = claim->verdict;
-	answer->outcome = claim->outcome;
 	answer->retry_after = claim->verdict == STRIPE_BUSY ? claim->retry_after : 0;
-	answer->livemode = -1;
-	if (!claim->known)
-		return;
+	answer->result.outcome = claim->outcome;
+	answer->result.livemode = LIVEMODE_UNKNOWN;
+	if (claim->known)
+	{
+		TimestampTz first_sent_at = row->isnull[S_FIRST_SENT_AT] ? 0 :
+			DatumGetTimestampTz(row->values[S_FIRST_SENT_AT]);
 
-	answer->idempotency_key = stripe_row_string(row, S_IDEMPOTENCY_KEY);
-	answer->attempt = DatumGetInt32(row->values[S_ATTEMPT]);
-	answer->generation = DatumGetInt32(row->values[S_GENERATION]);
-	answer->uncertain = DatumGetBool(row->values[S_UNCERTAIN]);
-	answer->request = row_jsonb(row, S_REQUEST);
-	answer->method = stripe_row_string(row, S_METHOD);
-	answer->path = stripe_row_string(row, S_PATH);
-	answer->api_version = stripe_row_string(row, S_API_VERSION);
-	if (!row->isnull[S_BODY])
-		answer->body = DatumGetByteaP(row->values[S_BODY]);
-	if (!row->isnull[S_FIRST_SENT_AT])
-		answer->first_sent_at = DatumGetTimestampTz(row->values[S_FIRST_SENT_AT]);
-	answer->resend_until = stripe_resend_until(row, claim->rules.resend_margin);
-	answer->sent_before = answer->first_sent_at != 0 &&
-		answer->first_sent_at < DatumGetTimestampTz(row->values[S_CLAIMED_AT]);
-	answer->resource_id = stripe_row_string(row, S_RESOURCE_ID);
-	answer->resource_type = stripe_row_string(row, S_RESOURCE_TYPE);
-	answer->resource_status = stripe_row_string(row, S_RESOURCE_STATUS);
-	answer->request_id = stripe_row_string(row, S_REQUEST_ID);
-	if (!row->isnull[S_HTTP_STATUS])
-		answer->http_status = DatumGetInt32(row->values[S_HTTP_STATUS]);
-	answer->response = row_jsonb(row, S_RESPONSE);
-	answer->error = row_jsonb(row, S_ERROR);
-	if (!row->isnull[S_LIVEMODE])
-		answer->livemode = DatumGetBool(row->values[S_LIVEMODE]);
+		answer->idempotency_key = stripe_row_string(row, S_IDEMPOTENCY_KEY);
+		answer->attempt = DatumGetInt32(row->values[S_ATTEMPT]);
+		answer->generation = DatumGetInt32(row->values[S_GENERATION]);
+		answer->uncertain = DatumGetBool(row->values[S_UNCERTAIN]);
+		if (!row->isnull[S_REQUEST])
+			answer->request = DatumGetJsonbP(row->values[S_REQUEST]);
+		stripe_row_request(row, &answer->send);
+		stripe_row_result(row, claim->outcome, &answer->result);
+		answer->resend_until = stripe_resend_until(row, claim->rules.resend_margin);
+		answer->sent_before = first_sent_at != 0 &&
+			first_sent_at < DatumGetTimestampTz(row->values[S_CLAIMED_AT]);
+	}
 }
 
 /* Keep the operation of a claimed call for the time of the call. */
@@ -906,7 +816,6 @@ begin_flight(StripeClaim *claim, bool direct)
 void
 recorder_claim(const StripeCall *call, StripeCallClaim *answer)
 {
-	Operation	op;
 	StripeClaim claim;
 	bool		direct = setting_stripe_ledger == STRIPE_LEDGER_TRANSACTION;
 
@@ -921,10 +830,8 @@ recorder_claim(const StripeCall *call, StripeCallClaim *answer)
 	if (flight.active)
 		elog(ERROR, "a call to Stripe is in progress already");
 
-	operation_init(&op, call->operation_type, call->operation_id, call->account);
-
 	memset(&claim, 0, sizeof(claim));
-	claim.op = &op;
+	claim.op = call->op;
 	claim.rules = stripe_rules();
 	claim.resend = call->resend;
 	take_call(&claim, call);
@@ -985,80 +892,92 @@ recorder_gave_up(void)
 	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 	my_order->token = flight.token;
 	my_order->detached = true;
-	queue_post(my_order, flight.sending ? ORDER_GAVE_UP : ORDER_RELEASE);
-	queue_wake_recorder(MyDatabaseId);
+	recorder_queue_post(my_order, flight.sending ? ORDER_GAVE_UP : ORDER_RELEASE);
+	recorder_queue_wake(MyDatabaseId);
 	LWLockRelease(recorder_queue_lock);
 	leave_order_behind();
 	see_to_order();
 }
 
 /*
- * Record what came of the claimed call; see recorder_client.h.
+ * Record in the caller's own transaction.
  */
-const char *
-recorder_record(const StripeCallResult *result)
+static StripeOutcome
+record_directly(const CallResult *result)
+{
+	Relation	rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
+	StripeOutcome outcome;
+
+	outcome = stripe_record_run(rel, &flight.op, flight.token, result, false);
+	ledger_close(rel);
+	flight.active = false;
+	return outcome;
+}
+
+/*
+ * Put a result in the order.  Bodies that are larger than was said go first,
+ * then they don't.
+ */
+static void
+write_result(const CallResult *result)
 {
 	OrderArguments arguments;
-	bool		dropped;
-	WaitResult	waited;
-	const char *outcome = stripe_outcome_name(result->outcome);
-	const char *problem = NULL;
 
-	if (!flight.active)
-		elog(ERROR, "no call to Stripe is in progress");
-
-	if (flight.direct)
+	pack_result(&arguments, result);
+	if (arguments_size(&arguments) > dsm_segment_map_length(my_segment))
 	{
-		StripeResult record;
-		Relation	rel;
+		CallResult	without = *result;
 
-		memset(&record, 0, sizeof(record));
-		record.outcome = result->outcome;
-		record.never_sent = !result->sent;
-		record.http_status = result->http_status;
-		record.resource_id = result->resource_id;
-		record.resource_type = result->resource_type;
-		record.resource_status = result->resource_status;
-		record.request_id = result->request_id;
-		record.response = result->response;
-		record.error = result->error;
-		record.livemode = result->livemode;
-
-		rel = ledger_open(&stripe_calls, RowExclusiveLock, false);
-		outcome = stripe_record_run(rel, &flight.op, flight.token, &record);
-		ledger_close(rel);
-		flight.active = false;
-		return outcome;
-	}
-
-	DEBUG_POINT("before-record");
-
-	/* bodies that are larger than was said go first, then they don't */
-	for (dropped = false;; dropped = true)
-	{
-		memset(&arguments, 0, sizeof(arguments));
-		arguments_put_int(&arguments, result->outcome);
-		arguments_put_int(&arguments, result->sent);
-		arguments_put_int(&arguments, result->http_status);
-		arguments_put_int(&arguments, result->livemode);
-		arguments_put_string(&arguments, result->resource_id);
-		arguments_put_string(&arguments, result->resource_type);
-		arguments_put_string(&arguments, result->resource_status);
-		arguments_put_string(&arguments, result->request_id);
-		arguments_put_pointer(&arguments, dropped ? NULL : result->response);
-		arguments_put_pointer(&arguments, dropped ? NULL : result->error);
-		if (arguments_size(&arguments) <= dsm_segment_map_length(my_segment))
-			break;
-		if (dropped)
+		without.response = NULL;
+		without.error = NULL;
+		pack_result(&arguments, &without);
+		if (arguments_size(&arguments) > dsm_segment_map_length(my_segment))
 			elog(ERROR, "ids of a Stripe operation are too long to be recorded");
-	}
-	if (dropped)
 		ereport(WARNING,
 				(errmsg("the answer to Stripe operation %s is recorded without its body",
 						describe_operation(&flight.op)),
 				 errdetail("It is larger than what was reserved before the call.")));
-
+	}
 	arguments_write(&arguments, dsm_segment_address(my_segment));
+}
+
+/* Say why a result is not recorded, or not yet. */
+static void
+warn_not_recorded(StripeOutcome outcome, WaitResult waited, const char *problem)
+{
+	if (waited == WAIT_ANSWERED)
+		ereport(WARNING,
+				(errcode(ERRCODE_CONTRADICTS_RECORD),
+				 errmsg("outcome \"%s\" of Stripe operation %s could not be recorded",
+						stripe_outcome_name(outcome), describe_operation(&flight.op)),
+				 errdetail_internal("%s", problem)));
+	else
+		ereport(WARNING,
+				(errcode(ERRCODE_NO_RECORDER),
+				 errmsg("outcome \"%s\" of Stripe operation %s is not recorded yet",
+						stripe_outcome_name(outcome), describe_operation(&flight.op)),
+				 waited == WAIT_NO_WORKER ?
+				 errdetail("There is no free slot for a background process. It will be recorded as soon as there is one; if the server stops before that, the operation counts as unknown.") :
+				 errdetail("It will be as soon as the recorder can write its row; if the server stops before that, the operation counts as unknown.")));
+}
+
+/*
+ * Record what came of the claimed call; see recorder_client.h.
+ */
+StripeOutcome
+recorder_record(const CallResult *result)
+{
+	StripeOutcome outcome = result->outcome;
+	WaitResult	waited;
+	const char *problem = NULL;
+
+	if (!flight.active)
+		elog(ERROR, "no call to Stripe is in progress");
+	if (flight.direct)
+		return record_directly(result);
+
+	DEBUG_POINT("before-record");
+	write_result(result);
 	my_order->token = flight.token;
 	flight.active = false;
 
@@ -1066,26 +985,13 @@ recorder_record(const StripeCallResult *result)
 	if (waited == WAIT_ANSWERED)
 	{
 		if (my_order->answer == ORDER_OK)
-			outcome = pstrdup(my_order->text);
+			outcome = my_order->outcome;
 		else
 			problem = pstrdup(my_order->message);
 		take_order_back();
 	}
-
-	if (waited != WAIT_ANSWERED)
-		ereport(WARNING,
-				(errcode(ERRCODE_NO_RECORDER),
-				 errmsg("outcome \"%s\" of Stripe operation %s is not recorded yet",
-						outcome, describe_operation(&flight.op)),
-				 waited == WAIT_NO_WORKER ?
-				 errdetail("There is no free slot for a background process. It will be recorded as soon as there is one; if the server stops before that, the operation counts as unknown.") :
-				 errdetail("It will be as soon as the recorder can write its row; if the server stops before that, the operation counts as unknown.")));
-	else if (problem != NULL)
-		ereport(WARNING,
-				(errcode(ERRCODE_CONTRADICTS_RECORD),
-				 errmsg("outcome \"%s\" of Stripe operation %s could not be recorded",
-						outcome, describe_operation(&flight.op)),
-				 errdetail_internal("%s", problem)));
+	if (waited != WAIT_ANSWERED || problem != NULL)
+		warn_not_recorded(outcome, waited, problem);
 
 	DEBUG_POINT("after-record");
 	return outcome;
@@ -1112,26 +1018,4 @@ recorder_look(StripeCallClaim *known)
 	claim.known = true;
 	fill_call_claim(&claim, known);
 	return true;
-}
-
-/* A verdict's label in the SQL type idempotency.verdict */
-const char *
-stripe_verdict_name(StripeVerdict verdict)
-{
-	switch (verdict)
-	{
-		case STRIPE_CLAIMED:
-			return "claimed";
-		case STRIPE_REPLAY:
-			return "replay";
-		case STRIPE_BUSY:
-			return "in_progress";
-		case STRIPE_OTHER_REQUEST:
-			return "mismatch";
-		case STRIPE_CANT_TELL:
-			return "unknown";
-	}
-
-	elog(ERROR, "unrecognized verdict: %d", (int) verdict);
-	return NULL;				/* keep compiler quiet */
 }

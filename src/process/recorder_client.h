@@ -26,48 +26,30 @@
 #ifndef IDEMPOTENCY_RECORDER_CLIENT_H
 #define IDEMPOTENCY_RECORDER_CLIENT_H
 
-#include "utils/jsonb.h"
 #include "utils/timestamp.h"
 
-#include "stripe/stripe_outcome.h"
-
-/* Labels of the SQL type idempotency.verdict */
-typedef enum StripeVerdict
-{
-	STRIPE_CLAIMED,
-	STRIPE_REPLAY,
-	STRIPE_BUSY,				/* in_progress */
-	STRIPE_OTHER_REQUEST,		/* mismatch */
-	STRIPE_CANT_TELL			/* unknown */
-} StripeVerdict;
+#include "calls/stripe_claim.h"
+#include "stripe/call_data.h"
 
 /*
- * A call that somebody wants to send.  Strings end with a NUL; those that
- * don't apply are NULL.
+ * A call that somebody wants to send.
  */
 typedef struct StripeCall
 {
-	const char *operation_type;
-	const char *operation_id;
-	const char *account;		/* "" for one's own */
+	Operation  *op;
 	Jsonb	   *request;		/* what is compared and shown: method, path,
 								 * params */
-	const char *method;
-	const char *path;			/* with its query string */
-	const char *api_version;	/* Stripe-Version to send */
-	bytea	   *body;			/* the exact bytes to send */
-	int			livemode;		/* of the API key: 1 live, 0 test, -1 not
-								 * known */
+	CallRequest send;
 	bool		resend;			/* stripe_retry(): send what is stored, never
-								 * something new; request, method, path,
-								 * api_version and body are not looked at */
+								 * something new; request and send are not
+								 * looked at, but for the mode */
 	Size		answer_room;	/* reserved before the send: response and
 								 * error together, as jsonb, at most */
 
 	/*
 	 * Called before anything is written, and so only where the call is going
-	 * to be sent: sets path, body and livemode.  May raise errors; NULL where
-	 * there is nothing left to be set.
+	 * to be sent: sets path, body and livemode of "send".  May raise errors;
+	 * NULL where there is nothing left to be set.
 	 */
 	void		(*prepare) (void *arg);
 	void	   *prepare_arg;
@@ -75,14 +57,12 @@ typedef struct StripeCall
 
 /*
  * What is known of the operation.  With STRIPE_CLAIMED the call is the
- * caller's to send: with the key, method, path, api_version and body given
- * here, which are those of the first attempt.  All in the current memory
- * context; NULL (or 0) where there is none.
+ * caller's to send: "send", with the key, which are those of the first
+ * attempt.  All in the current memory context; NULL (or 0) where there is none.
  */
 typedef struct StripeCallClaim
 {
 	StripeVerdict verdict;
-	const char *outcome;		/* label of idempotency.outcome */
 	char	   *idempotency_key;	/* NULL only with STRIPE_BUSY, where
 									 * another transaction has just claimed it */
 	int			attempt;
@@ -90,49 +70,18 @@ typedef struct StripeCallClaim
 	bool		uncertain;		/* may an earlier attempt of this generation
 								 * have been executed? */
 	Jsonb	   *request;
-	char	   *method;			/* NULL where only stripe_claim() has claimed
-								 * it */
-	char	   *path;
-	char	   *api_version;
-	bytea	   *body;
-	TimestampTz first_sent_at;	/* 0: never */
+	CallRequest send;			/* without a method where only stripe_claim()
+								 * has claimed it */
 	TimestampTz resend_until;	/* 0: never sent */
 	bool		sent_before;	/* may a claim before this one have been sent? */
 	int			retry_after;	/* seconds, with STRIPE_BUSY */
-
-	/* what is recorded */
-	char	   *resource_id;
-	char	   *resource_type;
-	char	   *resource_status;
-	char	   *request_id;
-	int			http_status;
-	Jsonb	   *response;
-	Jsonb	   *error;
-	int			livemode;		/* 1, 0, or -1 */
+	CallResult	result;			/* what is recorded */
 } StripeCallClaim;
-
-/*
- * What came back, as stripe_classify() has made it out.
- */
-typedef struct StripeCallResult
-{
-	StripeOutcome outcome;
-	bool		sent;			/* did a byte leave, in any attempt of this
-								 * call? */
-	int			http_status;	/* 0: no answer */
-	const char *resource_id;
-	const char *resource_type;
-	const char *resource_status;
-	const char *request_id;
-	Jsonb	   *response;		/* the body, {"error": ...} included */
-	Jsonb	   *error;			/* its error object */
-	int			livemode;		/* as the answer says: 1, 0, or -1 */
-} StripeCallResult;
 
 /*
  * Claim a call.
  *
- * Raises IK003 for a bad operation (or, with resend, one never claimed), IK002
+ * Raises IK003 (with resend) for an operation that was never claimed, IK002
  * where the row is of the other mode than livemode, IK006 where the caller's
  * own transaction holds the row or, without a recorder, has no way to commit
  * it, IK008 where no recorder is to be had, IK009, 55P03 where the ledger is
@@ -153,32 +102,26 @@ extern PGDLLEXPORT void recorder_sending(void);
 /*
  * Record what came of the claimed call.
  *
- * Returns the operation's outcome, a label of idempotency.outcome: that of the
- * result, but "unknown" where the result says not executed and an earlier
+ * Returns the operation's outcome: that of the
+ * result, but STRIPE_UNKNOWN where the result says not executed and an earlier
  * attempt may have been, and what is recorded where somebody else was faster
  * to record something definitive.  Waits for its commit for
  * idempotency.stripe_record_timeout; after that it warns, and the recorder
  * goes on trying.  Raises nothing but what interrupts the wait (cancel,
  * termination), and then the recorder goes on, too.
  */
-extern PGDLLEXPORT const char *recorder_record(const StripeCallResult *result);
+extern PGDLLEXPORT StripeOutcome recorder_record(const CallResult *result);
 
 /* The claimed call ends without a result.  Doesn't wait, raises nothing. */
 extern PGDLLEXPORT void recorder_gave_up(void);
 
 /* ---------- for the core's own functions ---------- */
 
-struct Operation;
-struct StripeClaim;
-
 /* Is there shared memory, so that a recorder can run at all? */
 extern PGDLLEXPORT bool recorder_can_run(void);
 
-extern void recorder_run_claim(struct StripeClaim *claim);
-extern char *recorder_run_reopen(struct Operation *op, bool force, int from_generation,
+extern void recorder_run_claim(StripeClaim *claim);
+extern char *recorder_run_reopen(Operation *op, bool force, int from_generation,
 								 const char *user);
-
-/* A verdict's label in the SQL type idempotency.verdict */
-extern PGDLLEXPORT const char *stripe_verdict_name(StripeVerdict verdict);
 
 #endif							/* IDEMPOTENCY_RECORDER_CLIENT_H */

@@ -70,9 +70,12 @@
 #include "base/errors.h"
 #include "base/settings_guard.h"
 #include "base/subtransaction.h"
-#include "calls/stripe_ledger.h"
+#include "calls/stripe_claim.h"
+#include "calls/stripe_fate.h"
+#include "calls/stripe_record.h"
 #include "events/kept_events.h"
 #include "process/background_process.h"
+#include "process/recorder_message.h"
 #include "process/recorder_queue.h"
 #include "process/worker_table.h"
 
@@ -168,7 +171,7 @@ unmap_segment(int i)
 static char *
 map_segment(Order *order)
 {
-	int			i = order - queue_order(0);
+	int			i = order - recorder_queue_order(0);
 
 	if (mappings[i] == NULL || mapped[i] != order->segment)
 	{
@@ -188,7 +191,7 @@ map_segment(Order *order)
 static void
 unmap_large_segment(Order *order)
 {
-	int			i = order - queue_order(0);
+	int			i = order - recorder_queue_order(0);
 
 	if (mappings[i] != NULL && dsm_segment_map_length(mappings[i]) > ORDER_SEGMENT_MIN)
 		unmap_segment(i);
@@ -200,9 +203,9 @@ unmap_stale_segments(void)
 {
 	int			i;
 
-	for (i = 0; i < queue_norders(); i++)
+	for (i = 0; i < recorder_queue_norders(); i++)
 	{
-		Order	   *order = queue_order(i);
+		Order	   *order = recorder_queue_order(i);
 
 		if (mappings[i] != NULL &&
 			(order->state == ORDER_FREE || order->segment != mapped[i]))
@@ -317,24 +320,12 @@ answer_with(Order *order, ErrorData *edata)
 static void
 do_claim(Order *order, Operation *op, Relation rel)
 {
-	char	   *from = map_segment(order);
 	TimestampTz now = GetCurrentTimestamp();
 	StripeClaim claim;
 
 	memset(&claim, 0, sizeof(claim));
 	claim.op = op;
-	claim.request = arguments_get_pointer(&from);
-	claim.method = arguments_get_string(&from);
-	claim.path = arguments_get_string(&from);
-	claim.api_version = arguments_get_string(&from);
-	claim.body = arguments_get_pointer(&from);
-	claim.caller_vxid = arguments_get_string(&from);
-	claim.rules.compare_ignore = arguments_get_string(&from);
-	claim.rules.resend_margin = arguments_get_int(&from);
-	claim.lease = arguments_get_int(&from);
-	claim.livemode = (int) arguments_get_int(&from);
-	claim.resend = arguments_get_int(&from) != 0;
-	claim.caller_life = arguments_get_int(&from);
+	unpack_claim(map_segment(order), &claim);
 	claim.caller_xid = order->caller_xid;
 
 	stripe_claim_init(&claim);
@@ -386,45 +377,33 @@ renew_lease(Order *order, Operation *op, Relation rel)
 static void
 do_reopen(Order *order, Operation *op, Relation rel)
 {
-	char	   *from = map_segment(order);
-	bool		force = arguments_get_int(&from) != 0;
-	int			from_generation = (int) arguments_get_int(&from);
-	char	   *user = arguments_get_string(&from);
-	char	   *key = stripe_reopen_run(rel, op, force, from_generation, user);
+	bool		force;
+	int			from_generation;
+	char	   *user;
 
-	strlcpy(order->text, key, sizeof(order->text));
+	unpack_reopen(map_segment(order), &force, &from_generation, &user);
+	strlcpy(order->key, stripe_reopen_run(rel, op, force, from_generation, user),
+			sizeof(order->key));
 	order->answer = ORDER_OK;
 }
 
 static void
 do_record(Order *order, Operation *op, Relation rel)
 {
-	StripeResult result;
+	CallResult	result;
 
 	memset(&result, 0, sizeof(result));
 	if (order->verb == ORDER_RECORD)
-	{
-		char	   *from = map_segment(order);
-
-		result.outcome = (StripeOutcome) arguments_get_int(&from);
-		result.never_sent = arguments_get_int(&from) == 0;
-		result.http_status = (int) arguments_get_int(&from);
-		result.livemode = (int) arguments_get_int(&from);
-		result.resource_id = arguments_get_string(&from);
-		result.resource_type = arguments_get_string(&from);
-		result.resource_status = arguments_get_string(&from);
-		result.request_id = arguments_get_string(&from);
-		result.response = arguments_get_pointer(&from);
-		result.error = arguments_get_pointer(&from);
-	}
+		unpack_result(map_segment(order), &result);
 	else
 	{
+		/* given up, after something may have been sent */
 		result.outcome = STRIPE_UNKNOWN;
-		result.livemode = -1;
+		result.sent = true;
+		result.livemode = LIVEMODE_UNKNOWN;
 	}
 
-	strlcpy(order->text, stripe_record_run(rel, op, order->token, &result),
-			sizeof(order->text));
+	order->outcome = stripe_record_run(rel, op, order->token, &result, false);
 	order->answer = ORDER_OK;
 }
 
@@ -660,9 +639,9 @@ look_for_orders(bool *due, int *pause)
 
 	*due = false;
 	*pause = RETRY_LAST_MS;
-	for (i = 0; i < queue_norders(); i++)
+	for (i = 0; i < recorder_queue_norders(); i++)
 	{
-		Order	   *order = queue_order(i);
+		Order	   *order = recorder_queue_order(i);
 
 		if (order->state != ORDER_POSTED || order->database != MyDatabaseId)
 			continue;
@@ -681,18 +660,18 @@ look_for_orders(bool *due, int *pause)
 static void
 take_batch(TransactionId xid)
 {
-	Order	  **candidates = palloc(queue_norders() * sizeof(Order *));
+	Order	  **candidates = palloc(recorder_queue_norders() * sizeof(Order *));
 	TimestampTz now = GetCurrentTimestamp();
 	RecorderSlot *slot;
 	int			n = 0;
 	int			i;
 
 	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-	slot = queue_slot(MyDatabaseId, false);
+	slot = recorder_queue_slot(MyDatabaseId, false);
 	slot->xid = xid;
-	for (i = 0; i < queue_norders(); i++)
+	for (i = 0; i < recorder_queue_norders(); i++)
 	{
-		Order	   *order = queue_order(i);
+		Order	   *order = recorder_queue_order(i);
 
 		if (order->state == ORDER_POSTED && order->database == MyDatabaseId &&
 			is_ripe(order, now))
@@ -729,9 +708,9 @@ free_order(Order *order)
 {
 	dsm_handle	segment = order->segment;
 
-	unmap_segment(order - queue_order(0));
+	unmap_segment(order - recorder_queue_order(0));
 	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-	queue_free_order(order);
+	recorder_queue_free_order(order);
 	LWLockRelease(recorder_queue_lock);
 	if (segment != DSM_HANDLE_INVALID)
 		dsm_unpin_segment(segment);
@@ -782,7 +761,7 @@ end_batch(bool committed, bool durable, ErrorData *edata)
 		LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 		if (order->detached && order->verb == ORDER_CLAIM && order->answer == ORDER_OK &&
 			(order->committed || !entry->retry))
-			queue_post(order, ORDER_RELEASE);	/* claimed in vain */
+			recorder_queue_post(order, ORDER_RELEASE);	/* claimed in vain */
 		else if (order->detached && is_before_send(order->verb))
 			free_it = true;		/* nobody wants it any more */
 		else if (committed && !entry->retry && (!durable || lease_runs_out(order, now)))
@@ -822,7 +801,7 @@ end_batch(bool committed, bool durable, ErrorData *edata)
 	}
 
 	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-	queue_slot(MyDatabaseId, false)->xid = InvalidTransactionId;
+	recorder_queue_slot(MyDatabaseId, false)->xid = InvalidTransactionId;
 	LWLockRelease(recorder_queue_lock);
 	RESUME_INTERRUPTS();
 }
@@ -878,9 +857,9 @@ rest_after(ErrorData *edata)
 	rest_since = GetCurrentTimestamp();
 	rest_ms = Min(Max(2 * rest_ms, REST_FIRST_MS), REST_LAST_MS);
 
-	for (i = 0; i < queue_norders(); i++)
+	for (i = 0; i < recorder_queue_norders(); i++)
 	{
-		Order	   *order = queue_order(i);
+		Order	   *order = recorder_queue_order(i);
 
 		LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 		if (order->state == ORDER_POSTED && order->database == MyDatabaseId &&
@@ -935,6 +914,39 @@ choose_durability(void)
 }
 
 /*
+ * The orders of the batch, each in a subtransaction.
+ */
+static void
+run_orders(void)
+{
+	int			nlocked = 0;
+	int			i;
+
+	for (i = 0; i < nbatch; i++)
+	{
+		OrderWork	work;
+		ErrorData  *edata;
+
+		CHECK_FOR_INTERRUPTS();
+		if (batch[i].order->committed)
+		{
+			/* a commit that has written nothing waits for no standby */
+			log_message_compat("idempotency");
+			if (batch[i].order->lease == 0)
+				continue;
+		}
+		work.order = batch[i].order;
+		work.opened = false;
+		LockTimeout = nlocked < PATIENT_ORDERS ? LOCK_TIMEOUT : LOCK_TIMEOUT_LEAST;
+		edata = in_subtransaction(order_work, &work);
+		if (edata != NULL)
+			order_failed(&batch[i], edata, work.opened);
+		if (edata != NULL && is_lock_failure(edata->sqlerrcode))
+			nlocked++;
+	}
+}
+
+/*
  * One transaction: what is posted, and notes where there is room.
  */
 static void
@@ -942,8 +954,6 @@ run_batch(void)
 {
 	MemoryContext context = CurrentMemoryContext;
 	char		activity[64];
-	volatile int nlocked = 0;
-	int			i;
 
 	PG_TRY();
 	{
@@ -961,28 +971,7 @@ run_batch(void)
 		if (nbatch > 0)
 			DEBUG_POINT("recorder-taken");
 
-		for (i = 0; i < nbatch; i++)
-		{
-			OrderWork	work;
-			ErrorData  *edata;
-
-			CHECK_FOR_INTERRUPTS();
-			if (batch[i].order->committed)
-			{
-				/* a commit that has written nothing waits for no standby */
-				log_message_compat("idempotency");
-				if (batch[i].order->lease == 0)
-					continue;
-			}
-			work.order = batch[i].order;
-			work.opened = false;
-			LockTimeout = nlocked < PATIENT_ORDERS ? LOCK_TIMEOUT : LOCK_TIMEOUT_LEAST;
-			edata = in_subtransaction(order_work, &work);
-			if (edata != NULL)
-				order_failed(&batch[i], edata, work.opened);
-			if (edata != NULL && is_lock_failure(edata->sqlerrcode))
-				nlocked++;
-		}
+		run_orders();
 		LockTimeout = LOCK_TIMEOUT_LEAST;
 		run_notes(ORDER_BATCH - nbatch);
 		LockTimeout = LOCK_TIMEOUT;
@@ -1061,19 +1050,19 @@ at_exit(int code, Datum arg)
 
 	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 	have_slot = false;
-	slot = queue_slot(MyDatabaseId, false);
+	slot = recorder_queue_slot(MyDatabaseId, false);
 	slot->procno = -1;
 	slot->xid = InvalidTransactionId;
 	slot->started = 0;
 	if (!slot->blocked)
 		slot->database = InvalidOid;
-	for (i = 0; i < queue_norders(); i++)
+	for (i = 0; i < recorder_queue_norders(); i++)
 	{
-		Order	   *order = queue_order(i);
+		Order	   *order = recorder_queue_order(i);
 
 		if (order->state != ORDER_POSTED || order->database != MyDatabaseId)
 			continue;
-		if (queue_is_left(order))
+		if (recorder_queue_is_left(order))
 			left = true;
 		else
 			SetLatch(&GetPGProcByNumber(order->procno)->procLatch);
@@ -1096,7 +1085,7 @@ take_slot(void)
 	before_shmem_exit(at_exit, (Datum) 0);
 
 	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-	slot = queue_slot(MyDatabaseId, true);
+	slot = recorder_queue_slot(MyDatabaseId, true);
 	if (slot != NULL && slot->procno < 0 && !slot->blocked)
 	{
 		slot->procno = MY_PROC_NUMBER;
@@ -1123,7 +1112,7 @@ leave_if_idle(void)
 	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
 	if (look_for_orders(&due, &pause) == 0)
 	{
-		slot = queue_slot(MyDatabaseId, false);
+		slot = recorder_queue_slot(MyDatabaseId, false);
 		slot->procno = -1;
 		slot->started = 0;
 		slot->database = InvalidOid;
@@ -1140,7 +1129,7 @@ decline_to_leave(void)
 	RecorderSlot *slot;
 
 	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-	slot = queue_slot(MyDatabaseId, false);
+	slot = recorder_queue_slot(MyDatabaseId, false);
 	slot->make_room = false;
 	slot->used = GetCurrentTimestamp();
 	LWLockRelease(recorder_queue_lock);
@@ -1173,8 +1162,8 @@ idempotency_recorder_main(Datum arg)
 	settings_guard_disarm();
 	pgstat_report_appname(MyBgworkerEntry->bgw_type);
 	wait_event = WAIT_EVENT_NEW("IdempotencyRecorderMain");
-	mappings = MemoryContextAllocZero(TopMemoryContext, queue_norders() * sizeof(dsm_segment *));
-	mapped = MemoryContextAllocZero(TopMemoryContext, queue_norders() * sizeof(dsm_handle));
+	mappings = MemoryContextAllocZero(TopMemoryContext, recorder_queue_norders() * sizeof(dsm_segment *));
+	mapped = MemoryContextAllocZero(TopMemoryContext, recorder_queue_norders() * sizeof(dsm_handle));
 	MemoryContextSwitchTo(AllocSetContextCreate(TopMemoryContext, "idempotency recorder",
 												ALLOCSET_DEFAULT_SIZES));
 
@@ -1207,7 +1196,7 @@ idempotency_recorder_main(Datum arg)
 
 		LWLockAcquire(recorder_queue_lock, LW_SHARED);
 		posted = look_for_orders(&due, &pause);
-		slot = queue_slot(MyDatabaseId, false);
+		slot = recorder_queue_slot(MyDatabaseId, false);
 		blocked = slot->blocked;
 		make_room = slot->make_room;
 		LWLockRelease(recorder_queue_lock);

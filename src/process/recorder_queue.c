@@ -38,8 +38,6 @@
 #include "miscadmin.h"
 #include "storage/latch.h"
 #include "storage/proc.h"
-#include "utils/builtins.h"
-#include "utils/datum.h"
 
 #include "base/clock.h"
 #include "base/compat.h"
@@ -77,14 +75,14 @@ orders_offset(int nslots)
 }
 
 Size
-queue_size(void)
+recorder_queue_size(void)
 {
 	return add_size(orders_offset(max_worker_processes),
 					mul_size(count_orders(), sizeof(Order)));
 }
 
 void
-queue_init(void *area)
+recorder_queue_init(void *area)
 {
 	RecorderQueue *new = area;
 	int			i;
@@ -97,26 +95,26 @@ queue_init(void *area)
 }
 
 void
-queue_attach(void *area, LWLockPadded *locks)
+recorder_queue_attach(void *area, LWLockPadded *locks)
 {
 	queue = area;
 	recorder_queue_lock = &locks[0].lock;
 }
 
 bool
-queue_is_there(void)
+recorder_queue_is_there(void)
 {
 	return queue != NULL;
 }
 
 int
-queue_norders(void)
+recorder_queue_norders(void)
 {
 	return queue->norders;
 }
 
 Order *
-queue_order(int i)
+recorder_queue_order(int i)
 {
 	return (Order *) ((char *) queue + orders_offset(queue->nslots)) + i;
 }
@@ -125,13 +123,13 @@ queue_order(int i)
  * A free order for this backend, or NULL.  Under the exclusive lock.
  */
 Order *
-queue_new_order(void)
+recorder_queue_new_order(void)
 {
 	int			i;
 
 	for (i = 0; i < queue->norders; i++)
 	{
-		Order	   *order = queue_order(i);
+		Order	   *order = recorder_queue_order(i);
 
 		if (order->state == ORDER_FREE)
 		{
@@ -150,7 +148,7 @@ queue_new_order(void)
  * Free an order; its segment has been unpinned.  Under the exclusive lock.
  */
 void
-queue_free_order(Order *order)
+recorder_queue_free_order(Order *order)
 {
 	order->state = ORDER_FREE;
 	order->segment = DSM_HANDLE_INVALID;
@@ -160,7 +158,7 @@ queue_free_order(Order *order)
  * Hand an order to the recorder.  Under the exclusive lock.
  */
 void
-queue_post(Order *order, OrderVerb verb)
+recorder_queue_post(Order *order, OrderVerb verb)
 {
 	order->verb = verb;
 	order->state = ORDER_POSTED;
@@ -180,7 +178,7 @@ queue_post(Order *order, OrderVerb verb)
  * create; then NULL means that all are in use.
  */
 RecorderSlot *
-queue_slot(Oid database, bool create)
+recorder_queue_slot(Oid database, bool create)
 {
 	RecorderSlot *spare = NULL;
 	int			i;
@@ -210,9 +208,9 @@ queue_slot(Oid database, bool create)
 
 /* Wake a database's recorder, if there is one.  Under the lock. */
 void
-queue_wake_recorder(Oid database)
+recorder_queue_wake(Oid database)
 {
-	RecorderSlot *slot = queue_slot(database, false);
+	RecorderSlot *slot = recorder_queue_slot(database, false);
 
 	if (slot != NULL && slot->procno >= 0)
 		SetLatch(&GetPGProcByNumber(slot->procno)->procLatch);
@@ -262,7 +260,7 @@ next_want(void)
  * there is one.  Under the exclusive lock.
  */
 bool
-queue_is_next(Oid database)
+recorder_queue_is_next(Oid database)
 {
 	RecorderWant *next = next_want();
 	RecorderWant *want = find_want(database);
@@ -286,7 +284,7 @@ queue_is_next(Oid database)
  * (another one may): the next one may try.  Under the exclusive lock.
  */
 void
-queue_stop_wanting(Oid database, bool found)
+recorder_queue_stop_wanting(Oid database, bool found)
 {
 	RecorderWant *want = find_want(database);
 
@@ -305,7 +303,7 @@ queue_stop_wanting(Oid database, bool found)
  * and then counts as just used.  Under the exclusive lock.
  */
 void
-queue_ask_for_room(Oid database)
+recorder_queue_ask_for_room(Oid database)
 {
 	RecorderWant *want = find_want(database);
 	TimestampTz now = GetCurrentTimestamp();
@@ -335,7 +333,7 @@ queue_ask_for_room(Oid database)
 
 /* Does nobody but a recorder see to this order?  Under the lock. */
 bool
-queue_is_left(const Order *order)
+recorder_queue_is_left(const Order *order)
 {
 	return order->state == ORDER_POSTED && order->detached;
 }
@@ -344,22 +342,22 @@ queue_is_left(const Order *order)
 
 /*
  * A database is about to be dropped: send its recorder away, and let none be
- * started until queue_unblock().  Its orders stay as they are.  Returns false
+ * started until recorder_queue_unblock().  Its orders stay as they are.  Returns false
  * when no recorder is there any more.
  */
 bool
-queue_block(Oid database)
+recorder_queue_block(Oid database)
 {
 	RecorderSlot *slot;
 	bool		running = false;
 
 	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-	slot = queue_slot(database, true);
+	slot = recorder_queue_slot(database, true);
 	if (slot != NULL)
 	{
 		running = slot->procno >= 0;
 		slot->blocked = true;
-		queue_wake_recorder(database);
+		recorder_queue_wake(database);
 	}
 	LWLockRelease(recorder_queue_lock);
 	return running;
@@ -369,12 +367,12 @@ queue_block(Oid database)
  * It has been dropped, or stays after all: give the slot back.
  */
 void
-queue_unblock(Oid database)
+recorder_queue_unblock(Oid database)
 {
 	RecorderSlot *slot;
 
 	LWLockAcquire(recorder_queue_lock, LW_EXCLUSIVE);
-	slot = queue_slot(database, false);
+	slot = recorder_queue_slot(database, false);
 	if (slot != NULL)
 	{
 		slot->blocked = false;
@@ -382,88 +380,4 @@ queue_unblock(Oid database)
 			slot->database = InvalidOid;
 	}
 	LWLockRelease(recorder_queue_lock);
-}
-
-/* ---------- arguments ---------- */
-
-static void
-put(OrderArguments *arguments, Datum value, bool isnull, bool byval)
-{
-	Assert(arguments->n < ORDER_MAX_ARGUMENTS);
-	arguments->values[arguments->n] = value;
-	arguments->isnull[arguments->n] = isnull;
-	arguments->byval[arguments->n] = byval;
-	arguments->n++;
-}
-
-void
-arguments_put_int(OrderArguments *arguments, int64 value)
-{
-	put(arguments, Int64GetDatum(value), false, true);
-}
-
-void
-arguments_put_pointer(OrderArguments *arguments, const void *varlena)
-{
-	put(arguments, PointerGetDatum(varlena), varlena == NULL, false);
-}
-
-void
-arguments_put_string(OrderArguments *arguments, const char *string)
-{
-	arguments_put_pointer(arguments, string == NULL ? NULL : cstring_to_text(string));
-}
-
-static int16
-typlen(const OrderArguments *arguments, int i)
-{
-	return arguments->byval[i] ? (int16) sizeof(int64) : -1;
-}
-
-Size
-arguments_size(const OrderArguments *arguments)
-{
-	Size		size = 0;
-	int			i;
-
-	for (i = 0; i < arguments->n; i++)
-		size += datumEstimateSpace(arguments->values[i], arguments->isnull[i],
-								   arguments->byval[i], typlen(arguments, i));
-	return size;
-}
-
-void
-arguments_write(const OrderArguments *arguments, char *to)
-{
-	int			i;
-
-	for (i = 0; i < arguments->n; i++)
-		datumSerialize(arguments->values[i], arguments->isnull[i],
-					   arguments->byval[i], typlen(arguments, i), &to);
-}
-
-/* Read what was put, in the same order; copies in the current context. */
-int64
-arguments_get_int(char **from)
-{
-	bool		isnull;
-
-	return DatumGetInt64(datumRestore(from, &isnull));
-}
-
-void *
-arguments_get_pointer(char **from)
-{
-	bool		isnull;
-	Datum		value = datumRestore(from, &isnull);
-
-	return isnull ? NULL : DatumGetPointer(value);
-}
-
-char *
-arguments_get_string(char **from)
-{
-	text	   *value = arguments_get_pointer(from);
-
-	return value == NULL ? NULL : text_to_cstring(value);
 }

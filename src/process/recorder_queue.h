@@ -13,12 +13,12 @@
 #define IDEMPOTENCY_RECORDER_QUEUE_H
 
 #include "access/transam.h"
-#include "postmaster/bgworker.h"
 #include "storage/dsm.h"
 #include "storage/lwlock.h"
 #include "utils/timestamp.h"
 
 #include "ledger/derived_key.h"
+#include "stripe/stripe_outcome.h"
 
 #define ORDER_LABEL_LEN		256 /* account, stored key */
 #define ORDER_MESSAGE_LEN	512
@@ -95,7 +95,8 @@ typedef struct Order
 
 	/* the answer */
 	OrderAnswer answer;
-	char text[	ORDER_LABEL_LEN];	/* a new key, or an outcome */
+	char		key[ORDER_LABEL_LEN];	/* of a new generation */
+	StripeOutcome outcome;		/* that stands */
 	int			sqlstate;
 	char		message[ORDER_MESSAGE_LEN];
 	char		detail[ORDER_MESSAGE_LEN];
@@ -140,58 +141,25 @@ typedef struct RecorderQueue
 	/* then the orders */
 } RecorderQueue;
 
-/* Arguments on their way, varlena ones not toasted. */
-#define ORDER_MAX_ARGUMENTS 12
-
-typedef struct OrderArguments
-{
-	int			n;
-	Datum		values[ORDER_MAX_ARGUMENTS];
-	bool		isnull[ORDER_MAX_ARGUMENTS];
-	bool		byval[ORDER_MAX_ARGUMENTS];
-} OrderArguments;
-
-extern void arguments_put_int(OrderArguments *arguments, int64 value);
-extern void arguments_put_pointer(OrderArguments *arguments, const void *varlena);
-extern void arguments_put_string(OrderArguments *arguments, const char *string);
-extern Size arguments_size(const OrderArguments *arguments);
-extern void arguments_write(const OrderArguments *arguments, char *to);
-
-extern int64 arguments_get_int(char **from);
-extern void *arguments_get_pointer(char **from);
-extern char *arguments_get_string(char **from);
-
 extern LWLock *recorder_queue_lock;
 
-extern Size queue_size(void);
-extern void queue_init(void *area);
-extern void queue_attach(void *area, LWLockPadded *locks);
-extern bool queue_is_there(void);
+extern Size recorder_queue_size(void);
+extern void recorder_queue_init(void *area);
+extern void recorder_queue_attach(void *area, LWLockPadded *locks);
+extern bool recorder_queue_is_there(void);
 
-/* What came of asking for a recorder. */
-typedef enum RecorderAsked
-{
-	RECORDER_RUNS,
-	RECORDER_COMES,				/* we, or somebody else, have asked for it */
-	RECORDER_IS_BLOCKED,		/* the database is being dropped */
-	RECORDER_HAS_NO_PLACE
-} RecorderAsked;
-
-extern RecorderAsked ask_for_recorder(Oid database, TimestampTz *since,
-									  BackgroundWorkerHandle **handle);
-
-extern int	queue_norders(void);
-extern Order *queue_order(int i);
-extern Order *queue_new_order(void);
-extern void queue_free_order(Order *order);
-extern void queue_post(Order *order, OrderVerb verb);
-extern RecorderSlot *queue_slot(Oid database, bool create);
-extern void queue_wake_recorder(Oid database);
-extern bool queue_is_next(Oid database);
-extern void queue_ask_for_room(Oid database);
-extern void queue_stop_wanting(Oid database, bool found);
-extern bool queue_is_left(const Order *order);
-extern bool queue_block(Oid database);
-extern void queue_unblock(Oid database);
+extern int	recorder_queue_norders(void);
+extern Order *recorder_queue_order(int i);
+extern Order *recorder_queue_new_order(void);
+extern void recorder_queue_free_order(Order *order);
+extern void recorder_queue_post(Order *order, OrderVerb verb);
+extern RecorderSlot *recorder_queue_slot(Oid database, bool create);
+extern void recorder_queue_wake(Oid database);
+extern bool recorder_queue_is_next(Oid database);
+extern void recorder_queue_ask_for_room(Oid database);
+extern void recorder_queue_stop_wanting(Oid database, bool found);
+extern bool recorder_queue_is_left(const Order *order);
+extern bool recorder_queue_block(Oid database);
+extern void recorder_queue_unblock(Oid database);
 
 #endif							/* IDEMPOTENCY_RECORDER_QUEUE_H */

@@ -102,7 +102,7 @@ append_name(HeapTuple tuple, TupleDesc desc, void *arg)
 
 /* Return a row of the result; resource_id and evidence may be NULL. */
 static void
-put_row(ReturnSetInfo *rsinfo, Operation *op, const char *outcome, const char *resource_id,
+put_row(ReturnSetInfo *rsinfo, Operation *op, StripeOutcome outcome, const char *resource_id,
 		Jsonb *evidence)
 {
 	Datum		values[6];
@@ -111,7 +111,8 @@ put_row(ReturnSetInfo *rsinfo, Operation *op, const char *outcome, const char *r
 	values[0] = CStringGetTextDatum(op->account);
 	values[1] = CStringGetTextDatum(op->type);
 	values[2] = CStringGetTextDatum(op->id);
-	values[3] = enum_datum(TupleDescAttr(rsinfo->setDesc, 3)->atttypid, outcome);
+	values[3] = enum_datum(TupleDescAttr(rsinfo->setDesc, 3)->atttypid,
+						   stripe_outcome_name(outcome));
 	nulls[4] = resource_id == NULL;
 	values[4] = nulls[4] ? (Datum) 0 : CStringGetTextDatum(resource_id);
 	nulls[5] = evidence == NULL;
@@ -126,10 +127,10 @@ put_row(ReturnSetInfo *rsinfo, Operation *op, const char *outcome, const char *r
 static void
 put_recorded(ReturnSetInfo *rsinfo, Operation *op, LedgerRow *row, Jsonb *evidence)
 {
-	const char *outcome = stripe_row_outcome(row);
+	StripeOutcome outcome = stripe_row_outcome(row);
 
-	if (strcmp(outcome, "in_progress") == 0 && !stripe_row_is_held(row, GetCurrentTimestamp()))
-		outcome = "unknown";
+	if (outcome == STRIPE_IN_PROGRESS && !stripe_row_is_held(row, GetCurrentTimestamp()))
+		outcome = STRIPE_UNKNOWN;
 	if (evidence == NULL && stripe_row_is_final(row) && !row->isnull[S_SETTLED])
 		evidence = json_member_copy(&DatumGetJsonbP(row->values[S_SETTLED])->root, "evidence");
 	put_row(rsinfo, op, outcome, stripe_row_string(row, S_RESOURCE_ID), evidence);
@@ -201,7 +202,8 @@ finish_doubt(Reconcile *r, Doubt *doubt, Relation rel, bool one, ReturnSetInfo *
 		}
 		if (kept && doubt->known)
 		{
-			put_row(rsinfo, &doubt->op, doubt->finding.outcome, doubt->finding.object_id, json);
+			put_row(rsinfo, &doubt->op, doubt->finding.result.outcome,
+					doubt->finding.result.resource_id, json);
 			return;
 		}
 		if (!kept)
@@ -238,12 +240,12 @@ list_doubts(Reconcile *r, Relation rel, const char *account, const char *type, c
 static bool
 is_doubtful(LedgerRow *row, bool one, TimestampTz now)
 {
-	const char *outcome = stripe_row_outcome(row);
+	StripeOutcome outcome = stripe_row_outcome(row);
 
-	if (strcmp(outcome, "not_executed") == 0)
+	if (outcome == STRIPE_NOT_EXECUTED)
 		return one && !row->isnull[S_FIRST_SENT_AT];
-	return strcmp(outcome, "unknown") == 0 ||
-		(strcmp(outcome, "in_progress") == 0 && !stripe_row_is_held(row, now));
+	return outcome == STRIPE_UNKNOWN ||
+		(outcome == STRIPE_IN_PROGRESS && !stripe_row_is_held(row, now));
 }
 
 /*
@@ -272,10 +274,7 @@ reconcile(Reconcile *r, Relation rel, List *names, const char *account, bool one
 		if (row.found != FOUND_ROW)
 		{
 			if (one)
-				ereport(ERROR,
-						(errcode(ERRCODE_BAD_ARGUMENT),
-						 errmsg("Stripe operation %s was never claimed",
-								describe_operation(&doubt->op))));
+				stripe_refuse_unclaimed(&doubt->op);
 			continue;
 		}
 		if (!is_doubtful(&row, one, now))
@@ -284,7 +283,7 @@ reconcile(Reconcile *r, Relation rel, List *names, const char *account, bool one
 				put_recorded(rsinfo, &doubt->op, &row, NULL);
 			continue;
 		}
-		if (!row.isnull[S_LIVEMODE] && DatumGetBool(row.values[S_LIVEMODE]) != r->key.live)
+		if (livemodes_differ(stripe_row_livemode(&row), livemode_of(r->key.live)))
 		{
 			if (!one)
 				continue;

@@ -35,6 +35,7 @@
 #include "base/json_build.h"
 #include "base/json_member.h"
 #include "base/settings.h"
+#include "events/kept_events.h"
 #include "send/reconcile.h"
 #include "send/stripe_call.h"
 #include "send/stripe_request.h"
@@ -255,19 +256,19 @@ ask(Reconcile *r, Doubt *doubt, Step *step, const char *query, StripeReply *repl
 	exchange(&request, &r->key, &deadline, reply);
 	log_stripe_call(request.method, step->path, request.account,
 					psprintf("%s:%s", doubt->op.type, doubt->op.id), doubt->generation,
-					NULL, reply, stripe_outcome_name(reply->outcome), r->key.live);
+					NULL, reply, reply->result.outcome, r->key.live);
 
 	r->left -= reply->attempts;
 	doubt->requests += reply->attempts;
 	step->requests += reply->attempts;
-	step->http_status = reply->http_status;
-	step->request_id = keep_string(r, reply->request_id);
+	step->http_status = reply->result.http_status;
+	step->request_id = keep_string(r, reply->result.request_id);
 	step->problem = NULL;
-	if (reply->outcome == STRIPE_COMPLETED && reply->body.json != NULL)
+	if (reply->result.outcome == STRIPE_COMPLETED && reply->body.json != NULL)
 		return true;
 
 	/* too many large objects at once */
-	if (reply->http_status >= 200 && reply->http_status < 300 && step->page > SMALL_PAGE)
+	if (reply->result.http_status >= 200 && reply->result.http_status < 300 && step->page > SMALL_PAGE)
 	{
 		step->page = SMALL_PAGE;
 		return false;
@@ -279,9 +280,9 @@ ask(Reconcile *r, Doubt *doubt, Step *step, const char *query, StripeReply *repl
 	step->problem = keep_string(r, problem != NULL ? problem : reply->reason);
 
 	/* no answer, 401 and 429 may change later; any other stays as it is */
-	step->done = reply->http_status != 0 && reply->http_status != 401 &&
-		reply->http_status != 429;
-	if (!step->done || reply->http_status == 403 || reply->http_status >= 500)
+	step->done = reply->result.http_status != 0 && reply->result.http_status != 401 &&
+		reply->result.http_status != 429;
+	if (!step->done || reply->result.http_status == 403 || reply->result.http_status >= 500)
 		r->stopped = step->problem;
 	return false;
 }
@@ -331,6 +332,7 @@ judge_object(Reconcile *r, Doubt *doubt, Step *step, JsonbValue *value, FoundBy 
 	char	   *id = json_string_member(object, "id");
 	char	   *type = json_string_member(object, "object");
 	bool		deleted = false;
+	StripeOutcome outcome = STRIPE_UNKNOWN;
 
 	note_found(r, step, id, type, json_string_member(object, "status"), NULL);
 	json_bool_member(object, "deleted", &deleted);
@@ -342,18 +344,20 @@ judge_object(Reconcile *r, Doubt *doubt, Step *step, JsonbValue *value, FoundBy 
 	 * customers/ID/discount.
 	 */
 	if (pg_strcasecmp(doubt->method, "DELETE") == 0)
-		finding->outcome = deleted && strcmp(doubt->path, step->path) == 0 ? "completed" : NULL;
+		outcome = deleted && strcmp(doubt->path, step->path) == 0 ?
+			STRIPE_COMPLETED : STRIPE_UNKNOWN;
 	else if (!deleted)
-		finding->outcome = outcome_of_object(object, doubt->request);
+		outcome = outcome_of_object(object, doubt->request);
 
-	if (finding->outcome != NULL && short_string(id) != NULL && id[0] != '\0' &&
+	if (stripe_is_definitive(outcome) && short_string(id) != NULL && id[0] != '\0' &&
 		is_of_mode(r, object))
 	{
-		finding->object_id = id;
-		finding->object_type = short_string(type);
-		finding->object_status = stripe_object_status(object);
-		finding->livemode = r->key.live;
-		finding->response = json;
+		finding->result.outcome = outcome;
+		finding->result.resource_id = id;
+		finding->result.resource_type = short_string(type);
+		finding->result.resource_status = stripe_object_status(object);
+		finding->result.livemode = livemode_of(r->key.live);
+		finding->result.response = json;
 		doubt->found_by = found_by;
 		doubt->candidate = true;
 	}

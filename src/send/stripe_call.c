@@ -192,7 +192,7 @@ with_query(const char *path, Jsonb *params)
 void
 log_stripe_call(const char *method, const char *path, const char *account,
 				const char *operation, int generation, const char *idempotency_key,
-				const StripeReply *reply, const char *outcome, bool live)
+				const StripeReply *reply, StripeOutcome outcome, bool live)
 {
 	StringInfoData line;
 
@@ -207,15 +207,15 @@ log_stripe_call(const char *method, const char *path, const char *account,
 		appendStringInfo(&line, " account=%s", account);
 	if (idempotency_key != NULL)
 		appendStringInfo(&line, " key=%s", idempotency_key);
-	if (reply->request_id != NULL)
-		appendStringInfo(&line, " request_id=%s", reply->request_id);
+	if (reply->result.request_id != NULL)
+		appendStringInfo(&line, " request_id=%s", reply->result.request_id);
 	appendStringInfo(&line, " livemode=%s attempts=%d", live ? "true" : "false", reply->attempts);
-	if (reply->http_status != 0)
-		appendStringInfo(&line, " status=%d", reply->http_status);
+	if (reply->result.http_status != 0)
+		appendStringInfo(&line, " status=%d", reply->result.http_status);
 	if (reply->replayed)
 		appendStringInfoString(&line, " replayed=true");
 	appendStringInfo(&line, " outcome=%s ms=%.0f (%s)",
-					 outcome, reply->ms, _(reply->reason));
+					 stripe_outcome_name(outcome), reply->ms, _(reply->reason));
 
 	ereport(setting_stripe_log_level,
 			(errmsg_internal("%s", line.data),
@@ -223,27 +223,40 @@ log_stripe_call(const char *method, const char *path, const char *account,
 	pfree(line.data);
 }
 
+/* What came of a call, or is recorded of it. */
+static void
+set_result(ResultRow *row, const CallResult *result)
+{
+	result_set_enum(row, R_OUTCOME, stripe_outcome_name(result->outcome));
+	result_set_text(row, R_RESOURCE_ID, result->resource_id);
+	result_set_text(row, R_RESOURCE_TYPE, result->resource_type);
+	result_set_text(row, R_RESOURCE_STATUS, result->resource_status);
+	if (result->http_status != 0)
+		result_set(row, R_HTTP_STATUS, Int32GetDatum(result->http_status));
+	if (result->response != NULL)
+		result_set(row, R_RESPONSE, JsonbPGetDatum(result->response));
+	if (result->error != NULL)
+		result_set(row, R_ERROR, JsonbPGetDatum(result->error));
+	result_set_text(row, R_REQUEST_ID, result->request_id);
+	if (result->livemode != LIVEMODE_UNKNOWN)
+		result_set(row, R_LIVEMODE, BoolGetDatum(result->livemode == LIVEMODE_LIVE));
+}
+
 /* What an exchange came to. */
 static void
-set_reply(ResultRow *result, const StripeReply *reply, bool live)
+set_reply(ResultRow *row, const StripeReply *reply, bool live)
 {
-	result_set_enum(result, R_OUTCOME, stripe_outcome_name(reply->outcome));
-	result_set(result, R_REPLAYED, BoolGetDatum(reply->replayed));
-	result_set_text(result, R_RESOURCE_ID, reply->body.resource_id);
-	result_set_text(result, R_RESOURCE_TYPE, reply->body.resource_type);
-	result_set_text(result, R_RESOURCE_STATUS, reply->body.resource_status);
-	if (reply->http_status != 0)
-		result_set(result, R_HTTP_STATUS, Int32GetDatum(reply->http_status));
-	if (reply->body.json != NULL)
-		result_set(result, R_RESPONSE, JsonbPGetDatum(reply->body.json));
-	if (reply->body.error != NULL)
-		result_set(result, R_ERROR, JsonbPGetDatum(reply->body.error));
-	result_set_text(result, R_REQUEST_ID, reply->request_id);
-	result_set(result, R_ATTEMPTS, Int32GetDatum(reply->attempts));
-	if (reply->outcome == STRIPE_NOT_EXECUTED || reply->outcome == STRIPE_UNKNOWN)
-		result_set(result, R_RETRY_AFTER, Int32GetDatum(RETRY_AFTER));
-	result_set(result, R_LIVEMODE,
-			   BoolGetDatum(reply->body.livemode_isnull ? live : reply->body.livemode));
+	CallResult	result = reply->result;
+
+	/* the caller may see a body that is not Stripe's */
+	result.response = reply->body.json;
+	if (result.livemode == LIVEMODE_UNKNOWN)
+		result.livemode = livemode_of(live);
+	set_result(row, &result);
+	result_set(row, R_REPLAYED, BoolGetDatum(reply->replayed));
+	result_set(row, R_ATTEMPTS, Int32GetDatum(reply->attempts));
+	if (result.outcome == STRIPE_NOT_EXECUTED || result.outcome == STRIPE_UNKNOWN)
+		result_set(row, R_RETRY_AFTER, Int32GetDatum(RETRY_AFTER));
 }
 
 /*
@@ -289,7 +302,7 @@ idempotency_stripe_get(PG_FUNCTION_ARGS)
 	PG_END_TRY();
 
 	log_stripe_call(request.method, path, request.account, NULL, 0, NULL, &reply,
-					stripe_outcome_name(reply.outcome), live);
+					reply.result.outcome, live);
 
 	result_begin(&result, fcinfo, R_NCOLUMNS);
 	set_reply(&result, &reply, live);
@@ -301,6 +314,7 @@ idempotency_stripe_get(PG_FUNCTION_ARGS)
 /* One call, from its arguments to its result. */
 typedef struct Call
 {
+	Operation	op;
 	StripeDeadline deadline;
 	StripeCall	call;
 	StripeCallClaim claim;
@@ -315,17 +329,19 @@ typedef struct Call
  * must be in.
  */
 static void
-begin_operation(StripeCall *call, FunctionCallInfo fcinfo, int account_argno, const char *function)
+begin_operation(Call *call, FunctionCallInfo fcinfo, int account_argno, const char *function)
 {
-	Operation	op;
+	text	   *type;
+	text	   *id;
 
 	PreventCommandDuringRecovery(function);
 	PreventCommandIfReadOnly(function);
 
-	call->operation_type = text_to_cstring(argument_text(fcinfo, 0, "operation_type"));
-	call->operation_id = text_to_cstring(argument_text(fcinfo, 1, "operation_id"));
-	call->account = argument_account(fcinfo, account_argno);
-	operation_init(&op, call->operation_type, call->operation_id, call->account);
+	type = argument_text(fcinfo, 0, "operation_type");
+	id = argument_text(fcinfo, 1, "operation_id");
+	operation_init(&call->op, text_to_cstring(type), text_to_cstring(id),
+				   argument_account(fcinfo, account_argno));
+	call->call.op = &call->op;
 }
 
 static char *
@@ -384,15 +400,13 @@ has_room_for_key(Jsonb *params)
  * make it another one.
  */
 static char *
-operation_key(const StripeCall *call)
+operation_key(const Operation *op)
 {
-	Operation	op;
 	LedgerRow	row;
 
-	operation_init(&op, call->operation_type, call->operation_id, call->account);
-	if (ledger_lookup(&stripe_calls, op.key, &row))
+	if (ledger_lookup(&stripe_calls, op->key, &row))
 		return stripe_row_string(&row, S_IDEMPOTENCY_KEY);
-	return derive_stripe_key(op.ns.value, NAMESPACE_LEN, op.account, op.type, op.id, 1);
+	return derive_stripe_key(op->ns.value, NAMESPACE_LEN, op->account, op->type, op->id, 1);
 }
 
 /*
@@ -404,13 +418,13 @@ encode_request(StripeCall *call, const char *path, Jsonb *params)
 	StringInfoData body;
 	Size		max_size = (Size) setting_max_response_size * 1024;
 
-	if (strcmp(call->method, "POST") != 0)
+	if (strcmp(call->send.method, "POST") != 0)
 	{
-		call->path = with_query(path, params);
+		call->send.path = with_query(path, params);
 		return;
 	}
 
-	call->path = path;
+	call->send.path = path;
 	initStringInfo(&body);
 	appendStringInfoSpaces(&body, VARHDRSZ);
 	if (path_is_v2(path))
@@ -420,11 +434,11 @@ encode_request(StripeCall *call, const char *path, Jsonb *params)
 		form_encode(&body, params, max_size);
 		if (setting_stripe_key_in_metadata && path_takes_metadata(path) && has_room_for_key(params))
 			form_append(&body, body.len == VARHDRSZ, "metadata[" METADATA_NAME "]",
-						operation_key(call));
+						operation_key(call->op));
 	}
 
 	SET_VARSIZE(body.data, body.len);
-	call->body = (bytea *) body.data;
+	call->send.body = (bytea *) body.data;
 }
 
 /*
@@ -438,31 +452,19 @@ prepare_call(void *arg)
 
 	(void) http_client();
 	if (!call->call.resend)
-		encode_request(&call->call, call->call.path, call->params);
+		encode_request(&call->call, call->call.send.path, call->params);
 	api_key_read(&call->key);
 	exchange_check_key(&call->key);
-	call->call.livemode = call->key.live;
+	call->call.send.livemode = livemode_of(call->key.live);
 }
 
 /* What is known of an operation that isn't sent now. */
 static void
 set_known(ResultRow *result, const StripeCallClaim *claim)
 {
-	result_set_enum(result, R_OUTCOME, claim->outcome);
+	set_result(result, &claim->result);
 	result_set(result, R_REPLAYED, BoolGetDatum(claim->verdict == STRIPE_REPLAY));
-	result_set_text(result, R_RESOURCE_ID, claim->resource_id);
-	result_set_text(result, R_RESOURCE_TYPE, claim->resource_type);
-	result_set_text(result, R_RESOURCE_STATUS, claim->resource_status);
-	if (claim->http_status != 0)
-		result_set(result, R_HTTP_STATUS, Int32GetDatum(claim->http_status));
-	if (claim->response != NULL)
-		result_set(result, R_RESPONSE, JsonbPGetDatum(claim->response));
-	if (claim->error != NULL)
-		result_set(result, R_ERROR, JsonbPGetDatum(claim->error));
-	result_set_text(result, R_REQUEST_ID, claim->request_id);
 	result_set(result, R_ATTEMPTS, Int32GetDatum(0));
-	if (claim->livemode >= 0)
-		result_set(result, R_LIVEMODE, BoolGetDatum(claim->livemode > 0));
 
 	switch (claim->verdict)
 	{
@@ -475,16 +477,16 @@ set_known(ResultRow *result, const StripeCallClaim *claim)
 			 * the caller is the application itself, so it may see the other
 			 * one
 			 */
-			result_set_enum(result, R_OUTCOME, "mismatch");
+			result_set_enum(result, R_OUTCOME, stripe_outcome_name(STRIPE_MISMATCH));
 			result_set(result, R_ERROR,
 					   JsonbPGetDatum(exchange_error("idempotency_error",
-													 strcmp(claim->outcome, "failed") == 0 ?
+													 claim->result.outcome == STRIPE_FAILED ?
 													 "the operation has failed with another request; stripe_reopen() gives it a new key for this one" :
 													 "the operation was called with another request before",
 													 claim->request)));
 			break;
 		case STRIPE_CANT_TELL:
-			if (strcmp(claim->outcome, "unknown") == 0)
+			if (claim->result.outcome == STRIPE_UNKNOWN)
 				result_set(result, R_RETRY_AFTER, Int32GetDatum(RETRY_AFTER));
 			break;
 		case STRIPE_CLAIMED:
@@ -500,29 +502,30 @@ static void
 send_call(Call *call)
 {
 	StripeCallClaim *claim = &call->claim;
+	const CallRequest *send = &claim->send;
 	StripeRequest request;
 	bool		v2;
 
-	if (claim->method == NULL || claim->path == NULL)
+	if (send->method == NULL || send->path == NULL)
 		ereport(ERROR,
 				(errcode(ERRCODE_BAD_ARGUMENT),
 				 errmsg("it is not known what was sent for Stripe operation \"%s:%s\"",
-						call->call.operation_type, call->call.operation_id),
+						call->op.type, call->op.id),
 				 errdetail("An application sends it by itself, with idempotency.stripe_claim().")));
-	check_allowed(claim->method, claim->path);
-	v2 = path_is_v2(claim->path);
+	check_allowed(send->method, send->path);
+	v2 = path_is_v2(send->path);
 
 	memset(&request, 0, sizeof(request));
-	request.method = claim->method;
-	request.target = claim->path;
-	request.account = call->call.account;
-	request.version = claim->api_version;
-	if (strcmp(claim->method, "POST") == 0 || v2)
+	request.method = send->method;
+	request.target = send->path;
+	request.account = call->op.account;
+	request.version = send->api_version;
+	if (strcmp(send->method, "POST") == 0 || v2)
 		request.idempotency_key = claim->idempotency_key;
-	if (claim->body != NULL)
+	if (send->body != NULL)
 	{
-		request.body = VARDATA_ANY(claim->body);
-		request.body_len = VARSIZE_ANY_EXHDR(claim->body);
+		request.body = VARDATA_ANY(send->body);
+		request.body_len = VARSIZE_ANY_EXHDR(send->body);
 		request.content_type = v2 ? "application/json" : "application/x-www-form-urlencoded";
 	}
 	request.sending = recorder_sending;
@@ -536,49 +539,32 @@ send_call(Call *call)
 }
 
 /* What came of it, for the ledger; returns the outcome that stands. */
-static const char *
+static StripeOutcome
 record_call(Call *call)
 {
-	StripeReply *reply = &call->reply;
-	StripeCallResult record;
+	CallResult	result = call->reply.result;
 
-	memset(&record, 0, sizeof(record));
-	record.outcome = reply->outcome;
-	record.sent = reply->sent;
-	record.http_status = reply->http_status;
-	record.resource_id = reply->body.resource_id;
-	record.resource_type = reply->body.resource_type;
-	record.resource_status = reply->body.resource_status;
-	record.request_id = reply->request_id;
-	record.response = reply->genuine ? reply->body.json : NULL;
-	record.error = reply->body.error;
-	record.livemode = reply->body.livemode_isnull ? (reply->sent ? call->key.live : -1) :
-		reply->body.livemode;
-	return recorder_record(&record);
-}
-
-static bool
-is_definitive(const char *outcome)
-{
-	return strcmp(outcome, "completed") == 0 || strcmp(outcome, "failed") == 0;
+	if (result.livemode == LIVEMODE_UNKNOWN && result.sent)
+		result.livemode = livemode_of(call->key.live);
+	return recorder_record(&result);
 }
 
 /*
  * The outcome that stands is of another answer than this call's: of an attempt
  * before, told late.  Then that one is the result, too.  Returns the outcome, or
- * "unknown" where the answer isn't to be had.
+ * STRIPE_UNKNOWN where the answer isn't to be had.
  */
-static const char *
+static StripeOutcome
 set_other_answer(Call *call)
 {
 	StripeCallClaim known;
 
-	if (!recorder_look(&known) || !is_definitive(known.outcome))
-		return "unknown";
+	if (!recorder_look(&known) || !stripe_is_definitive(known.result.outcome))
+		return STRIPE_UNKNOWN;
 	result_reset(&call->result);
 	set_known(&call->result, &known);
 	result_set(&call->result, R_ATTEMPTS, Int32GetDatum(call->reply.attempts));
-	return known.outcome;
+	return known.result.outcome;
 }
 
 /*
@@ -586,11 +572,11 @@ set_other_answer(Call *call)
  * where it can't.
  */
 static void
-say_that_resend_is_useless(const StripeCall *call)
+say_that_resend_is_useless(const Operation *op)
 {
 	ereport(NOTICE,
 			(errmsg("outcome of Stripe operation \"%s:%s\" is not known, and cannot be found out by calling again",
-					call->operation_type, call->operation_id),
+					op->type, op->id),
 			 errhint("The view \"idempotency.stripe_unknown\" says what to do.")));
 }
 
@@ -601,7 +587,7 @@ static void
 run_call(Call *call)
 {
 	StripeCallClaim *claim = &call->claim;
-	const char *outcome;
+	StripeOutcome outcome;
 
 	recorder_claim(&call->call, claim);
 	if (claim->verdict != STRIPE_CLAIMED)
@@ -610,34 +596,33 @@ run_call(Call *call)
 		result_set_text(&call->result, R_IDEMPOTENCY_KEY, claim->idempotency_key);
 		if (claim->generation > 0)
 			result_set(&call->result, R_GENERATION, Int32GetDatum(claim->generation));
-		if (claim->verdict == STRIPE_CANT_TELL && strcmp(claim->outcome, "unknown") == 0)
-			say_that_resend_is_useless(&call->call);
+		if (claim->verdict == STRIPE_CANT_TELL && claim->result.outcome == STRIPE_UNKNOWN)
+			say_that_resend_is_useless(&call->op);
 		return;
 	}
 
 	send_call(call);
 	outcome = record_call(call);
 
-	log_stripe_call(claim->method, claim->path, call->call.account,
-					psprintf("%s:%s", call->call.operation_type, call->call.operation_id),
+	log_stripe_call(claim->send.method, claim->send.path, call->op.account,
+					psprintf("%s:%s", call->op.type, call->op.id),
 					claim->generation, claim->idempotency_key, &call->reply, outcome,
 					call->key.live);
 
 	set_reply(&call->result, &call->reply, call->key.live);
-	if (is_definitive(outcome) &&
-		strcmp(outcome, stripe_outcome_name(call->reply.outcome)) != 0)
+	if (stripe_is_definitive(outcome) && outcome != call->reply.result.outcome)
 		outcome = set_other_answer(call);
-	result_set_enum(&call->result, R_OUTCOME, outcome);
+	result_set_enum(&call->result, R_OUTCOME, stripe_outcome_name(outcome));
 	result_set_text(&call->result, R_IDEMPOTENCY_KEY, claim->idempotency_key);
 	result_set(&call->result, R_GENERATION, Int32GetDatum(claim->generation));
-	if (strcmp(outcome, "unknown") == 0 && !call->reply.resend)
-		say_that_resend_is_useless(&call->call);
+	if (outcome == STRIPE_UNKNOWN && !call->reply.resend)
+		say_that_resend_is_useless(&call->op);
 }
 
 static Datum
 finish_call(FunctionCallInfo fcinfo, Call *call)
 {
-	call->call.livemode = -1;
+	call->call.send.livemode = LIVEMODE_UNKNOWN;
 	call->call.answer_room = Min(ANSWER_ROOM, (Size) setting_max_response_size * 1024 * 2);
 	call->call.prepare = prepare_call;
 	call->call.prepare_arg = call;
@@ -665,14 +650,14 @@ idempotency_stripe_call(PG_FUNCTION_ARGS)
 	Call		call;
 
 	memset(&call, 0, sizeof(call));
-	begin_operation(&call.call, fcinfo, 5, "idempotency.stripe_call()");
-	call.call.method = argument_method(fcinfo, 2);
+	begin_operation(&call, fcinfo, 5, "idempotency.stripe_call()");
+	call.call.send.method = argument_method(fcinfo, 2);
 	check_stripe_settings();
-	call.call.path = argument_path(fcinfo, 3, call.call.method);
+	call.call.send.path = argument_path(fcinfo, 3, call.call.send.method);
 	call.params = argument_params(fcinfo, 4);
 	exchange_deadline(&call.deadline, argument_duration(fcinfo, 6, "timeout"));
-	call.call.api_version = setting_stripe_version;
-	call.call.request = describe_request(call.call.method, call.call.path, call.params);
+	call.call.send.api_version = setting_stripe_version;
+	call.call.request = describe_request(call.call.send.method, call.call.send.path, call.params);
 
 	PG_RETURN_DATUM(finish_call(fcinfo, &call));
 }
@@ -686,7 +671,7 @@ idempotency_stripe_retry(PG_FUNCTION_ARGS)
 	Call		call;
 
 	memset(&call, 0, sizeof(call));
-	begin_operation(&call.call, fcinfo, 2, "idempotency.stripe_retry()");
+	begin_operation(&call, fcinfo, 2, "idempotency.stripe_retry()");
 	call.call.resend = true;
 	check_stripe_settings();
 	exchange_deadline(&call.deadline, argument_duration(fcinfo, 3, "timeout"));

@@ -19,6 +19,6 @@ extern void check_stripe_settings(void);
 extern void log_stripe_call(const char *method, const char *path, const char *account,
 							const char *operation, int generation,
 							const char *idempotency_key, const StripeReply *reply,
-							const char *outcome, bool live);
+							StripeOutcome outcome, bool live);
 
 #endif							/* IDEMPOTENCY_STRIPE_CALL_H */

@@ -29,7 +29,8 @@
 #include "base/errors.h"
 #include "base/result_row.h"
 #include "base/settings.h"
-#include "calls/stripe_ledger.h"
+#include "calls/stripe_claim.h"
+#include "calls/stripe_record.h"
 #include "events/kept_events.h"
 #include "process/recorder_client.h"
 
@@ -134,7 +135,7 @@ idempotency_stripe_claim(PG_FUNCTION_ARGS)
 	claim.rules = stripe_rules();
 	claim.request = argument_object(fcinfo, 2, "request");
 	claim.lease = lease.given ? lease.usecs : (int64) setting_stripe_lease * USECS_PER_SEC;
-	claim.livemode = -1;
+	claim.send.livemode = LIVEMODE_UNKNOWN;
 
 	if (commits_by_recorder("idempotency.stripe_claim()"))
 		recorder_run_claim(&claim);
@@ -154,7 +155,7 @@ idempotency_stripe_claim(PG_FUNCTION_ARGS)
 
 	result_begin(&result, fcinfo, C_NCOLUMNS);
 	result_set_enum(&result, C_VERDICT, stripe_verdict_name(claim.verdict));
-	result_set_enum(&result, C_OUTCOME, claim.outcome);
+	result_set_enum(&result, C_OUTCOME, stripe_outcome_name(claim.outcome));
 	if (claim.verdict == STRIPE_CLAIMED)
 		result_set(&result, C_TOKEN, Int64GetDatum(claim.token));
 	if (claim.verdict == STRIPE_BUSY)
@@ -191,9 +192,9 @@ idempotency_stripe_record(PG_FUNCTION_ARGS)
 	int64		token;
 	Jsonb	   *response;
 	int			http_status;
-	StripeResult result;
+	CallResult	result;
 	Relation	rel;
-	const char *outcome;
+	StripeOutcome outcome;
 
 	PreventCommandDuringRecovery("idempotency.stripe_record()");
 
@@ -214,11 +215,11 @@ idempotency_stripe_record(PG_FUNCTION_ARGS)
 						  PG_ARGISNULL(3) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(3)), &result);
 	if (!PG_ARGISNULL(6))
 		result.request_id = text_to_cstring(PG_GETARG_TEXT_PP(6));
-	result.adopt = true;
-	outcome = stripe_record_run(rel, &op, token, &result);
+	outcome = stripe_record_run(rel, &op, token, &result, true);
 	ledger_close(rel);
 
-	PG_RETURN_DATUM(enum_datum(get_func_rettype(fcinfo->flinfo->fn_oid), outcome));
+	PG_RETURN_DATUM(enum_datum(get_func_rettype(fcinfo->flinfo->fn_oid),
+							   stripe_outcome_name(outcome)));
 }
 
 /*
@@ -374,7 +375,7 @@ idempotency_stripe_lookup(PG_FUNCTION_ARGS)
 	Operation	op;
 	LedgerRow	row;
 	ResultRow	result;
-	const char *outcome;
+	StripeOutcome outcome;
 	TimestampTz until;
 	int			i;
 
@@ -387,8 +388,8 @@ idempotency_stripe_lookup(PG_FUNCTION_ARGS)
 		result_copy(&result, copied[i].column, row.values[copied[i].source],
 					row.isnull[copied[i].source]);
 	outcome = stripe_row_outcome(&row);
-	result_set_enum(&result, I_OUTCOME, outcome);
-	if (strcmp(outcome, "in_progress") == 0)
+	result_set_enum(&result, I_OUTCOME, stripe_outcome_name(outcome));
+	if (outcome == STRIPE_IN_PROGRESS)
 		result_set(&result, I_LAPSED,
 				   BoolGetDatum(!stripe_row_is_held(&row, GetCurrentTimestamp())));
 	until = stripe_resend_until(&row, stripe_rules().resend_margin);

@@ -270,8 +270,6 @@ read_response(const StripeRequest *request, const HttpResponse *response, bool u
 		json = NULL;
 
 	stripe_read_body(json, &reply->body);
-	reply->http_status = response->status;
-	reply->request_id = response->request_id[0] != '\0' ? pstrdup(response->request_id) : NULL;
 	reply->replayed = response->replayed;
 
 	memset(&received, 0, sizeof(received));
@@ -296,6 +294,12 @@ read_response(const StripeRequest *request, const HttpResponse *response, bool u
 		else
 			reply->body.error = exchange_error("api_error", "answer is not one of Stripe's", NULL);
 	}
+
+	stripe_body_result(&reply->body, answer->genuine, &reply->result);
+	reply->result.outcome = class->outcome;
+	reply->result.http_status = response->status;
+	if (response->request_id[0] != '\0')
+		reply->result.request_id = pstrdup(response->request_id);
 }
 
 /*
@@ -313,11 +317,45 @@ static void
 not_sent(StripeReply *reply, const char *reason)
 {
 	memset(reply, 0, sizeof(StripeReply));
-	reply->outcome = STRIPE_NOT_EXECUTED;
 	reply->reason = reason;
 	reply->resend = true;
+	stripe_read_body(NULL, &reply->body);
 	reply->body.error = exchange_error("api_connection_error", reason, NULL);
-	reply->body.livemode_isnull = true;
+	stripe_body_result(&reply->body, false, &reply->result);
+	reply->result.outcome = STRIPE_NOT_EXECUTED;
+}
+
+/*
+ * Why a request cannot be sent at all, or NULL.  Marked for translation.
+ */
+static const char *
+reason_not_to_send(const StripeRequest *request, const StripeDeadline *deadline)
+{
+	if (deadline->of_statement && left_ms(deadline) < STATEMENT_LEAST)
+		return gettext_noop("too little time is left before statement_timeout");
+	if (left_ms(deadline) <= 0)
+		return gettext_noop("no time is left");
+	if (request->sent_before && is_too_late(request))
+		return gettext_noop("it is too late to send the same key again");
+	return NULL;
+}
+
+/* What each attempt sends. */
+static void
+prepare_http(const StripeRequest *request, const ApiKey *key, const char **headers,
+			 HttpRequest *http)
+{
+	set_headers(request, key, headers);
+	memset(http, 0, sizeof(HttpRequest));
+	http->method = request->method;
+	http->url = psprintf("%s%s", setting_stripe_api_base, request->target);
+	http->headers = headers;
+	http->bearer = key->secret;
+	http->body = request->body;
+	http->body_len = request->body_len;
+	http->sending = request->sending;
+	http->max_body = (size_t) setting_max_response_size * 1024;
+	http->ca_file = setting_stripe_ca_file[0] != '\0' ? setting_stripe_ca_file : NULL;
 }
 
 /*
@@ -337,37 +375,15 @@ exchange(const StripeRequest *request, const ApiKey *key,
 	volatile bool sent = false;
 	bool		uncertain = false;
 	int			attempts = 0;
+	const char *reason = reason_not_to_send(request, deadline);
 
+	if (reason != NULL)
+	{
+		not_sent(reply, reason);
+		return;
+	}
 	memset(reply, 0, sizeof(StripeReply));
-	if (deadline->of_statement && left_ms(deadline) < STATEMENT_LEAST)
-	{
-		not_sent(reply, gettext_noop("too little time is left before statement_timeout"));
-		return;
-	}
-
-	if (left_ms(deadline) <= 0)
-	{
-		not_sent(reply, gettext_noop("no time is left"));
-		return;
-	}
-
-	if (request->sent_before && is_too_late(request))
-	{
-		not_sent(reply, gettext_noop("it is too late to send the same key again"));
-		return;
-	}
-
-	set_headers(request, key, headers);
-	memset(&http, 0, sizeof(http));
-	http.method = request->method;
-	http.url = psprintf("%s%s", setting_stripe_api_base, request->target);
-	http.headers = headers;
-	http.bearer = key->secret;
-	http.body = request->body;
-	http.body_len = request->body_len;
-	http.sending = request->sending;
-	http.max_body = (size_t) setting_max_response_size * 1024;
-	http.ca_file = setting_stripe_ca_file[0] != '\0' ? setting_stripe_ca_file : NULL;
+	prepare_http(request, key, headers, &http);
 
 	for (;;)
 	{
@@ -385,7 +401,7 @@ exchange(const StripeRequest *request, const ApiKey *key,
 		}
 		PG_CATCH();
 		{
-			reply->sent = sent || response.sent;
+			reply->result.sent = sent || response.sent;
 			PG_RE_THROW();
 		}
 		PG_END_TRY();
@@ -395,9 +411,8 @@ exchange(const StripeRequest *request, const ApiKey *key,
 		memset(reply, 0, sizeof(StripeReply));
 		read_response(request, &response, uncertain, reply, &answer, &class);
 		pfree(response.body);
-		reply->sent = sent;
+		reply->result.sent = sent;
 		reply->attempts = attempts;
-		reply->outcome = class.outcome;
 		reply->resend = class.resend;
 
 		if (attempts > setting_stripe_max_retries || attempts == request->max_attempts ||
@@ -417,9 +432,9 @@ exchange(const StripeRequest *request, const ApiKey *key,
 			break;
 	}
 
-	if (uncertain && reply->outcome == STRIPE_NOT_EXECUTED && strcmp(request->method, "GET") != 0)
+	if (uncertain && reply->result.outcome == STRIPE_NOT_EXECUTED && strcmp(request->method, "GET") != 0)
 	{
-		reply->outcome = STRIPE_UNKNOWN;
+		reply->result.outcome = STRIPE_UNKNOWN;
 		reply->reason = gettext_noop("an earlier attempt may have been executed");
 		reply->resend = true;
 	}

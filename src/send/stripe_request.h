@@ -57,15 +57,12 @@ typedef struct StripeDeadline
 /* What came of it. */
 typedef struct StripeReply
 {
-	StripeOutcome outcome;
+	CallResult	result;			/* of the last attempt, sent in any */
 	const char *reason;			/* for people; marked for translation */
 	bool		resend;			/* may the same, sent again, settle it? */
-	bool		sent;			/* may a byte of any attempt have left? */
 	bool		genuine;		/* is the last attempt's answer one of
 								 * Stripe's, and all of it? */
 	int			attempts;		/* that were begun */
-	int			http_status;	/* of the last attempt, 0 without an answer */
-	char	   *request_id;		/* of the last attempt, or NULL */
 	bool		replayed;		/* Stripe says that the answer is a saved one */
 	StripeBody	body;			/* of the last attempt */
 	double		ms;				/* how long it all took */

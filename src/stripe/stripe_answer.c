@@ -50,8 +50,7 @@ read_livemode(JsonbContainer *object, StripeBody *body)
 
 	if (!json_member(object, "livemode", &value) || value.type != jbvBool)
 		return;
-	body->livemode = value.val.boolean;
-	body->livemode_isnull = false;
+	body->livemode = livemode_of(value.val.boolean);
 }
 
 /*
@@ -94,7 +93,7 @@ stripe_read_body(Jsonb *json, StripeBody *body)
 
 	memset(body, 0, sizeof(StripeBody));
 	body->json = json;
-	body->livemode_isnull = true;
+	body->livemode = LIVEMODE_UNKNOWN;
 
 	if (error != NULL)
 	{
@@ -251,7 +250,7 @@ stripe_judge(const StripeReceived *received, StripeBody *body, StripeAnswer *ans
 		body->resource_id = NULL;
 		body->resource_type = NULL;
 		body->resource_status = NULL;
-		body->livemode_isnull = true;
+		body->livemode = LIVEMODE_UNKNOWN;
 	}
 
 	if (is_gone_already(received, answer))
@@ -261,4 +260,19 @@ stripe_judge(const StripeReceived *received, StripeBody *body, StripeAnswer *ans
 		(received->uncertain || received->overtaken))
 		return in_doubt;
 	return class;
+}
+
+/*
+ * What a judged body says, for the ledger.  Of one that is not Stripe's nothing
+ * is kept, but for its error object.
+ */
+void
+stripe_body_result(const StripeBody *body, bool genuine, CallResult *result)
+{
+	result->response = genuine ? body->json : NULL;
+	result->error = body->error;
+	result->resource_id = body->resource_id;
+	result->resource_type = body->resource_type;
+	result->resource_status = body->resource_status;
+	result->livemode = body->livemode;
 }

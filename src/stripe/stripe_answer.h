@@ -14,6 +14,7 @@
 
 #include "utils/jsonb.h"
 
+#include "stripe/call_data.h"
 #include "stripe/stripe_outcome.h"
 
 #define STRIPE_ID_MAX 255
@@ -28,8 +29,7 @@ typedef struct StripeBody
 	char	   *resource_id;	/* what was made, also by a refused call */
 	char	   *resource_type;
 	char	   *resource_status;	/* its member "status", where that is a string */
-	bool		livemode;
-	bool		livemode_isnull;
+	Livemode	livemode;
 } StripeBody;
 
 /*
@@ -53,5 +53,6 @@ extern char *stripe_object_status(JsonbContainer *object);
 extern void stripe_read_body(Jsonb *json, StripeBody *body);
 extern StripeClass stripe_judge(const StripeReceived *received, StripeBody *body,
 								StripeAnswer *answer);
+extern void stripe_body_result(const StripeBody *body, bool genuine, CallResult *result);
 
 #endif							/* IDEMPOTENCY_STRIPE_ANSWER_H */

@@ -234,7 +234,8 @@ event_went_on(const char *type)
 }
 
 /*
- * What an event says about a call: its outcome, or NULL where it says nothing.
+ * What an event says about a call: its outcome, or STRIPE_UNKNOWN where it
+ * says nothing.
  *
  * A call that tries to move money at once can be answered with 402 although its
  * object exists, so for such a call the object's existence, or an update of it,
@@ -246,7 +247,7 @@ event_went_on(const char *type)
  * A failure is the call's own if a request has caused it: without one it came
  * later, by itself, after the call was answered.
  */
-const char *
+StripeOutcome
 outcome_of_event(const WebhookEvent *event, FoundBy found_by, Jsonb *request)
 {
 	Judged		judged;
@@ -254,34 +255,34 @@ outcome_of_event(const WebhookEvent *event, FoundBy found_by, Jsonb *request)
 
 	if (!judge_request(request, event->object_type, event->object_id, &judged) ||
 		(judged.kind == CALL_CHANGES && found_by == BY_OBJECT))
-		return NULL;
+		return STRIPE_UNKNOWN;
 	if (found_by == BY_METADATA && judged.kind == CALL_CREATES &&
 		ends_with(event->type, ".created") && event->idempotency_key != NULL &&
 		strcmp(event->idempotency_key, event->metadata_key) != 0)
-		return NULL;
+		return STRIPE_UNKNOWN;
 
 	failure = ends_with(event->type, ".payment_failed") ||
 		ends_with(event->type, ".setup_failed") || strcmp(event->type, "charge.failed") == 0;
 
 	if (!judged.tries)
-		return failure && found_by == BY_KEY ? NULL : "completed";
+		return failure && found_by == BY_KEY ? STRIPE_UNKNOWN : STRIPE_COMPLETED;
 	if (failure)
-		return found_by == BY_KEY && event->request_id != NULL ? "failed" : NULL;
+		return found_by == BY_KEY && event->request_id != NULL ? STRIPE_FAILED : STRIPE_UNKNOWN;
 	if (!event_went_on(event->type))
-		return NULL;
-	return judged.kind == CALL_CREATES || found_by == BY_KEY ? "completed" : NULL;
+		return STRIPE_UNKNOWN;
+	return judged.kind == CALL_CREATES || found_by == BY_KEY ? STRIPE_COMPLETED : STRIPE_UNKNOWN;
 }
 
 /*
  * What an object, as it is now, says about the call that was to make it: its
- * outcome, or NULL.  That a call which changes something was carried out can't
+ * outcome, or STRIPE_UNKNOWN.  That a call which changes something was carried out can't
  * be seen from the object, since others may have changed it.
  *
  * Nor can it be seen that a call which tries to move money was declined: the
  * object waits for a payment method then, as it also does after its customer
  * has failed to authenticate.
  */
-const char *
+StripeOutcome
 outcome_of_object(JsonbContainer *object, Jsonb *request)
 {
 	static const char *const went_on[] = {
@@ -294,13 +295,13 @@ outcome_of_object(JsonbContainer *object, Jsonb *request)
 	if (!judge_request(request, json_string_member(object, "object"),
 					   json_string_member(object, "id"), &judged) ||
 		judged.kind != CALL_CREATES)
-		return NULL;
+		return STRIPE_UNKNOWN;
 	if (!judged.tries)
-		return "completed";
+		return STRIPE_COMPLETED;
 	for (i = 0; status != NULL && i < lengthof(went_on); i++)
 	{
 		if (strcmp(status, went_on[i]) == 0)
-			return "completed";
+			return STRIPE_COMPLETED;
 	}
-	return NULL;
+	return STRIPE_UNKNOWN;
 }

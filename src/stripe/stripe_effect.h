@@ -14,6 +14,7 @@
 
 #include "utils/jsonb.h"
 
+#include "stripe/stripe_outcome.h"
 #include "stripe/webhook_event.h"
 
 /* How an event or an object was found to be about a call. */
@@ -26,9 +27,12 @@ typedef enum FoundBy
 
 extern const char *const found_by_names[];
 
-/* "request" is what the row has: method, path and parameters */
-extern const char *outcome_of_event(const WebhookEvent *event, FoundBy found_by, Jsonb *request);
+/*
+ * "request" is what the row has: method, path and parameters.  Where nothing is
+ * said, the outcome is STRIPE_UNKNOWN.
+ */
+extern StripeOutcome outcome_of_event(const WebhookEvent *event, FoundBy found_by, Jsonb *request);
 extern bool request_makes_object(Jsonb *request, const WebhookEvent *event);
-extern const char *outcome_of_object(JsonbContainer *object, Jsonb *request);
+extern StripeOutcome outcome_of_object(JsonbContainer *object, Jsonb *request);
 
 #endif							/* IDEMPOTENCY_STRIPE_EFFECT_H */

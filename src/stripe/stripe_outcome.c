@@ -317,27 +317,61 @@ stripe_retry_at_once(const StripeAnswer *answer, const StripeClass *class,
 	return class->retry;
 }
 
+/* In the order of the enum. */
+static const char *const outcome_names[] = {
+	"in_progress", "completed", "failed", "not_executed", "unknown", "mismatch"
+};
+
 /*
  * Give an outcome's label in the SQL type idempotency.outcome.
  */
 const char *
 stripe_outcome_name(StripeOutcome outcome)
 {
-	switch (outcome)
+	if ((int) outcome < 0 || (int) outcome >= lengthof(outcome_names))
+		elog(ERROR, "unrecognized Stripe outcome: %d", (int) outcome);
+	return outcome_names[outcome];
+}
+
+/*
+ * Find the outcome that has a label.
+ */
+StripeOutcome
+stripe_outcome_by_name(const char *name)
+{
+	int			i;
+
+	for (i = 0; i < lengthof(outcome_names); i++)
 	{
-		case STRIPE_COMPLETED:
-			return "completed";
-		case STRIPE_FAILED:
-			return "failed";
-		case STRIPE_NOT_EXECUTED:
-			return "not_executed";
-		case STRIPE_UNKNOWN:
-			return "unknown";
-		case STRIPE_MISMATCH:
-			return "mismatch";
+		if (strcmp(outcome_names[i], name) == 0)
+			return (StripeOutcome) i;
 	}
 
-	elog(ERROR, "unrecognized Stripe outcome: %d", (int) outcome);
+	elog(ERROR, "unrecognized Stripe outcome: \"%s\"", name);
+	return STRIPE_UNKNOWN;		/* keep compiler quiet */
+}
+
+/*
+ * Give a verdict's label in the SQL type idempotency.verdict.
+ */
+const char *
+stripe_verdict_name(StripeVerdict verdict)
+{
+	switch (verdict)
+	{
+		case STRIPE_CLAIMED:
+			return "claimed";
+		case STRIPE_REPLAY:
+			return "replay";
+		case STRIPE_BUSY:
+			return "in_progress";
+		case STRIPE_OTHER_REQUEST:
+			return "mismatch";
+		case STRIPE_CANT_TELL:
+			return "unknown";
+	}
+
+	elog(ERROR, "unrecognized verdict: %d", (int) verdict);
 	return NULL;				/* keep compiler quiet */
 }
 

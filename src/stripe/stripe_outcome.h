@@ -12,15 +12,36 @@
 #ifndef IDEMPOTENCY_STRIPE_OUTCOME_H
 #define IDEMPOTENCY_STRIPE_OUTCOME_H
 
-/* What Stripe did with a call: labels of the SQL type idempotency.outcome */
+/*
+ * What Stripe did with a call: labels of the SQL type idempotency.outcome.  The
+ * first is what a value that was only zeroed says: nothing.
+ */
 typedef enum StripeOutcome
 {
+	STRIPE_IN_PROGRESS,
 	STRIPE_COMPLETED,
 	STRIPE_FAILED,
 	STRIPE_NOT_EXECUTED,
 	STRIPE_UNKNOWN,
 	STRIPE_MISMATCH
 } StripeOutcome;
+
+/* Does it say for good what Stripe did? */
+static inline bool
+stripe_is_definitive(StripeOutcome outcome)
+{
+	return outcome == STRIPE_COMPLETED || outcome == STRIPE_FAILED;
+}
+
+/* May a call be sent: labels of the SQL type idempotency.verdict */
+typedef enum StripeVerdict
+{
+	STRIPE_CLAIMED,
+	STRIPE_REPLAY,
+	STRIPE_BUSY,				/* in_progress */
+	STRIPE_OTHER_REQUEST,		/* mismatch */
+	STRIPE_CANT_TELL			/* unknown */
+} StripeVerdict;
 
 /* What came back, if anything */
 typedef struct StripeAnswer
@@ -55,6 +76,8 @@ typedef enum StripeShouldRetry
 extern StripeClass stripe_classify(const StripeAnswer *answer);
 extern bool stripe_retry_at_once(const StripeAnswer *answer, const StripeClass *class,
 								 StripeShouldRetry should_retry, bool replayed);
-extern const char *stripe_outcome_name(StripeOutcome outcome);
+extern PGDLLEXPORT const char *stripe_outcome_name(StripeOutcome outcome);
+extern StripeOutcome stripe_outcome_by_name(const char *name);
+extern PGDLLEXPORT const char *stripe_verdict_name(StripeVerdict verdict);
 
 #endif							/* IDEMPOTENCY_STRIPE_OUTCOME_H */

@@ -56,15 +56,15 @@ send_request(const StripeCallClaim *claim)
 }
 
 static char *
-describe(const StripeCallClaim *claim, const char *outcome)
+describe(const StripeCallClaim *claim, StripeOutcome outcome)
 {
 	return psprintf("%s %s %s attempt %d generation %d %s %s %s",
-					stripe_verdict_name(claim->verdict), outcome,
-					claim->resource_id != NULL ? claim->resource_id : "-",
+					stripe_verdict_name(claim->verdict), stripe_outcome_name(outcome),
+					claim->result.resource_id != NULL ? claim->result.resource_id : "-",
 					claim->attempt, claim->generation,
-					claim->method != NULL ? claim->method : "-",
-					claim->path != NULL ? claim->path : "-",
-					claim->body != NULL ? text_to_cstring((text *) claim->body) : "-");
+					claim->send.method != NULL ? claim->send.method : "-",
+					claim->send.path != NULL ? claim->send.path : "-",
+					claim->send.body != NULL ? text_to_cstring((text *) claim->send.body) : "-");
 }
 
 /*
@@ -76,34 +76,35 @@ describe(const StripeCallClaim *claim, const char *outcome)
 Datum
 test_stripe_call(PG_FUNCTION_ARGS)
 {
+	Operation	op;
 	StripeCall	call;
 	StripeCallClaim claim;
-	StripeCallResult result;
+	CallResult	result;
 	int			status = PG_GETARG_INT32(3);
 	int			answer = PG_NARGS() > 7 ? PG_GETARG_INT32(7) : 0;
 
 	memset(&call, 0, sizeof(call));
-	call.operation_type = text_to_cstring(PG_GETARG_TEXT_PP(0));
-	call.operation_id = text_to_cstring(PG_GETARG_TEXT_PP(1));
-	call.account = "";
-	call.method = "POST";
-	call.path = "/v1/payment_intents";
-	call.api_version = "2026-01-01.test";
-	call.body = DatumGetByteaP(PG_GETARG_DATUM(2));
+	operation_init(&op, text_to_cstring(PG_GETARG_TEXT_PP(0)),
+				   text_to_cstring(PG_GETARG_TEXT_PP(1)), "");
+	call.op = &op;
+	call.send.method = "POST";
+	call.send.path = "/v1/payment_intents";
+	call.send.api_version = "2026-01-01.test";
+	call.send.body = DatumGetByteaP(PG_GETARG_DATUM(2));
 	call.request = DatumGetJsonbP(DirectFunctionCall1(jsonb_in,
 													  CStringGetDatum(psprintf("{\"body\": \"%s\"}", text_to_cstring(PG_GETARG_TEXT_PP(2))))));
-	call.livemode = 0;
+	call.send.livemode = LIVEMODE_TEST;
 	call.answer_room = PG_GETARG_INT32(5);
 	call.resend = PG_GETARG_BOOL(6);
 
 	DEBUG_POINT("call-begins");
 	recorder_claim(&call, &claim);
 	if (claim.verdict != STRIPE_CLAIMED)
-		PG_RETURN_TEXT_P(cstring_to_text(describe(&claim, claim.outcome)));
+		PG_RETURN_TEXT_P(cstring_to_text(describe(&claim, claim.result.outcome)));
 
 	DEBUG_POINT("call-claimed");
 	memset(&result, 0, sizeof(result));
-	result.livemode = -1;
+	result.livemode = LIVEMODE_UNKNOWN;
 	if (status >= 0)
 	{
 		recorder_sending();
@@ -125,7 +126,7 @@ test_stripe_call(PG_FUNCTION_ARGS)
 		result.resource_id = PG_ARGISNULL(4) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(4));
 		result.response = DatumGetJsonbP(DirectFunctionCall1(jsonb_in,
 															 CStringGetDatum(psprintf("{\"object\": \"payment_intent\", \"text\": \"%s\"}", padding))));
-		result.livemode = 0;
+		result.livemode = LIVEMODE_TEST;
 	}
 	else if (status == 402)
 	{
@@ -135,7 +136,7 @@ test_stripe_call(PG_FUNCTION_ARGS)
 	else
 		result.outcome = status < 0 ? STRIPE_NOT_EXECUTED : STRIPE_UNKNOWN;
 
-	claim.resource_id = unconstify(char *, result.resource_id);
+	claim.result.resource_id = result.resource_id;
 	PG_RETURN_TEXT_P(cstring_to_text(describe(&claim, recorder_record(&result))));
 }
 

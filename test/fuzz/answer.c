@@ -212,8 +212,11 @@ take_input(const uint8 *data, size_t size)
 static void
 check_outcome(const StripeReply *reply, bool object, bool stripes, bool v2)
 {
-	switch (reply->outcome)
+	switch (reply->result.outcome)
 	{
+		case STRIPE_IN_PROGRESS:
+			CHECK(false);
+			break;
 		case STRIPE_COMPLETED:
 			CHECK(input.status >= 200 && input.status <= 299 && seen.whole);
 			CHECK(object && json_object_member(&reply->body.json->root, "error") == NULL);
@@ -243,8 +246,8 @@ check_outcome(const StripeReply *reply, bool object, bool stripes, bool v2)
 			break;
 	}
 	if (!input.sent)
-		CHECK(reply->outcome == STRIPE_NOT_EXECUTED);
-	if (reply->outcome != STRIPE_COMPLETED && !object)
+		CHECK(reply->result.outcome == STRIPE_NOT_EXECUTED);
+	if (reply->result.outcome != STRIPE_COMPLETED && !object)
 		CHECK(reply->body.error != NULL);
 }
 
@@ -304,10 +307,10 @@ fuzz_answer(const uint8 *data, size_t size)
 	object = reply.body.json != NULL;
 	stripes = object && (reply.body.error_type != NULL || reply.body.error_code != NULL);
 
-	CHECK(reply.attempts == 1 && reply.sent == input.sent && reply.http_status == input.status);
+	CHECK(reply.attempts == 1 && reply.result.sent == input.sent && reply.result.http_status == input.status);
 	CHECK(reply.body.resource_id == NULL || strlen(reply.body.resource_id) <= STRIPE_ID_MAX);
 	CHECK(reply.body.resource_type == NULL || strlen(reply.body.resource_type) <= STRIPE_ID_MAX);
-	CHECK((reply.request_id == NULL) == (seen.request_id[0] == '\0'));
+	CHECK((reply.result.request_id == NULL) == (seen.request_id[0] == '\0'));
 	CHECK(reply.reason != NULL && reply.reason[0] != '\0');
 
 	check_outcome(&reply, object, stripes, v2);
@@ -323,7 +326,7 @@ fuzz_answer(const uint8 *data, size_t size)
 	answer.error_type = reply.body.error_type;
 	answer.error_code = reply.body.error_code;
 	class = stripe_classify(&answer);
-	CHECK(class.outcome == reply.outcome);
+	CHECK(class.outcome == reply.result.outcome);
 	if (stripe_retry_at_once(&answer, &class, seen.should_retry, seen.replayed))
 	{
 		CHECK(class.outcome != STRIPE_COMPLETED && class.outcome != STRIPE_MISMATCH);
