@@ -650,6 +650,16 @@ BEGIN;
 ALTER TABLE idempotency.idempotency_keys DROP CONSTRAINT idempotency_keys_pkey;
 SELECT verdict FROM idempotency.claim('k', 's');
 ROLLBACK;
+-- one that is no good for that doesn't count
+BEGIN;
+ALTER TABLE idempotency.idempotency_keys DROP CONSTRAINT idempotency_keys_pkey,
+	ADD CONSTRAINT late UNIQUE (scope, key) DEFERRABLE;
+CREATE UNIQUE INDEX partly ON idempotency.idempotency_keys (scope, key) WHERE token > 0;
+CREATE UNIQUE INDEX more ON idempotency.idempotency_keys (scope, key, token);
+\set VERBOSITY terse
+SELECT verdict FROM idempotency.claim('k', 's');
+\set VERBOSITY default
+ROLLBACK;
 SELECT verdict, attempt FROM idempotency.claim('k', 's', '{"a": 1}', lease => '1 microsecond');
 
 -- a fingerprint that a later version has written is not taken for a match

@@ -180,8 +180,55 @@ primary_key_is_ours(Ledger *ledger, Relation rel)
 }
 
 /*
+ * Is an index unique on exactly the columns of the key, for all rows and at
+ * once?
+ */
+static bool
+index_keeps_key(Ledger *ledger, Relation index)
+{
+	Form_pg_index form = index->rd_index;
+	int			i;
+	int			j;
+
+	if (!form->indisunique || !form->indisvalid || !form->indimmediate ||
+		form->indnkeyatts != ledger->nkeys ||
+		!heap_attisnull(index->rd_indextuple, Anum_pg_index_indpred, NULL))
+		return false;
+	for (i = 0; i < ledger->nkeys; i++)
+	{
+		for (j = 0; j < ledger->nkeys && form->indkey.values[j] != ledger->keys[i]; j++)
+			;
+		if (j == ledger->nkeys)
+			return false;
+	}
+	return true;
+}
+
+/*
+ * Does an index see to it that a key has one row?  The insert of a claim does not
+ * name one.
+ */
+static bool
+has_unique_key(Ledger *ledger, Relation rel)
+{
+	List	   *indexes = RelationGetIndexList(rel);
+	ListCell   *lc;
+	bool		found = false;
+
+	foreach(lc, indexes)
+	{
+		Relation	index = index_open(lfirst_oid(lc), AccessShareLock);
+
+		found = found || index_keeps_key(ledger, index);
+		index_close(index, NoLock);
+	}
+	list_free(indexes);
+	return found;
+}
+
+/*
  * Look at an opened and locked table: has it the columns that we know by
- * number, and may its rows be read without the planner?
+ * number, is its key unique, and may its rows be read without the planner?
  */
 static void
 ledger_check(Ledger *ledger, Relation rel)
@@ -200,6 +247,7 @@ ledger_check(Ledger *ledger, Relation rel)
 					 errhint("The library and the extension's installed version don't belong together: try ALTER EXTENSION idempotency UPDATE.")));
 	}
 
+	ledger->unique = has_unique_key(ledger, rel);
 	ledger->bare = rel->trigdesc == NULL &&
 		(desc->constr == NULL || (desc->constr->num_check == 0 && desc->constr->num_defval == 0));
 
@@ -557,6 +605,13 @@ ledger_claim(Ledger *ledger, Relation rel, LedgerClaim *claim)
 {
 	TimestampTz waiting_since = 0;
 	int			races;
+
+	if (!ledger->unique)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("table \"idempotency.%s\" has no unique index on its key", ledger->table),
+				 errdetail("Without one a key could be claimed twice."),
+				 errhint("Restore its primary key.")));
 
 	for (races = 0; races < MAX_RACES; races++)
 	{

@@ -36,6 +36,7 @@ typedef struct Ledger
 
 	/* valid while relid is, which a relcache invalidation resets */
 	Oid			relid;
+	bool		unique;			/* does an index keep its key unique? */
 	bool		direct;			/* may the row be read without the planner? */
 	bool		bare;			/* no trigger, check or default of the user's */
 } Ledger;
