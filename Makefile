@@ -153,26 +153,38 @@ all install uninstall installcheck check clean:
 	@false
 endif
 
-# Set up a private server in a temporary directory, as test/run says.
+## make                 build the extension
+## make install         install it into the server of PG_CONFIG
+## make demo            the demonstration, on a server of its own
+## make test            all tests, on a server of their own; "test/run test NAME ..." some
+## make fake-stripe     the fake Stripe by itself, until Ctrl-C; FAKE_STRIPE holds its options
+## make torture         payments under random faults; SECONDS=600 SEED=1
+## make bench           the measurements of doc/performance.md
+## make leak            memory over 100,000 claims and 10,000 calls
+## make coverage        the tests, and which lines they have run
+## make fuzz            the parsers, fed with anything
+## make lint            compilers' warnings, clang-tidy, cppcheck, pgindent
+## make test-sanitize   the tests on a server with AddressSanitizer, UBSan and assertions
+## make test-majors     the tests on each major, in chroots; MAJORS='17 18' TESTS=stripe (root, Debian)
+## make deb             Debian's packages, built and tried in chroots; DEB_OPTIONS (root, Debian)
+.PHONY: help
+help:
+	@sed -n 's/^## //p' $(firstword $(MAKEFILE_LIST))
+
+# Those that set up a private server in a temporary directory; test/run has them all.
 .PHONY: test test-sanitize coverage torture leak demo bench fuzz lint fake-stripe
 test test-sanitize coverage leak demo bench fuzz lint:
 	@test/run $@
 
-# payments under random faults; "make torture SECONDS=600 SEED=1"
 torture:
 	@test/run $@ $(or $(SECONDS),120) $(SEED)
 
-# The tests on every major, each in a chroot that this makes (needs root, and
-# Debian); "make test-majors MAJORS='17 18' TESTS=stripe", and test/majors has more.
-.PHONY: test-majors
+fake-stripe:
+	@test/run $@ $(FAKE_STRIPE)
+
+.PHONY: test-majors deb
 test-majors:
 	@test/majors $(if $(MAJORS),-m '$(MAJORS)') $(if $(TESTS),-t '$(TESTS)') $(MAJORS_OPTIONS)
 
-# Debian's packages, built and tried in chroots (needs root, and Debian)
-.PHONY: deb
 deb:
 	@test/package $(DEB_OPTIONS)
-
-# a fake Stripe to try things on, until Ctrl-C; FAKE_STRIPE holds its options
-fake-stripe:
-	@test/run $@ $(FAKE_STRIPE)

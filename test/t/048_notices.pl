@@ -188,6 +188,19 @@ sql($node, "COMMIT PREPARED 'crash 2'");
 hears($listener, 'crash 2', 'what was prepared before a crash is told after it');
 $listener->quit;
 
+# the worker that sends comes at once, however far ahead the next pass is
+$node->append_conf('postgresql.conf', 'idempotency.expiry_interval = 1d');
+$node->reload;
+$node->poll_query_until('postgres', q{SELECT next_run > now() + interval '1 hour' FROM idempotency.workers WHERE database = 'postgres'})
+  or die 'no pass has ended';
+$listener = listener($node);
+doubts($node, 'soon');
+sql($node, 'BEGIN; ' . settle('soon') . "; PREPARE TRANSACTION 'soon'");
+sql($node, "COMMIT PREPARED 'soon'");
+hears($listener, 'soon', 'COMMIT PREPARED has a worker come');
+$listener->quit;
+$node->append_conf('postgresql.conf', 'idempotency.expiry_interval = 1s');
+
 # a standby that is promoted
 sql($node, 'BEGIN; ' . settle('promoted') . "; PREPARE TRANSACTION 'promoted'");
 $node->backup('backup');
