@@ -47,10 +47,10 @@
 
 #include "catalog/pg_type_d.h"
 #include "utils/builtins.h"
-#include "utils/json.h"
 
 #include "base/arguments.h"
 #include "base/errors.h"
+#include "base/json_build.h"
 #include "base/json_member.h"
 #include "base/notify.h"
 #include "base/result_row.h"
@@ -393,21 +393,16 @@ stripe_notify_settled(Operation *op, StripeOutcome outcome, const char *resource
 {
 	StringInfoData payload;
 
-	initStringInfo(&payload);
-	appendStringInfoString(&payload, "{\"account\": ");
-	escape_json(&payload, op->account);
-	appendStringInfoString(&payload, ", \"operation_type\": ");
-	escape_json(&payload, op->type);
-	appendStringInfoString(&payload, ", \"operation_id\": ");
-	escape_json(&payload, op->id);
-	appendStringInfoString(&payload, ", \"outcome\": ");
-	escape_json(&payload, stripe_outcome_name(outcome));
-	appendStringInfoString(&payload, ", \"resource_id\": ");
+	json_begin(&payload);
+	json_add_string(&payload, "account", op->account);
+	json_add_string(&payload, "operation_type", op->type);
+	json_add_string(&payload, "operation_id", op->id);
+	json_add_string(&payload, "outcome", stripe_outcome_name(outcome));
 	if (resource_id != NULL)
-		escape_json(&payload, resource_id);
+		json_add_string(&payload, "resource_id", resource_id);
 	else
-		appendStringInfoString(&payload, "null");
-	appendStringInfoChar(&payload, '}');
+		json_add_json(&payload, "resource_id", "null");
+	json_end(&payload);
 
 	notify_at_commit("idempotency_settled", payload.data);
 }

@@ -219,8 +219,10 @@ has_unique_key(Ledger *ledger, Relation rel)
 	{
 		Relation	index = index_open(lfirst_oid(lc), AccessShareLock);
 
-		found = found || index_keeps_key(ledger, index);
+		found = index_keeps_key(ledger, index);
 		index_close(index, NoLock);
+		if (found)
+			break;
 	}
 	list_free(indexes);
 	return found;

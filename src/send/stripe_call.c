@@ -44,12 +44,12 @@
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
-#include "utils/json.h"
 #include "utils/jsonb.h"
 
 #include "base/arguments.h"
 #include "base/debug_point.h"
 #include "base/errors.h"
+#include "base/json_build.h"
 #include "base/result_row.h"
 #include "base/settings.h"
 #include "base/settings_guard.h"
@@ -367,13 +367,12 @@ describe_request(const char *method, const char *path, Jsonb *params)
 {
 	StringInfoData text;
 
-	initStringInfo(&text);
-	appendStringInfo(&text, "{\"method\": \"%s\", \"path\": ", method);
-	escape_json(&text, path);
-	appendStringInfoString(&text, ", \"params\": ");
+	json_begin(&text);
+	json_add_string(&text, "method", method);
+	json_add_string(&text, "path", path);
+	json_add_name(&text, "params");
 	(void) JsonbToCString(&text, &params->root, VARSIZE(params));
-	appendStringInfoChar(&text, '}');
-	return DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(text.data)));
+	return json_end_jsonb(&text);
 }
 
 /*

@@ -32,7 +32,6 @@
 #include "miscadmin.h"
 #include "storage/latch.h"
 #include "utils/builtins.h"
-#include "utils/json.h"
 #include "utils/memutils.h"
 #include "utils/timeout.h"
 #include "utils/wait_event.h"
@@ -40,6 +39,7 @@
 #include "base/compat.h"
 #include "base/debug_point.h"
 #include "base/errors.h"
+#include "base/json_build.h"
 #include "base/json_text.h"
 #include "base/settings.h"
 #include "send/http_client.h"
@@ -240,18 +240,15 @@ exchange_error(const char *type, const char *message, Jsonb *request)
 			*p = '?';
 	}
 
-	initStringInfo(&text);
-	appendStringInfoString(&text, "{\"type\": ");
-	escape_json(&text, type);
-	appendStringInfoString(&text, ", \"message\": ");
-	escape_json(&text, ascii);
+	json_begin(&text);
+	json_add_string(&text, "type", type);
+	json_add_string(&text, "message", ascii);
 	if (request != NULL)
 	{
-		appendStringInfoString(&text, ", \"recorded_request\": ");
+		json_add_name(&text, "recorded_request");
 		(void) JsonbToCString(&text, &request->root, VARSIZE(request));
 	}
-	appendStringInfoChar(&text, '}');
-	return DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(text.data)));
+	return json_end_jsonb(&text);
 }
 
 /*
